@@ -1,0 +1,210 @@
+"""What is asked of the engine and what it answers.
+
+Plain data that every layer may hold: no tensors, no clock, nothing but the standard library. Values are checked here, once,
+so that a request that reaches the scheduler is one that can be run: every number is bounded, and an error names the value
+and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 64
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024
+MAX_LOGIT_BIAS = 1024
+MAX_TOP_K = 1 << 20
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended: a stop token or string, the token limit, an abort by the client, or a fault of the engine."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when a choice ends.
+
+    Attributes:
+        n: choices per prompt; each is sampled on its own.
+        max_tokens: most tokens to generate; None runs to the end of the context.
+        min_tokens: no stop token, string or end-of-text before this many tokens.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+        top_p: keep the likeliest tokens whose probabilities reach p.
+        min_p: keep tokens at least this share as likely as the likeliest.
+        repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens in prompt or output; 1 is off.
+        presence_penalty: subtracted once from the logits of tokens in the output.
+        frequency_penalty: subtracted once per occurrence in the output.
+        logit_bias: token id to a number added to its logit.
+        seed: the same seed gives the same answer whatever else runs; None draws one.
+        stop: strings that end the text.
+        stop_token_ids: token ids that end the text, besides the model's own.
+        ignore_eos: go on past the model's end-of-text tokens.
+        logprobs: return the log-probability of each generated token and of this many of the likeliest.
+        prompt_logprobs: the same for the prompt's tokens.
+        include_stop_str_in_output: keep the stop string at the end of the text.
+        skip_special_tokens: leave special tokens out of the text.
+        return_routed_experts: return the experts each fed token used, [rows, layers, top_k].
+
+    Raises:
+        ValueError: a value is out of range; the message names it and the range.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 128
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    return_routed_experts: bool = False
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        set_(self, "stop_token_ids", tuple(self.stop_token_ids))
+        set_(self, "top_k", 0 if self.top_k == -1 else self.top_k)
+        set_(self, "logit_bias", dict(self.logit_bias))
+        self._check_counts()
+        self._check_numbers()
+        self._check_stops()
+
+    def _check_counts(self) -> None:
+        _whole("n", self.n, 1, MAX_CHOICES)
+        if self.max_tokens is not None:
+            _whole("max_tokens", self.max_tokens, 0, 1 << 30)
+            _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _whole("min_tokens", self.min_tokens, 0, 1 << 30)
+        _whole("top_k", self.top_k, 0, MAX_TOP_K)
+        if self.seed is not None:
+            _whole("seed", self.seed, -(1 << 63), (1 << 64) - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+
+    def _check_numbers(self) -> None:
+        _real("temperature", self.temperature, 0.0, 100.0)
+        _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _real("min_p", self.min_p, 0.0, 1.0)
+        _real("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise ValueError(f"logit_bias names {len(self.logit_bias)} tokens; at most {MAX_LOGIT_BIAS} are allowed")
+        for token, bias in self.logit_bias.items():
+            _whole("logit_bias token id", token, 0, 1 << 31)
+            _real(f"logit_bias[{token}]", bias, -100.0, 100.0)
+
+    def _check_stops(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            if len(getattr(self, name)) > MAX_STOPS:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries; at most {MAX_STOPS} are allowed")
+        for text in self.stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+                raise ValueError(f"stop {text!r:.80} must be a string of 1 to {MAX_STOP_LENGTH} characters")
+        for token in self.stop_token_ids:
+            _whole("stop_token_ids entry", token, 0, 1 << 31)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0 or self.top_k == 1
+
+    def replace(self, **changes: Any) -> SamplingParams:
+        return dataclasses.replace(self, **changes)
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+
+
+def _real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not (low < value if open_low else low <= value) or value > high:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value!r}; it must be a number {'above' if open_low else 'from'} {low:g} to {high:g}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One prompt on its way through the engine.
+
+    Attributes:
+        rid: the client's or the server's name for it, unique among the requests in flight.
+        prompt_token_ids: at least one token.
+        priority: larger runs first; equal ones in the order of arrival.
+        cache_salt: prompts share cached prefixes only under the same salt.
+    """
+
+    rid: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise ValueError("the prompt is empty; it must have at least one token")
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One candidate token: its natural log-probability under the model (before penalties, bias and temperature), and its rank from 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class CompletionOutput:
+    """One choice. `routed_experts` is a numpy array [prompt + output - 1, layers, top_k] when asked for."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    routed_experts: Any = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        if self.logprobs is None:
+            return None
+        return sum(entry[token].logprob for token, entry in zip(self.token_ids, self.logprobs, strict=True))
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestOutput:
+    """A prompt and its choices. `prompt_logprobs[0]` is None: nothing precedes the first token."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    finished: bool = False
