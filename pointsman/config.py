@@ -174,9 +174,7 @@ def flags(config: type) -> dict[str, Flag]:
             data = item.metadata
             kind = _plain_type(hints[item.name])
             names = (f"--{item.name.replace('_', '-')}", *data["names"])
-            found[item.name] = Flag(
-                "", item.name, names, kind, item.default, data["help"], data["choices"], data["low"], data["high"]
-            )
+            found[item.name] = Flag("", item.name, names, kind, item.default, data["help"], data["choices"], data["low"], data["high"])
     return found
 
 

@@ -208,3 +208,29 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     finished: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class ChoiceDelta:
+    """What one step added to one choice.
+
+    Attributes:
+        text: whole characters only; text that may still become a stop string is held back.
+        token_ids: the tokens of this step; `logprobs` has one entry for each, when asked for.
+        prompt_logprobs: with the first delta of a request that asked: one entry for each prompt token, None for the first.
+        routed_experts: with the last delta, when asked for: a numpy array [prompt + output - 1, layers, top_k].
+        error: why the engine gave up on this choice, with finish reason ERROR.
+    """
+
+    rid: str
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    routed_experts: Any = None
+    error: str | None = None
