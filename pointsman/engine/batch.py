@@ -1,0 +1,113 @@
+"""From a plan to flat arrays.
+
+The model knows nothing of requests: it sees rows (token, position, slot) and, for attention, which lane a row belongs to. The
+tables behind that live here, one row a lane: pages, last sampled token, sampling state. They change only by what a plan
+says, in the order of the plans, so that every rank that is sent the same plans holds the same tables.
+
+Shape suffixes: T rows of the step, L lanes, P pages of a lane, R rows whose logits are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pointsman.sampling.sampler import LaneSampling
+from pointsman.step import PENDING, Segment, StepPlan
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's rows.
+
+    Attributes:
+        tokens_T, positions_T, lanes_T, slots_T: int64, one entry a row; slot = page * page_size + offset.
+        segments: (lane, first row, number of rows) of each run of consecutive rows.
+        rows_R: the rows whose logits are needed, ascending.
+        samples: index into rows_R of each segment that samples, in the plan's order.
+        prompts: (sequence, slice of rows_R, the prompt tokens that follow those rows).
+    """
+
+    tokens_T: Ints
+    positions_T: Ints
+    lanes_T: Ints
+    slots_T: Ints
+    segments: list[tuple[int, int, int]]
+    rows_R: Ints
+    samples: list[int]
+    prompts: list[tuple[int, slice, list[int]]]
+
+
+@dataclass
+class Lanes:
+    """The tables of one rank, a row a lane."""
+
+    max_lanes: int
+    max_pages: int
+    page_size: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    page_table_LP: npt.NDArray[np.int32] = field(init=False)
+    num_pages_L: list[int] = field(init=False)
+    last_token_L: list[int] = field(init=False)
+    sampling_L: list[LaneSampling | None] = field(init=False)
+    prompt_L: list[tuple[int, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.page_table_LP = np.zeros((self.max_lanes, self.max_pages), np.int32)
+        self.num_pages_L = [0] * self.max_lanes
+        self.last_token_L = [PENDING] * self.max_lanes
+        self.sampling_L = [None] * self.max_lanes
+        self.prompt_L = [()] * self.max_lanes
+
+    def lay_out(self, plan: StepPlan) -> Batch:
+        """Bring the tables up to date with the plan and return its rows."""
+        for start in plan.starts:
+            self.num_pages_L[start.lane] = 0
+            self.last_token_L[start.lane] = PENDING
+            self.prompt_L[start.lane] = start.prompt
+            self.sampling_L[start.lane] = LaneSampling(start, self.vocab_size, self.eos_token_ids)
+        tokens: list[int] = []
+        positions: list[int] = []
+        lanes: list[int] = []
+        segments: list[tuple[int, int, int]] = []
+        for segment in plan.segments:
+            self._grow(segment)
+            segments.append((segment.lane, len(tokens), len(segment.tokens)))
+            tokens.extend(segment.tokens)
+            if segment.tokens[-1] == PENDING:
+                tokens[-1] = self.last_token_L[segment.lane]
+                assert tokens[-1] != PENDING, f"lane {segment.lane} has not sampled yet"
+            positions.extend(range(segment.start, segment.start + len(segment.tokens)))
+            lanes.extend([segment.lane] * len(segment.tokens))
+        positions_T, lanes_T = np.array(positions, np.int64), np.array(lanes, np.int64)
+        pages_T = self.page_table_LP[lanes_T, positions_T // self.page_size].astype(np.int64)
+        slots_T = pages_T * self.page_size + positions_T % self.page_size
+        rows, samples, prompts = self._wanted(plan, segments)
+        return Batch(np.array(tokens, np.int64), positions_T, lanes_T, slots_T, segments, np.array(rows, np.int64), samples, prompts)
+
+    def _grow(self, segment: Segment) -> None:
+        if segment.pages:
+            first = self.num_pages_L[segment.lane]
+            self.num_pages_L[segment.lane] = first + len(segment.pages)
+            self.page_table_LP[segment.lane, first : first + len(segment.pages)] = segment.pages
+
+    def _wanted(
+        self, plan: StepPlan, segments: list[tuple[int, int, int]]
+    ) -> tuple[list[int], list[int], list[tuple[int, slice, list[int]]]]:
+        rows: list[int] = []
+        samples: list[int] = []
+        prompts: list[tuple[int, slice, list[int]]] = []
+        for segment, (lane, first, length) in zip(plan.segments, segments, strict=True):
+            if segment.prompt_logits:
+                following = list(self.prompt_L[lane][segment.start + 1 : segment.start + length + 1])
+                prompts.append((segment.seq, slice(len(rows), len(rows) + len(following)), following))
+                rows.extend(range(first, first + len(following)))
+            if segment.sample:
+                samples.append(len(rows))
+                rows.append(first + length - 1)
+        return rows, samples, prompts

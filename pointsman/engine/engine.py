@@ -1,0 +1,204 @@
+"""The engine: plan, execute, commit, deliver.
+
+`step` runs those four for one step. In the plain order each waits for the one before. Overlapped, the next step is planned
+before the result of this one is known and handed over before that result is committed and delivered: the same calls in
+another order, so both give the same tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass, field
+
+from pointsman.config import EngineConfig
+from pointsman.engine.build import Parts, build
+from pointsman.engine.executor import Executor, Inline, Pending, Threaded
+from pointsman.request import ChoiceDelta, FinishReason, Logprob, Request
+from pointsman.scheduler import Advance, Sequence
+from pointsman.step import StepPlan
+from pointsman.text import Detokenizer, StopStrings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Choice:
+    """What delivering one sequence needs to remember."""
+
+    detokenizer: Detokenizer | None
+    stops: StopStrings | None
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
+    delivered: bool = False
+
+
+class Engine:
+    """One model on one machine; not thread-safe, one caller drives it.
+
+    Attributes:
+        tokenizer: None where the checkpoint's folder has none; then prompts are token ids and answers have no text.
+        chat_template: None where the checkpoint has none.
+        context_length: most tokens of prompt and answer.
+        model_name: what the API calls it.
+        generation_defaults: sampling values the checkpoint advises.
+    """
+
+    def __init__(self, config: EngineConfig, *, progress: bool = False) -> None:
+        parts: Parts = build(config, progress=progress)
+        self.config = config
+        self.architecture = parts.architecture
+        self.tokenizer = parts.tokenizer
+        self.chat_template = parts.chat_template
+        self.context_length = parts.context_length
+        self.model_name = parts.model_name
+        self.generation_defaults = parts.generation_defaults
+        self.scheduler = parts.scheduler
+        self._runner = parts.runner
+        self._overlap = not config.scheduler.disable_overlap_schedule
+        self._executor: Executor = Threaded(parts.runner) if self._overlap else Inline(parts.runner)
+        self._seeds = random.Random(config.model.random_seed)
+        self._choices: dict[int, _Choice] = {}
+        self._live: dict[str, int] = {}
+        self._in_flight: tuple[StepPlan, Pending] | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self._in_flight is not None or self.scheduler.has_work
+
+    @property
+    def step_name(self) -> str:
+        """What computes a step just now: `torch` or `compiled`."""
+        return self._runner.step_name
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError if it can never run here, or if its name is taken."""
+        self._check(request)
+        sampling = request.sampling
+        first = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
+        for sequence in self.scheduler.add(request, tuple((first + index) % 2**64 for index in range(sampling.n))):
+            self._choices[sequence.number] = self._new_choice(request)
+        self._live[request.rid] = sampling.n
+
+    def _check(self, request: Request) -> None:
+        if request.rid in self._live:
+            raise ValueError(f"rid {request.rid!r} is already in use by a running request")
+        vocab = self.architecture.vocab_size
+        ids = (*request.prompt_token_ids, *request.sampling.stop_token_ids, *request.sampling.logit_bias)
+        if (highest := max(ids)) >= vocab or min(ids) < 0:
+            wrong = highest if highest >= vocab else min(ids)
+            raise ValueError(f"token id {wrong} is not in the vocabulary; ids go from 0 to {vocab - 1}")
+        if request.sampling.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this checkpoint has none; use stop_token_ids")
+        waiting = self.scheduler.num_waiting
+        if waiting >= self.config.scheduler.max_queued_requests:
+            raise ValueError(f"{waiting} requests are waiting already, the most that --max-queued-requests allows")
+
+    def _new_choice(self, request: Request) -> _Choice:
+        if self.tokenizer is None:
+            return _Choice(None, None)
+        sampling = request.sampling
+        detokenizer = Detokenizer(self.tokenizer, request.prompt_token_ids, sampling.skip_special_tokens)
+        stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
+        return _Choice(detokenizer, stops)
+
+    def abort(self, rid: str) -> list[ChoiceDelta]:
+        """End every choice of a request, wherever it is; an unknown name is no error."""
+        return [self._finished(sequence) for sequence in self.scheduler.abort(rid)]
+
+    def step(self) -> list[ChoiceDelta]:
+        """Run one step and return what it added; an empty list where no choice grew. Raises what the model raises."""
+        if self._in_flight is None:
+            self._submit(self.scheduler.plan())
+        if self._in_flight is None:
+            return []
+        ahead = self.scheduler.plan() if self._overlap else None
+        plan, pending = self._in_flight
+        result = pending.result()
+        self._in_flight = None
+        self._submit(ahead)
+        return self._deliver(self.scheduler.commit(plan, result))
+
+    def _submit(self, plan: StepPlan | None) -> None:
+        if plan is not None:
+            self._in_flight = (plan, self._executor.submit(plan))
+
+    def _deliver(self, advances: list[Advance]) -> list[ChoiceDelta]:
+        deltas = []
+        for advance in advances:
+            choice = self._choices[advance.sequence.number]
+            if advance.prompt_logprobs:
+                choice.prompt_logprobs.extend(self._decoded(entry) for entry in advance.prompt_logprobs)
+            if advance.token is not None or advance.finish_reason is not None:
+                deltas.append(self._delta(advance, choice))
+        return deltas
+
+    def _delta(self, advance: Advance, choice: _Choice) -> ChoiceDelta:
+        sequence = advance.sequence
+        delta = self._blank(sequence)
+        if advance.token is not None:
+            delta.token_ids = [advance.token]
+            if sequence.request.sampling.logprobs is not None:
+                assert advance.logprobs is not None
+                delta.logprobs = [self._decoded(dict(advance.logprobs))]
+        if not choice.delivered and sequence.request.sampling.prompt_logprobs is not None:
+            delta.prompt_logprobs = choice.prompt_logprobs
+        choice.delivered = True
+        self._spell(advance, choice, delta)
+        if sequence.finish_reason is not None:
+            self._close(sequence, delta)
+            delta.error = advance.error
+        return delta
+
+    def _spell(self, advance: Advance, choice: _Choice, delta: ChoiceDelta) -> None:
+        """Turn the token into text, and end the choice where a stop string is complete."""
+        sequence = advance.sequence
+        if choice.detokenizer is None:
+            return
+        ended_by_token = sequence.finish_reason is FinishReason.STOP
+        text = ""
+        if advance.token is not None and not (ended_by_token and not sequence.request.sampling.include_stop_str_in_output):
+            text = choice.detokenizer.push(advance.token)
+        if sequence.finish_reason is not None:
+            text += choice.detokenizer.flush()
+        if choice.stops is None or sequence.num_output < sequence.request.sampling.min_tokens:
+            delta.text = text
+            return
+        delta.text, matched = choice.stops.push(text)
+        if matched is not None and sequence.finish_reason is None:
+            self.scheduler.finish(sequence, FinishReason.STOP, matched)
+        elif matched is not None:
+            sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, matched
+        elif sequence.finish_reason is not None:
+            delta.text += choice.stops.flush()
+
+    def _decoded(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
+        if self.tokenizer is None:
+            return entry
+        return {token: Logprob(item.logprob, item.rank, self.tokenizer.token_text(token)) for token, item in entry.items()}
+
+    def _blank(self, sequence: Sequence) -> ChoiceDelta:
+        return ChoiceDelta(
+            rid=sequence.request.rid,
+            index=sequence.index,
+            num_prompt_tokens=sequence.num_prompt,
+            num_cached_tokens=sequence.num_cached,
+        )
+
+    def _finished(self, sequence: Sequence) -> ChoiceDelta:
+        delta = self._blank(sequence)
+        self._close(sequence, delta)
+        return delta
+
+    def _close(self, sequence: Sequence, delta: ChoiceDelta) -> None:
+        """Fill in the last delta of a choice. The routing rows are read before the next plan can give its pages away."""
+        delta.finish_reason, delta.stop_reason = sequence.finish_reason, sequence.stop_reason
+        if sequence.request.sampling.return_routed_experts and delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            delta.routed_experts = self._runner.routing(sequence.pages, len(sequence.tokens) - 1)
+        del self._choices[sequence.number]
+        self._live[sequence.request.rid] -= 1
+        if not self._live[sequence.request.rid]:
+            del self._live[sequence.request.rid]
+
+    def close(self) -> None:
+        """Wait for the step in flight and end the threads."""
+        self._executor.close()

@@ -1,0 +1,63 @@
+"""Where a step runs.
+
+An executor takes plans in order and answers each with a result. `Inline` runs a step in the caller's thread, when the result
+is asked for: nothing overlaps, and nothing is simpler. `Threaded` runs it in a thread of its own, so that the engine plans and
+delivers while the step computes. A step holds the interpreter's lock only between its kernels.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from pointsman.engine.model_runner import ModelRunner
+from pointsman.step import StepPlan, StepResult
+
+
+class Pending(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult: ...
+
+
+class Executor(Protocol):
+    """Runs plans in the order of submission; a fault of a step is raised by its `result()`."""
+
+    def submit(self, plan: StepPlan) -> Pending: ...
+
+    def close(self) -> None: ...
+
+
+class Inline:
+    """Runs the step when its result is asked for."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    def submit(self, plan: StepPlan) -> Pending:
+        return _Deferred(self._runner, plan)
+
+    def close(self) -> None:
+        pass
+
+
+class _Deferred:
+    def __init__(self, runner: ModelRunner, plan: StepPlan) -> None:
+        self._runner, self._plan = runner, plan
+
+    def result(self) -> StepResult:
+        return self._runner.execute(self._plan)
+
+
+class Threaded:
+    """Runs steps one after the other in one thread."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        return self._thread.submit(self._runner.execute, plan)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)

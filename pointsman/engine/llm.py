@@ -1,0 +1,197 @@
+"""The Python front door: prompts in, results out.
+
+    from pointsman import LLM, SamplingParams
+    llm = LLM()
+    llm.generate(["..."], SamplingParams(max_tokens=64))[0].outputs[0].text
+
+It drives one engine in the caller's thread. Keywords are the flags of `pointsman serve` with underscores.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pointsman.config import engine_config
+from pointsman.engine.engine import Engine
+from pointsman.request import ChoiceDelta, CompletionOutput, Request, RequestOutput, SamplingParams
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model to generate with.
+
+    Args:
+        model: folder or Hugging Face id of the checkpoint; None is the bundled one.
+        progress: show bars on stderr while loading and generating; None shows them on a terminal.
+        **config: the flags of `pointsman serve`, with underscores.
+
+    Raises:
+        ValueError: an option or the checkpoint cannot be used; the message says what would work.
+    """
+
+    def __init__(self, model: str | None = None, *, progress: bool | None = None, **config: Any) -> None:
+        self._engine = Engine(engine_config(model_path=model, **config), progress=progress is not False)
+        self._progress = progress
+        self._names = itertools.count()
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Answer each prompt (a text, or token ids); results come in the order of the prompts.
+
+        Raises:
+            ValueError: a prompt is empty or too long, or there are not as many sampling parameters as prompts.
+        """
+        many = _as_list(prompts)
+        params = _params_for(many, sampling_params)
+        requests = [self._request(prompt, each) for prompt, each in zip(many, params, strict=True)]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in many]
+        return self._run(requests, texts)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several, through the checkpoint's chat template.
+
+        Args:
+            messages: one conversation or a list of them.
+            tools: OpenAI function descriptions, the same for all conversations.
+            **template: passed on to the chat template.
+
+        Raises:
+            ValueError: the checkpoint has no chat template, or the template refuses the messages.
+        """
+        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
+        prompts = [self.render(conversation, tools=tools, **template) for conversation in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, **template: Any
+    ) -> list[int]:
+        """The token ids of a conversation that asks for the next assistant turn."""
+        if self._engine.chat_template is None or self._engine.tokenizer is None:
+            raise ValueError(f"{self._engine.model_name} has no chat template; use generate with a text or token ids")
+        text = self._engine.chat_template.render(messages, tools=tools, **template)
+        return self._engine.tokenizer.encode(text)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[ChoiceDelta]:
+        """Yield what each step adds to the answer. Closing the iterator aborts the request."""
+        request = self._request(prompt, sampling_params or SamplingParams())
+        self._engine.add(request)
+        left = request.sampling.n
+        try:
+            while left:
+                for delta in self._engine.step():
+                    left -= delta.finish_reason is not None
+                    yield delta
+        finally:
+            if left:
+                self._engine.abort(request.rid)
+
+    def close(self) -> None:
+        """End the engine's threads."""
+        self._engine.close()
+
+    def _request(self, prompt: Prompt, sampling: SamplingParams) -> Request:
+        if isinstance(prompt, str):
+            if self._engine.tokenizer is None:
+                raise ValueError("this checkpoint has no tokenizer.json; pass token ids")
+            prompt = self._engine.tokenizer.encode(prompt)
+        return Request(rid=f"llm-{next(self._names)}", prompt_token_ids=tuple(int(token) for token in prompt), sampling=sampling)
+
+    def _run(self, requests: list[Request], texts: list[str | None]) -> list[RequestOutput]:
+        results = {
+            request.rid: RequestOutput(
+                request_id=request.rid,
+                prompt=text,
+                prompt_token_ids=list(request.prompt_token_ids),
+                outputs=[_blank(index, request.sampling) for index in range(request.sampling.n)],
+            )
+            for request, text in zip(requests, texts, strict=True)
+        }
+        waiting = iter(requests)
+        left = 0
+        try:
+            with self._bar() as bar:
+                task = bar.add_task("generate", total=sum(request.sampling.n for request in requests))
+                while True:
+                    left += self._top_up(waiting)
+                    if not left:
+                        break
+                    for delta in self._engine.step():
+                        merge(results[delta.rid], delta)
+                        if delta.finish_reason is not None:
+                            left -= 1
+                            bar.advance(task)
+        finally:
+            for request in requests:
+                if not results[request.rid].finished:
+                    self._engine.abort(request.rid)
+        return list(results.values())
+
+    def _top_up(self, waiting: Iterator[Request]) -> int:
+        """Hand over as many requests as the queue takes, and return how many choices that adds."""
+        room = self._engine.config.scheduler.max_queued_requests - self._engine.scheduler.num_waiting
+        added = 0
+        for request in itertools.islice(waiting, max(room // 2, 0)):
+            self._engine.add(request)
+            added += request.sampling.n
+        return added
+
+    def _bar(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        bar = Progress(*columns, transient=True, refresh_per_second=4)
+        bar.console.stderr = True
+        bar.disable = self._progress is False or (self._progress is None and not bar.console.is_terminal)
+        return bar
+
+
+def merge(result: RequestOutput, delta: ChoiceDelta) -> None:
+    """Add what a step brought to a result. Raises RuntimeError where the engine gave up on the choice."""
+    if delta.error is not None:
+        raise RuntimeError(f"request {delta.rid} failed: {delta.error}")
+    output = result.outputs[delta.index]
+    output.text += delta.text
+    output.token_ids.extend(delta.token_ids)
+    if delta.logprobs is not None and output.logprobs is not None:
+        output.logprobs.extend(delta.logprobs)
+    if delta.prompt_logprobs is not None:
+        result.prompt_logprobs = delta.prompt_logprobs
+    if delta.index == 0:
+        result.num_cached_tokens = delta.num_cached_tokens
+    if delta.finish_reason is not None:
+        output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+        output.routed_experts = delta.routed_experts
+        result.finished = all(choice.finish_reason is not None for choice in result.outputs)
+
+
+def _blank(index: int, sampling: SamplingParams) -> CompletionOutput:
+    return CompletionOutput(index=index, logprobs=None if sampling.logprobs is None else [])
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_for(prompts: list[Prompt], given: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * len(prompts)
+    if len(given) != len(prompts):
+        raise ValueError(f"{len(given)} sampling parameters for {len(prompts)} prompts; pass one for all, or one for each")
+    return list(given)
