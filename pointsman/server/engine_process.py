@@ -1,0 +1,112 @@
+"""The engine's process: one thread that takes what has arrived, steps, and sends what the step added.
+
+It waits on the socket when there is nothing to do, and looks at it between steps when there is. A request that cannot be run
+is refused by itself; anything that goes wrong in a step ends the process, because what the model holds is then unknown, and the
+HTTP side tells everyone why. Its standard input is a line with the configuration and then nothing, until the HTTP process ends:
+that is how this one knows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+import msgspec
+
+from pointsman.config import EngineConfig
+from pointsman.server import wire
+
+if TYPE_CHECKING:
+    from pointsman.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 5.0
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def load_engine(config: EngineConfig) -> Engine:
+    """The real engine. Imported here, because a failing import is a reason to report like any other."""
+    from pointsman.engine.engine import Engine  # noqa: PLC0415
+
+    return Engine(config, progress=True)
+
+
+def main(load: Callable[[EngineConfig], Engine] = load_engine) -> int:
+    """Serve one HTTP process until it goes. Returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = sys.stdin.fileno()
+    launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=wire.Launch)
+    logging.basicConfig(level=launch.log_level.upper(), format=LOG_FORMAT)
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    end = wire.EngineEnd(launch.directory, parent)
+    try:
+        return _run(end, launch.engine, load)
+    finally:
+        end.close()
+
+
+def _run(end: wire.EngineEnd, config: EngineConfig, load: Callable[[EngineConfig], Engine]) -> int:
+    try:
+        engine = load(config)
+    except ValueError as error:
+        end.send(wire.Failed(str(error)))
+        return 1
+    except Exception as error:  # noqa: BLE001 - whatever it is, the HTTP side must hear of it
+        return _report(end, "the engine could not start", error)
+    end.send(wire.Ready(describe(engine)))
+    try:
+        loop(engine, end)
+    except EOFError:
+        engine.close()
+        return 0
+    except Exception as error:  # noqa: BLE001 - the model's state is unknown: tell the HTTP side, and end
+        return _report(end, "the engine failed", error)
+
+
+def loop(engine: Engine, end: wire.EngineEnd) -> NoReturn:
+    """Take messages, step, send; for ever. Raises EOFError when the HTTP process has gone, and what a step raises."""
+    while True:
+        for message in end.receive(wait=not engine.has_work):
+            if isinstance(message, wire.Abort):
+                engine.abort(message.rid)
+                continue
+            try:
+                engine.add(message.request)
+            except ValueError as error:
+                end.send(wire.Refused(message.request.rid, str(error)))
+        if engine.has_work and (deltas := engine.step()):
+            end.send(wire.Deltas(deltas))
+
+
+def describe(engine: Engine) -> wire.ModelInfo:
+    tokenizer = engine.tokenizer
+    return wire.ModelInfo(
+        name=engine.model_name,
+        model_type=engine.architecture.model_type,
+        folder=None if tokenizer is None else str(tokenizer.folder),
+        context_length=engine.context_length,
+        vocab_size=engine.architecture.vocab_size,
+        generation_defaults=dict(engine.generation_defaults),
+    )
+
+
+def _report(end: wire.EngineEnd, what: str, error: Exception) -> int:
+    log.error("%s", what, exc_info=error)
+    end.send(wire.Failed(f"{what}: {type(error).__name__}: {error}".splitlines()[0]))
+    return 1
+
+
+def _end_with_parent(parent: int) -> None:
+    """End the process some seconds after its parent, if it is then still loading or stuck in a step."""
+    while os.read(parent, 1):
+        pass
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)

@@ -1,0 +1,73 @@
+"""Starting and ending the engine's process.
+
+It is started before this process imports anything slow, so that both sides load at the same time. It gets a session of its own:
+Ctrl-C in a terminal goes to the HTTP process alone, which then ends both in order. It looks for modules where this process does,
+whatever the working directory holds, and its standard output is this one's standard error, which is where logs belong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import IO, cast
+
+import msgspec
+
+from pointsman.config import EngineConfig
+from pointsman.server.wire import Launch, ServerEnd
+
+ENGINE = "import sys; from pointsman.server.engine_process import main; sys.exit(main())"
+LEAVE_SECONDS = 5.0
+STANDARD_ERROR = 2
+
+
+class EngineProcess:
+    """A running engine process and the socket to it.
+
+    Args:
+        config: what the engine is to run.
+        log_level: how much it logs.
+        program: Python source that the process runs; tests put another engine there.
+
+    Raises:
+        ValueError: no socket can be made in the temporary directory.
+    """
+
+    def __init__(self, config: EngineConfig, *, log_level: str, program: str = ENGINE) -> None:
+        self._directory = tempfile.mkdtemp(prefix="pointsman-")
+        self._leaving = False
+        try:
+            self.end = ServerEnd(self._directory)
+        except ValueError:
+            shutil.rmtree(self._directory)
+            raise
+        self._process = subprocess.Popen(
+            command(program, sys.path), stdin=subprocess.PIPE, stdout=STANDARD_ERROR, bufsize=0, start_new_session=True
+        )
+        line = msgspec.json.encode(Launch(engine=config, directory=self._directory, log_level=log_level))
+        with contextlib.suppress(BrokenPipeError):  # it is gone already: `wait` says how
+            cast(IO[bytes], self._process.stdin).write(line + b"\n")
+
+    def wait(self) -> int:
+        """Block until the process has ended and return its exit code; a negative one is a signal."""
+        return self._process.wait()
+
+    def stop(self, *, at_once: bool) -> None:
+        """End the process, between two steps or at once, and remove the socket."""
+        cast(IO[bytes], self._process.stdin).close()
+        try:
+            self._process.wait(0 if at_once else LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self.end.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def command(program: str, path: Sequence[str]) -> list[str]:
+    """The command line of a Python process that runs `program` with this module search path."""
+    return [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {list(path)!r}; {program}"]
