@@ -1,0 +1,43 @@
+"""A weight matrix and what multiplies with it; and the embedding.
+
+The checkpoint's form is kept and the implementation's own form is made at first use, or by `prepare`: a step compiled as one
+region packs the checkpoint's form itself and never asks for the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pointsman.kernels import Linear as Implementation
+from pointsman.kernels.weight import Weight
+
+
+class Linear:
+    """y = x @ weight.T by one implementation of the op table."""
+
+    def __init__(self, weight: Weight, implementation: Implementation, dtype: torch.dtype) -> None:
+        self.weight = weight
+        self._implementation = implementation
+        self._dtype = dtype
+        self._ready: Weight | None = None
+
+    def prepare(self) -> Weight:
+        """The weight in the implementation's form, made once."""
+        if self._ready is None:
+            self._ready = self._implementation.prepare(self.weight, self._dtype)
+        return self._ready
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        return self._implementation.run(x_TK, self.prepare())
+
+
+class Embedding:
+    """Rows of a table, in the dtype the model computes in."""
+
+    def __init__(self, table_VD: Tensor, dtype: torch.dtype) -> None:
+        self.table_VD = table_VD
+        self._dtype = dtype
+
+    def __call__(self, tokens_T: Tensor) -> Tensor:
+        return self.table_VD[tokens_T].to(self._dtype)

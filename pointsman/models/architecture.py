@@ -1,0 +1,215 @@
+"""What a checkpoint's config.json says, checked to the last key.
+
+A model file computes one thing. A config can ask for many others under keys that look like decoration, and an engine that skips
+what it does not know answers wrongly without a word. So every key is accounted for: read, required to have the one value that
+the model was written for, or listed as harmless; all other keys and values are refused by name, all of them in one message.
+No tensors here: a dry run and the HTTP side read configs too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# who wrote it, what its tokens are called, how it was trained: nothing that inference computes with
+HARMLESS = frozenset(
+    {"architectures", "auto_map", "transformers_version", "_name_or_path", "torchscript", "use_cache", "return_dict"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"}
+    | {"initializer_range", "attention_dropout", "router_aux_loss_coef", "router_jitter_noise"}
+    | {"output_router_logits", "output_attentions", "output_hidden_states"}
+)
+QUANTIZATION_HARMLESS = frozenset({"quant_method", "fmt", "activation_scheme", "weight_block_size", "dequantize"})
+NEVER_QUANTIZED = frozenset({"gate", "e_score_correction_bias", "lm_head", "embed_tokens", "norm"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A model's sizes and numbers.
+
+    Attributes:
+        name: entry of the model registry.
+        rotary_dim: channels of a head that rotate.
+        expert_width: width of an expert's hidden layer.
+        quantization_block: rows and columns of an FP8 block; None for a plain checkpoint.
+        num_draft_layers: layers past the last that a checkpoint may have for multi-token prediction; they are not loaded.
+        dtype: type of the checkpoint's plain weights.
+    """
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    rope_theta: float
+    max_positions: int
+    norm_epsilon: float
+    num_experts: int
+    top_k: int
+    expert_width: int
+    score: Literal["sigmoid", "softmax"]
+    quantization_block: tuple[int, int] | None
+    num_draft_layers: int
+    dtype: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The dimensions that tensors are declared with."""
+        return {
+            "vocab": self.vocab_size,
+            "hidden": self.hidden_size,
+            "q": self.num_heads * self.head_dim,
+            "kv": self.num_kv_heads * self.head_dim,
+            "experts": self.num_experts,
+            "width": self.expert_width,
+        }
+
+
+class ConfigReader:
+    """Reads keys of a config, remembers which, and collects what is wrong with them."""
+
+    def __init__(self, config: Mapping[str, Any], harmless: frozenset[str] = HARMLESS, prefix: str = "") -> None:
+        self.config = config
+        self.problems: list[str] = []
+        self._harmless = harmless
+        self._prefix = prefix
+        self._read: set[str] = set()
+
+    def refuse(self, key: str, right: str) -> None:
+        """Note that a key's value cannot be served, and what would be right."""
+        self.problems.append(f"{self._prefix}{key} is {self.config.get(key)!r:.200}; {right}")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is; a missing key and null are alike."""
+        self._read.add(key)
+        value = self.config.get(key)
+        return default if value is None else value
+
+    def only(self, key: str, *right: Any) -> None:
+        """The key must be missing, null, or have one of these values."""
+        value = self.get(key)
+        if value is not None and not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in right):
+            self.refuse(key, f"this model is written for {' or '.join(map(repr, right)) or 'null'}")
+
+    def whole(self, *keys: str, low: int = 1) -> int:
+        """A whole number under any one of these names; under several, they must agree."""
+        given = {key: self.get(key) for key in keys if self.get(key) is not None}
+        for key, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                self.refuse(key, f"it must be a whole number from {low}")
+                return low
+        if len(set(given.values())) > 1:
+            self.refuse(next(iter(given)), f"but {', '.join(f'{key} is {value}' for key, value in list(given.items())[1:])}")
+        if not given:
+            self.problems.append(f"{self._prefix}{keys[0]} is missing")
+        return next(iter(given.values()), low)
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A positive number."""
+        value = self.get(key, default)
+        if value is None:
+            self.problems.append(f"{self._prefix}{key} is missing")
+            return 1.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            self.refuse(key, "it must be a positive number")
+            return 1.0
+        return float(value)
+
+    def section(self, key: str, harmless: frozenset[str] = frozenset()) -> ConfigReader | None:
+        """A reader of a nested object, or None where there is none; `join` brings its problems back."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            self.refuse(key, "it must be an object")
+            return None
+        return ConfigReader(value, harmless, f"{self._prefix}{key}.")
+
+    def join(self, section: ConfigReader) -> None:
+        """Take over the problems of a section, its unknown keys included."""
+        section.note_unknown()
+        self.problems += section.problems
+
+    def note_unknown(self) -> None:
+        """Refuse the keys that nobody read and that are not known to be harmless."""
+        for key in sorted(self.config.keys() - self._read - self._harmless):
+            self.refuse(key, "this version does not know the key, and it may change what the model computes")
+
+    def finish(self) -> None:
+        """Raise ValueError with all problems, unknown keys included."""
+        self.note_unknown()
+        if self.problems:
+            raise ValueError(f"config.json asks for what this version cannot serve: {'; '.join(self.problems)}")
+
+
+def read_rotary(reader: ConfigReader, head_dim: int, default_theta: float) -> tuple[int, float]:
+    """Rotated channels and theta, from `rotary_dim` and `rope_theta` or from transformers 5's `rope_parameters`."""
+    reader.only("rope_scaling", {"type": "default"}, {"rope_type": "default"})
+    dims: dict[str, Any] = {"rotary_dim": reader.get("rotary_dim")}
+    factor = reader.get("partial_rotary_factor")
+    dims["partial_rotary_factor"] = None if factor is None else reader.real("partial_rotary_factor") * head_dim
+    theta = None if reader.get("rope_theta") is None else reader.real("rope_theta")
+    rope = reader.section("rope_parameters")
+    if rope is not None:
+        rope.only("rope_type", "default")
+        rope.only("type", "default")
+        if rope.get("rope_theta") is not None:
+            inner = rope.real("rope_theta")
+            if theta is not None and inner != theta:
+                rope.refuse("rope_theta", f"but rope_theta is {theta:g}")
+            theta = inner
+        if rope.get("partial_rotary_factor") is not None:
+            dims["rope_parameters.partial_rotary_factor"] = rope.real("partial_rotary_factor") * head_dim
+        reader.join(rope)
+    given = {key: value for key, value in dims.items() if value is not None}
+    for key, value in given.items():
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value)
+        if not fits or value % 2 or not 2 <= value <= head_dim:
+            reader.problems.append(f"{key} makes {value!r} rotary channels; it must be an even number from 2 to head_dim ({head_dim})")
+            return 2, 1.0
+    if len(set(given.values())) > 1:
+        reader.problems.append(f"rotary channels disagree: {', '.join(f'{key} makes {value:g}' for key, value in given.items())}")
+    return int(next(iter(given.values()), head_dim)), theta if theta is not None else default_theta
+
+
+def read_quantization(reader: ConfigReader) -> tuple[int, int] | None:
+    """The block of an FP8 checkpoint; None for a plain one. Other quantizations are refused."""
+    section = reader.section("quantization_config", QUANTIZATION_HARMLESS)
+    if section is None:
+        return None
+    if section.get("quant_method") != "fp8":
+        section.refuse("quant_method", "this version reads 'fp8' (block-quantized e4m3) and plain checkpoints")
+        reader.problems += section.problems
+        return None
+    section.only("fmt", "float8_e4m3fn", "e4m3")
+    section.only("activation_scheme", "dynamic")
+    section.only("scale_fmt", "float")
+    section.only("expert_dtype", "fp8")
+    section.only("modules_to_convert")
+    block = section.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        section.refuse("weight_block_size", "it must be two whole numbers, rows and columns of a block, such as [128, 128]")
+        block = [128, 128]
+    for key in ("modules_to_not_convert", "ignored_layers"):
+        plain = section.get(key, [])
+        if not isinstance(plain, list) or not all(_never_quantized(str(module)) for module in plain):
+            section.refuse(key, f"this version leaves only {', '.join(sorted(NEVER_QUANTIZED))} unquantized")
+    reader.join(section)
+    return block[0], block[1]
+
+
+def _never_quantized(module: str) -> bool:
+    """Whether a module name, such as `gate` or `model.layers.0.block_sparse_moe.gate`, ends in one that is never quantized."""
+    last = module.removesuffix(".weight").rsplit(".", 1)[-1]
+    return last in NEVER_QUANTIZED or last.endswith("norm")
+
+
+def read_dtype(reader: ConfigReader) -> str:
+    """Type of the plain weights: `dtype` as transformers 5 writes it, or `torch_dtype`."""
+    for key in ("torch_dtype", "dtype"):
+        reader.only(key, "bfloat16", "float32")
+    return str(reader.get("dtype", reader.get("torch_dtype", "bfloat16")))

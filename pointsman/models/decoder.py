@@ -1,0 +1,96 @@
+"""The decoder that all models share: embedding, layers of attention and experts, norm, head.
+
+One forward takes the flat rows of a step, decode and prefill alike, and returns logits of the rows that ask for them. It is
+written layer by layer in torch; a step compiled as one region computes the same from the same `parameters`, and this is its
+oracle.
+
+Shape suffixes: T rows, D hidden, R rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pointsman import kernels
+from pointsman.layers.attention import Attention, Rotation
+from pointsman.layers.context import StepContext
+from pointsman.layers.linear import Embedding, Linear
+from pointsman.layers.moe import MoE
+from pointsman.layers.norm import RMSNorm
+from pointsman.models.architecture import Architecture
+from pointsman.models.parameters import LayerParameters, Parameters
+from pointsman.moe.routing import RoutingSpec
+from pointsman.moe.runner import MoERunner
+
+
+class Backends:
+    """The implementations that a decoder was given, chosen once."""
+
+    def __init__(self, linear: kernels.Linear, attention: kernels.Attention, moe: MoERunner) -> None:
+        self.linear, self.attention, self.moe = linear, attention, moe
+
+
+class DecoderLayer:
+    """x + attention(norm(x)), then x + experts(norm(x))."""
+
+    def __init__(self, index: int, parameters: LayerParameters, architecture: Architecture, backends: Backends, dtype: torch.dtype) -> None:
+        epsilon = architecture.norm_epsilon
+        self.attention_norm = RMSNorm(parameters.attention_norm_D, epsilon)
+        self.attention = Attention(
+            index,
+            qkv=Linear(parameters.qkv, backends.linear, dtype),
+            o=Linear(parameters.o, backends.linear, dtype),
+            q_norm=RMSNorm(parameters.q_norm_Q, epsilon),
+            k_norm=RMSNorm(parameters.k_norm_W, epsilon),
+            head_dim=architecture.head_dim,
+            implementation=backends.attention,
+        )
+        self.expert_norm = RMSNorm(parameters.expert_norm_D, epsilon)
+        spec = routing_spec(architecture)
+        self.moe = MoE(index, parameters.gate_ED, parameters.bias_E, parameters.experts, spec, backends.moe, dtype)
+
+    def __call__(self, x_TD: Tensor, rotation: Rotation, ctx: StepContext) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, ctx)
+        return x_TD + self.moe(self.expert_norm(x_TD), ctx)
+
+
+class Decoder:
+    """A model that runs steps.
+
+    Attributes:
+        architecture: its sizes and numbers.
+        parameters: its weights as the checkpoint has them.
+        dtype: what it computes in; bfloat16 rounds activations between operations.
+    """
+
+    def __init__(self, architecture: Architecture, parameters: Parameters, backends: Backends, dtype: torch.dtype) -> None:
+        self.architecture = architecture
+        self.parameters = parameters
+        self.backends = backends
+        self.dtype = dtype
+        self.embedding = Embedding(parameters.embed_VD, dtype)
+        self.layers = [DecoderLayer(index, layer, architecture, backends, dtype) for index, layer in enumerate(parameters.layers)]
+        self.norm = RMSNorm(parameters.norm_D, architecture.norm_epsilon)
+        self.head = Linear(parameters.head, backends.linear, dtype)
+
+    def prepare(self) -> None:
+        """Make every implementation's own form of its weights now rather than at first use."""
+        self.head.prepare()
+        for layer in self.layers:
+            layer.attention.qkv.prepare()
+            layer.attention.o.prepare()
+            layer.moe.prepare()
+
+    def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
+        """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""
+        rotation = Rotation.at(ctx.positions_T, self.architecture.rotary_dim, self.architecture.rope_theta)
+        x_TD = self.embedding(tokens_T)
+        for layer in self.layers:
+            x_TD = layer(x_TD, rotation, ctx)
+        return self.head(self.norm(x_TD[rows_R])).float()
+
+
+def routing_spec(architecture: Architecture) -> RoutingSpec:
+    """How the model routes."""
+    return RoutingSpec(num_experts=architecture.num_experts, top_k=architecture.top_k, score=architecture.score)

@@ -1,0 +1,203 @@
+"""From a folder or hub id to a decoder that can run.
+
+Tensors are copied one by one from the mapped files into their place in the stacked parameters, so that a second copy of the
+model never exists. Before the first byte is copied the headers are compared with what the architecture calls for; all that is
+missing, too much, misshapen or of the wrong type is one message. What the bytes themselves may have wrong (NaN, infinite scales)
+is checked as they pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from pointsman.kernels import choose_attention, choose_linear
+from pointsman.kernels.weight import FP8, FP8_MAX, num_blocks
+from pointsman.models import MODELS, architecture_of
+from pointsman.models.architecture import Architecture
+from pointsman.models.checkpoint import Checkpoint, locate, open_checkpoint, read_json
+from pointsman.models.decoder import Backends, Decoder, routing_spec
+from pointsman.models.names import Kind, Place, Row, places
+from pointsman.models.parameters import Parameters, Storage
+from pointsman.moe.runner import choose_runner
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+FILE_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": FP8}
+MOST_LISTED = 20
+DUMMY_STD = 0.02
+DUMMY_ROUTER_STD = 0.05 * math.sqrt(3072)
+
+
+def load_model(
+    model_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    load_format: str = "auto",
+    quantization: str | None = None,
+    linear_backend: str = "auto",
+    attention_backend: str = "auto",
+    moe_backend: str = "auto",
+    device: str = "cpu",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Decoder:
+    """Load a checkpoint; parameters are named as the flags they come from.
+
+    Args:
+        dtype: what the model computes in; auto is float32 on a CPU, bfloat16 elsewhere.
+        load_format: "dummy" makes random weights from config.json alone.
+        quantization: None takes the checkpoint's; "fp8" insists on it.
+        seed: of dummy weights.
+        progress: show a bar on stderr; None shows one on a terminal.
+
+    Raises:
+        ValueError: the checkpoint, the config or a choice cannot be served; the message says what would be right.
+    """
+    folder = locate(str(model_path), revision=revision, weights=load_format != "dummy")
+    architecture = architecture_of(read_json(folder, "config.json"))
+    if quantization == "fp8" and architecture.quantization_block is None:
+        raise ValueError(f"quantization is 'fp8', but {folder} is a {architecture.dtype} checkpoint; leave it out, or quantize it first")
+    on = torch.device(device)
+    compute = resolve_dtype(dtype, on)
+    backends = Backends(
+        choose_linear(linear_backend, device=on, dtype=compute),
+        choose_attention(attention_backend, device=on, dtype=compute),
+        choose_runner(moe_backend, routing_spec(architecture), device=on, dtype=compute),
+    )
+    parameters = (
+        make_parameters(architecture, seed=seed, device=on)
+        if load_format == "dummy"
+        else read_parameters(folder, architecture, device=on, progress=progress)
+    )
+    return Decoder(architecture, parameters, backends, compute)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """What `--dtype` means on a device."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def read_parameters(folder: Path, architecture: Architecture, *, device: torch.device, progress: bool | None = None) -> Parameters:
+    """All weights of a checkpoint, checked against the architecture."""
+    rows = MODELS[architecture.name].rows
+    expected = places(rows, architecture)
+    checkpoint = open_checkpoint(folder)
+    _raise(folder, [*checkpoint.problems, *_differences(expected, checkpoint, architecture)])
+    storage = Storage(rows, architecture, _plain_dtypes(expected, checkpoint), device)
+    faults: list[str] = []
+    with _bar(progress, len(expected)) as advance:
+        for name, tensor in checkpoint.tensors():
+            if name in expected:
+                faults += _faults(name, tensor)
+                storage.view(expected[name][1]).copy_(tensor)
+                advance()
+    _raise(folder, faults)
+    return storage.parameters()
+
+
+def _differences(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpoint, architecture: Architecture) -> Iterator[str]:
+    """What the headers lack, have too much, or have otherwise than the architecture calls for."""
+    for name, (row, place) in expected.items():
+        header = checkpoint.headers.get(name)
+        if header is None:
+            yield f"{name} is missing"
+            continue
+        shape, dtypes = _form(row, place, architecture)
+        if header.shape != shape:
+            yield f"{name} is {list(header.shape)} where {list(shape)} belongs"
+        if header.dtype not in dtypes:
+            yield f"{name} is {header.dtype} where {' or '.join(dtypes)} belongs"
+    for name in checkpoint.headers.keys() - expected.keys():
+        if not _is_draft_layer(name, architecture):
+            yield f"{name} does not belong to this model"
+
+
+def _form(row: Row, place: Place, architecture: Architecture) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Shape and file types that a tensor may have."""
+    shape, block = tuple(architecture.sizes[name] for name in row.shape), architecture.quantization_block
+    if row.kind is not Kind.MATRIX or block is None:
+        return shape, ("BF16", "F32")
+    if not place.scale:
+        return shape, ("F8_E4M3",)
+    return tuple(num_blocks(size, step) for size, step in zip(shape, block, strict=True)), ("F32", "BF16")
+
+
+def _is_draft_layer(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor belongs to a multi-token-prediction layer, numbered on from the model's last."""
+    words = name.split(".")
+    first = architecture.num_layers
+    return words[:2] == ["model", "layers"] and words[2].isdecimal() and first <= int(words[2]) < first + architecture.num_draft_layers
+
+
+def _plain_dtypes(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpoint) -> dict[str, torch.dtype]:
+    """For each parameter the widest type among its tensors: joined tensors share one, and none is narrowed."""
+    widest: dict[str, torch.dtype] = {}
+    for name, (row, _) in expected.items():
+        dtype = FILE_DTYPES[checkpoint.headers[name].dtype]
+        if row.parameter not in widest or dtype.itemsize > widest[row.parameter].itemsize:
+            widest[row.parameter] = dtype
+    return widest
+
+
+def _faults(name: str, tensor: Tensor) -> Iterable[str]:
+    """NaN or infinite numbers; e4m3 has no infinity, and its NaN is all ones after the sign."""
+    broken = (tensor.view(torch.uint8) & 0x7F) == 0x7F if tensor.dtype == FP8 else ~tensor.isfinite()
+    return () if not broken.any() else (f"{name} has numbers that are NaN or infinite",)
+
+
+def _raise(folder: Path, problems: list[str]) -> None:
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in sorted(problems)[:MOST_LISTED])
+        more = f"\n  and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
+        raise ValueError(f"the weights in {folder} do not fit config.json, {len(problems)} problems:{listed}{more}")
+
+
+@contextlib.contextmanager
+def _bar(progress: bool | None, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr; yields what to call for each tensor."""
+    shown = sys.stderr.isatty() if progress is None else progress
+    columns = (TextColumn("loading weights"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("weights", total=total)
+        yield lambda: bar.advance(task)
+
+
+def make_parameters(architecture: Architecture, *, seed: int, device: torch.device) -> Parameters:
+    """Random weights whose router spreads tokens evenly: norms 1, a wide router, no bias, matrices of standard deviation 0.02.
+
+    Each tensor has its own seed, made of the seed given and its name, so that it is the same whatever else is loaded.
+    """
+    rows = MODELS[architecture.name].rows
+    storage = Storage(rows, architecture, {row.parameter: DTYPES[architecture.dtype] for row in rows}, device)
+    for name, (row, place) in places(rows, architecture).items():
+        view = storage.view(place)
+        if place.scale:
+            view.fill_(DUMMY_STD * 4 / FP8_MAX)
+        elif row.parameter == "bias":
+            view.zero_()
+        elif len(row.shape) == 1:
+            view.fill_(1.0)
+        else:
+            std = DUMMY_ROUTER_STD / math.sqrt(architecture.hidden_size) if row.parameter == "gate" else DUMMY_STD
+            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
+            noise = torch.randn(view.shape, generator=generator, device=device)
+            # an e4m3 number of standard deviation 112 leaves four of them to its limit
+            view.copy_((noise * (FP8_MAX / 4)).clamp_(-FP8_MAX, FP8_MAX) if view.dtype == FP8 else noise * std)
+    return storage.parameters()
