@@ -1,0 +1,56 @@
+"""Log-probabilities and ranks of tokens under the model: log-softmax of its logits as they came, before bias, penalties and temperature.
+
+One row at a time and summed in float64, so that a row's numbers do not depend on the batch.
+
+Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pointsman.request import Logprob
+from pointsman.sampling.filters import Floats, likeliest
+
+
+def row_logprobs(logits_V: Floats, token: int, k: int) -> dict[int, Logprob]:
+    """The given token, then the k likeliest; equally likely tokens rank by id. The logits are finite."""
+    largest = float(logits_V.max())
+    normalizer = largest + math.log(np.exp(logits_V.astype(np.float64) - largest).sum())
+    logit = logits_V[token]
+    rank = 1 + int(np.count_nonzero(logits_V > logit)) + int(np.count_nonzero(logits_V[:token] == logit))
+    entry = {token: Logprob(float(logit) - normalizer, rank)}
+    if k:
+        for rank, likely in enumerate(likeliest(logits_V, k).tolist(), 1):
+            entry.setdefault(likely, Logprob(float(logits_V[likely]) - normalizer, rank))
+    return entry
+
+
+def prompt_logprobs(logits_RV: torch.Tensor, next_tokens: Sequence[int], k: int) -> list[dict[int, Logprob]]:
+    """For each row, the prompt token that follows it and the k likeliest tokens.
+
+    A row whose logits are not finite gives the following token alone, with the log-probability NaN and the last rank: such a fault belongs
+    to one sequence, and ends it when it is sampled.
+    """
+    rows_RV = host_rows(logits_RV)
+    finite_R = finite_rows(rows_RV)
+    return [
+        row_logprobs(row_V, token, k) if finite else {token: Logprob(math.nan, len(row_V))}
+        for row_V, token, finite in zip(rows_RV, next_tokens, finite_R, strict=True)
+    ]
+
+
+def finite_rows(rows_RV: Floats) -> list[bool]:
+    """Which rows are finite. The largest of a row with a NaN is NaN."""
+    finite: list[bool] = (np.isfinite(rows_RV.max(axis=1)) & np.isfinite(rows_RV.min(axis=1))).tolist()
+    return finite
+
+
+def host_rows(logits_BV: torch.Tensor) -> Floats:
+    """Float32 logits as an array on the host; on a CPU it is the same memory."""
+    assert logits_BV.dim() == 2 and logits_BV.dtype == torch.float32, f"{logits_BV.dtype} of shape {tuple(logits_BV.shape)}"
+    return logits_BV.numpy(force=True)

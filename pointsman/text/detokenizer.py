@@ -1,0 +1,44 @@
+"""Token ids to text, one token at a time.
+
+The tokens of a byte-level tokenizer are bytes, and text is their concatenation, so no window of tokens is decoded again and
+again: each token's bytes go through an incremental UTF-8 decoder, which keeps at most the three bytes of an unfinished
+character. A byte that no continuation can make valid becomes U+FFFD at once, as does a true U+FFFD of the model: what
+is held back is an unfinished character and never anything else, so no run of odd tokens can hold up the stream or make it slow.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from pointsman.text.tokenizer import Tokenizer
+
+MAX_UNFINISHED = 3
+
+
+class Detokenizer:
+    """The text of a growing list of tokens.
+
+    All texts from `push` and `flush`, joined, are `tokenizer.decode(ids)`. Where the prompt ends inside a character, they begin with that
+    character: the prompt's finished characters and they, joined, are `tokenizer.decode(prompt_ids + ids)`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        tail = b""
+        for token in reversed(prompt_ids):
+            if token not in self._skipped:
+                tail = self._token_bytes(token) + tail
+            if len(tail) >= MAX_UNFINISHED:
+                break
+        self._decoder.decode(tail)
+
+    def push(self, token: int) -> str:
+        """The characters that this token finishes."""
+        return "" if token in self._skipped else self._decoder.decode(self._token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        return self._decoder.decode(b"", final=True)
