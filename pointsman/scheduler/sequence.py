@@ -1,0 +1,114 @@
+"""One choice of a request on its way, and what a step adds to it.
+
+Three numbers say how far a sequence is. `num_computed` positions have their keys and values in the cache, as far as results
+tell; `num_planned` is what it will be once the plans in flight are done; `num_pending` tokens are being chosen by those plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pointsman.request import FinishReason, Logprob, Request
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Sequence:
+    """One choice of a request.
+
+    Attributes:
+        number: unique while the engine lives; later arrivals have larger ones.
+        index: which of the request's choices.
+        limit: it ends when prompt and output together have so many tokens.
+        tokens: prompt and output.
+        num_cached: tokens of the prompt that were found in the prefix cache when it first ran.
+        pages: where its keys and values are, in order. When the sequence finishes or is preempted they go to others, but the
+            list stays as it was until the next plan is made.
+        num_shared: this many of the first pages are the prefix tree's own.
+        cacheable: the pages may go into the prefix tree; false for those from before a reset of it.
+        lane: where it runs; None while it waits and after it ends.
+        num_prompt_rows: rows of prompt log-probabilities handed out so far.
+        num_wanted: pages that it lacked when it was last refused a start; 0 before.
+    """
+
+    number: int
+    request: Request
+    index: int
+    seed: int
+    limit: int
+    tokens: list[int]
+    num_computed: int = 0
+    num_cached: int = 0
+    pages: list[int] = field(default_factory=list)
+    lane: int | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_preemptions: int = 0
+    num_planned: int = 0
+    num_pending: int = 0
+    num_shared: int = 0
+    cacheable: bool = True
+    num_prompt_rows: int = 0
+    num_wanted: int = 0
+    num_prompt: int = field(init=False)
+    order: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.request.prompt_token_ids)
+        self.order = (-self.request.priority, self.number)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def wants_prompt_rows(self) -> bool:
+        """Rows of prompt log-probabilities are still to be computed: one for each prompt token but the first."""
+        return self.request.sampling.prompt_logprobs is not None and self.num_prompt_rows < self.num_prompt - 1
+
+    def ending(self, eos: frozenset[int]) -> tuple[FinishReason, int | None] | None:
+        """Why the last token ends the sequence, and the stop token where the request named it; None if it goes on."""
+        sampling, token = self.request.sampling, self.tokens[-1]
+        if self.num_output >= sampling.min_tokens:
+            if token in eos and not sampling.ignore_eos:
+                return FinishReason.STOP, None
+            if token in sampling.stop_token_ids:
+                return FinishReason.STOP, token
+        return (FinishReason.LENGTH, None) if len(self.tokens) >= self.limit else None
+
+
+def limit_of(request: Request, max_context: int, room: int) -> int:
+    """Tokens of prompt and output together at which the request ends, in a context and a cache of so many tokens.
+
+    The last token is never fed, so it needs no place in the cache. An output without a limit of its own goes to the end of the
+    context, or of the cache where that is smaller; one with a limit must fit the cache, and ends with the context.
+
+    Raises:
+        ValueError: the request could not run even alone.
+    """
+    num_prompt, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
+    shortest = num_prompt + (0 if max_tokens == 0 else 1)
+    if shortest > max_context:
+        raise ValueError(
+            f"the prompt has {num_prompt} tokens; with {shortest - num_prompt} of output that is more than the context of {max_context}"
+        )
+    limit = min(max_context, max(room + 1, shortest) if max_tokens is None else num_prompt + max_tokens)
+    if (needed := max(num_prompt, limit - 1)) > room:
+        raise ValueError(
+            f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}: {needed} tokens to keep are more than "
+            f"the {room} that the cache holds"
+        )
+    return limit
+
+
+@dataclass(slots=True)
+class Advance:
+    """What one step added to one sequence: a token, rows of prompt log-probabilities, its end, or several of these."""
+
+    sequence: Sequence
+    token: int | None = None
+    logprobs: Mapping[int, Logprob] | None = None
+    prompt_logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
