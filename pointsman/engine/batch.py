@@ -14,10 +14,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pointsman.sampling.sampler import LaneSampling
+from pointsman.sampling.lane import LaneSampling
 from pointsman.step import PENDING, Segment, StepPlan
 
 Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Consecutive wanted rows, from `first` on, that the prompt tokens `following` come after."""
+
+    seq: int
+    lane: int
+    first: int
+    following: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +39,7 @@ class Batch:
         segments: (lane, first row, number of rows) of each run of consecutive rows.
         rows_R: the rows whose logits are needed, ascending.
         samples: index into rows_R of each segment that samples, in the plan's order.
-        prompts: (sequence, slice of rows_R, the prompt tokens that follow those rows).
+        prompts: the rows of rows_R that score prompts.
     """
 
     tokens_T: Ints
@@ -39,7 +49,7 @@ class Batch:
     segments: list[tuple[int, int, int]]
     rows_R: Ints
     samples: list[int]
-    prompts: list[tuple[int, slice, list[int]]]
+    prompts: list[PromptRows]
 
 
 @dataclass
@@ -96,16 +106,14 @@ class Lanes:
             self.num_pages_L[segment.lane] = first + len(segment.pages)
             self.page_table_LP[segment.lane, first : first + len(segment.pages)] = segment.pages
 
-    def _wanted(
-        self, plan: StepPlan, segments: list[tuple[int, int, int]]
-    ) -> tuple[list[int], list[int], list[tuple[int, slice, list[int]]]]:
+    def _wanted(self, plan: StepPlan, segments: list[tuple[int, int, int]]) -> tuple[list[int], list[int], list[PromptRows]]:
         rows: list[int] = []
         samples: list[int] = []
-        prompts: list[tuple[int, slice, list[int]]] = []
+        prompts: list[PromptRows] = []
         for segment, (lane, first, length) in zip(plan.segments, segments, strict=True):
             if segment.prompt_logits:
                 following = list(self.prompt_L[lane][segment.start + 1 : segment.start + length + 1])
-                prompts.append((segment.seq, slice(len(rows), len(rows) + len(following)), following))
+                prompts.append(PromptRows(segment.seq, lane, len(rows), following))
                 rows.extend(range(first, first + len(following)))
             if segment.sample:
                 samples.append(len(rows))

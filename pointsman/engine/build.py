@@ -6,11 +6,13 @@ reason, and a wish that cannot be granted ends here with what would work instead
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pointsman import tiny
 from pointsman.cache.pages import PagePool
@@ -20,9 +22,177 @@ from pointsman.engine.batch import Lanes
 from pointsman.engine.compiled import choose_step
 from pointsman.engine.memory import CacheSize, memory_bytes, size_cache
 from pointsman.engine.model_runner import ModelRunner
-from pointsman.layers.attention import PagedKV
+from pointsman.layers.paged_kv import KV_DTYPES, PagedKV, bytes_per_token
 from pointsman.models.architecture import Architecture
-from pointsman.models.loader import Loaded, load_model
+from pointsman.models.checkpoint import locate, read_json
+from pointsman.models.decoder import Decoder
+from pointsman.models.loader import load_model
+from pointsman.models.parameters import Parameters
 from pointsman.moe.capture import RouteStore
 from pointsman.scheduler import Scheduler
 from pointsman.text import ChatTemplate, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+BUNDLED_NAME = "pointsman-tiny"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Parts:
+    """What an engine is made of. `step_reason` says why that step was chosen."""
+
+    architecture: Architecture
+    model_name: str
+    context_length: int
+    tokenizer: Tokenizer | None
+    generation_defaults: dict[str, Any]
+    cache: CacheSize
+    scheduler: Scheduler
+    runner: ModelRunner
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        return None if self.tokenizer is None else self.tokenizer.chat_template
+
+
+def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
+    """Load the model and lay out its cache.
+
+    Raises:
+        ValueError: the checkpoint or an option cannot be served; the message says what would work.
+    """
+    _check(config)
+    model_path = config.model.model_path or str(tiny.path())
+    folder = locate(model_path, revision=config.model.revision, weights=config.model.load_format != "dummy")
+    decoder = load_model(
+        folder,
+        dtype=config.model.dtype,
+        load_format=config.model.load_format,
+        quantization=config.model.quantization,
+        linear_backend=config.kernel.fp8_gemm_backend,
+        attention_backend=config.kernel.attention_backend,
+        moe_backend=config.kernel.moe_runner_backend,
+        seed=config.model.random_seed,
+        progress=progress,
+    )
+    architecture = decoder.architecture
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    if tokenizer is not None and tokenizer.vocab_size > architecture.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {architecture.vocab_size}: they do not belong together"
+        )
+    context_length = _context_length(config, architecture)
+    cache = _size(config, decoder, context_length)
+    eos_ids = () if tokenizer is None else tokenizer.eos_ids
+    return Parts(
+        architecture=architecture,
+        model_name=config.model.served_model_name or config.model.model_path or BUNDLED_NAME,
+        context_length=context_length,
+        tokenizer=tokenizer,
+        generation_defaults=_generation_defaults(folder),
+        cache=cache,
+        scheduler=_scheduler(config, cache, context_length, eos_ids),
+        runner=_runner(config, decoder, cache, context_length, eos_ids),
+    )
+
+
+def _check(config: EngineConfig) -> None:
+    """Refuse what needs hardware that this version does not drive."""
+    if config.kernel.device == "cuda":
+        raise ValueError("device is 'cuda'; this version runs models on CPUs: use --device cpu")
+    for name in ("tensor_parallel_size", "expert_parallel_size"):
+        if (size := getattr(config.parallel, name)) != 1:
+            raise ValueError(f"{name} is {size}; this version runs a model on one device: 1")
+    if config.kernel.enforce_piecewise_cuda_graph:
+        raise ValueError("enforce_piecewise_cuda_graph needs a CUDA device; this version runs models on CPUs: leave it out")
+
+
+def _context_length(config: EngineConfig, architecture: Architecture) -> int:
+    wanted, most = config.model.context_length, architecture.max_positions
+    if wanted is not None and wanted > most:
+        raise ValueError(f"context_length is {wanted}; the model was made for at most {most} positions")
+    return wanted or most
+
+
+def _kv_dtype(config: EngineConfig) -> torch.dtype:
+    wanted = config.cache.kv_cache_dtype
+    if wanted == "auto":
+        wanted = "float32" if config.model.dtype == "float32" else "bfloat16"
+    return KV_DTYPES[wanted]
+
+
+def _size(config: EngineConfig, decoder: Decoder, context_length: int) -> CacheSize:
+    architecture = decoder.architecture
+    keys_and_values = bytes_per_token(
+        num_layers=architecture.num_layers,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        dtype=_kv_dtype(config),
+    )
+    routes = architecture.num_layers * architecture.top_k * (1 if architecture.num_experts <= 256 else 2)
+    size = size_cache(
+        bytes_per_token=keys_and_values + routes,
+        weight_bytes=_num_bytes(decoder.parameters),
+        total_bytes=memory_bytes(),
+        fraction=config.cache.mem_fraction_static,
+        page_size=config.cache.page_size,
+        context_length=context_length,
+        max_running=config.scheduler.max_running_requests,
+        max_total_tokens=config.cache.max_total_tokens,
+    )
+    logger.info("cache: %d tokens of %d bytes in pages of %d", size.num_tokens, size.bytes_per_token, size.page_size)
+    return size
+
+
+def _num_bytes(parameters: Parameters) -> int:
+    """Memory of the weights as the checkpoint has them."""
+    found: list[torch.Tensor | None] = [parameters.embed_VD, parameters.norm_D, parameters.head.data]
+    for layer in parameters.layers:
+        found += [layer.attention_norm_D, layer.q_norm_Q, layer.k_norm_W, layer.expert_norm_D, layer.gate_ED, layer.bias_E]
+        for weight in (layer.qkv, layer.o, layer.experts.gate_up, layer.experts.down):
+            found += [weight.data, weight.scale]
+    return sum(tensor.nbytes for tensor in found if tensor is not None)
+
+
+def _scheduler(config: EngineConfig, cache: CacheSize, context_length: int, eos_ids: tuple[int, ...]) -> Scheduler:
+    pool = PagePool(cache.num_pages)
+    return Scheduler(
+        max_running=config.scheduler.max_running_requests,
+        token_budget=config.scheduler.chunked_prefill_size,
+        max_context=context_length,
+        page_size=cache.page_size,
+        pool=pool,
+        radix=None if config.cache.disable_radix_cache else RadixCache(pool, cache.page_size),
+        eos_token_ids=eos_ids,
+    )
+
+
+def _runner(config: EngineConfig, decoder: Decoder, cache: CacheSize, context_length: int, eos_ids: tuple[int, ...]) -> ModelRunner:
+    architecture = decoder.architecture
+    kv = PagedKV.allocate(
+        num_layers=architecture.num_layers,
+        num_pages=cache.num_pages,
+        num_kv_heads=architecture.num_kv_heads,
+        page_size=cache.page_size,
+        head_dim=architecture.head_dim,
+        dtype=_kv_dtype(config),
+    )
+    routes = RouteStore(cache.num_tokens, architecture.num_layers, architecture.top_k, architecture.num_experts)
+    lanes = Lanes(
+        max_lanes=config.scheduler.max_running_requests,
+        max_pages=math.ceil(context_length / cache.page_size),
+        page_size=cache.page_size,
+        vocab_size=architecture.vocab_size,
+        eos_token_ids=eos_ids,
+    )
+    return ModelRunner(choose_step(config, decoder, kv, routes), lanes, routes)
+
+
+def _generation_defaults(folder: Path) -> dict[str, Any]:
+    """The sampling values a checkpoint advises; `do_sample: false` is temperature 0."""
+    advice = read_json(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    defaults = {name: advice[name] for name in known if advice.get(name) is not None}
+    if advice.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults

@@ -43,7 +43,7 @@ class Engine:
         generation_defaults: sampling values the checkpoint advises.
     """
 
-    def __init__(self, config: EngineConfig, *, progress: bool = False) -> None:
+    def __init__(self, config: EngineConfig, *, progress: bool | None = None) -> None:
         parts: Parts = build(config, progress=progress)
         self.config = config
         self.architecture = parts.architecture

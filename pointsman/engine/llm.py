@@ -35,7 +35,7 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, *, progress: bool | None = None, **config: Any) -> None:
-        self._engine = Engine(engine_config(model_path=model, **config), progress=progress is not False)
+        self._engine = Engine(engine_config(model_path=model, **config), progress=progress)
         self._progress = progress
         self._names = itertools.count()
 

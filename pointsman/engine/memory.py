@@ -64,8 +64,8 @@ def size_cache(
     num_pages = min(max(room, 0) // (page_size * bytes_per_token), pages_per_request * max_running)
     if num_pages < pages_per_request:
         raise ValueError(
-            f"mem_fraction_static is {fraction:g}: {total_bytes * fraction / 2**30:.2f} GiB hold {weight_bytes / 2**30:.2f} GiB of weights and "
-            f"{num_pages * page_size} tokens of cache, less than one request of {context_length} tokens; "
+            f"mem_fraction_static is {fraction:g}: {total_bytes * fraction / 2**30:.2f} GiB hold {weight_bytes / 2**30:.2f} GiB "
+            f"of weights and {num_pages * page_size} tokens of cache, less than one request of {context_length} tokens; "
             "raise it, or lower --context-length"
         )
     return CacheSize(num_pages, page_size, bytes_per_token)
