@@ -1,0 +1,60 @@
+"""What a figure was measured on: without that it means nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pointsman
+from pointsman.engine.engine import Engine
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def machine(engine: Engine) -> dict[str, Any]:
+    """Versions, hardware, and what the engine was set up with."""
+    config = engine.config
+    return {
+        "model": engine.model_name,
+        "device": config.kernel.device,
+        "moe_runner_backend": config.kernel.moe_runner_backend,
+        "dtype": config.model.dtype,
+        "kv_cache_dtype": config.cache.kv_cache_dtype,
+        "step": engine.step_name,
+    } | here()
+
+
+def here() -> dict[str, Any]:
+    """Versions and hardware."""
+    return {
+        "pointsman": pointsman.__version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    if CPU_INFO.exists():
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the source tree this package runs from; None where it was installed."""
+    root = Path(pointsman.__file__).parents[1]
+    if shutil.which("git") is None or not (root / ".git").exists():
+        return None
+    asked = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None

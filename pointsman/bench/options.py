@@ -1,0 +1,35 @@
+"""The flags of `eval` and `bench` besides those of the engine. Apart from the code they steer, so that a wrong flag is told at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pointsman.config import flag
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyOptions:
+    """Held-out problems, answered greedily."""
+
+    num_questions: int = flag(500, "problems to answer", low=1, high=100_000)
+    seed: int = flag(0, "which problems", low=0)
+    max_tokens: int = flag(512, "most tokens of an answer, thinking included", low=1)
+    save: str | None = flag(None, "write every problem and answer to this file, one JSON object a line")
+    show: int = flag(0, "print this many of the answers that were not right", low=0)
+    log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """Random prompts of one length, answered in full batches."""
+
+    batch_size: tuple[int, ...] = flag((1, 8, 32), "sequences that run at once, one or several numbers", low=1, high=4096)
+    input_len: int = flag(64, "tokens of a prompt", low=1)
+    output_len: int = flag(128, "tokens of an answer", low=2)
+    num_iters: int = flag(5, "runs of each batch size, or of the start-up; the median counts", low=1)
+    num_warmups: int = flag(1, "runs before those, of each batch size", low=0)
+    seed: int = flag(0, "which prompts", low=0)
+    start_up: bool = flag(False, "measure `pointsman serve` from the command to the first token instead")
+    log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)

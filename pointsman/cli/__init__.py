@@ -1,0 +1,150 @@
+"""The command `pointsman`: one verb a command.
+
+A row of VERBS names where a verb's flags and its code live; both are loaded only when that verb is asked for, because a person
+waits for the first line of `--help` and of an error, and every import before it counts. Faults end here: an unknown word is
+answered with the nearest known one (exit code 2), what the layers below refuse with their one line (1), Ctrl-C with silence
+(130). A traceback is left for our own faults.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pointsman
+from pointsman.cli.flags import UsageError, add_flags, build, new_parser, parse
+from pointsman.config import EngineConfig, flags, nearest
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command.
+
+    Attributes:
+        summary: a line for the overview.
+        options: "module:class" of the flags the verb has besides those of the engine.
+        run: "module:function" that takes the engine's values and the options and returns the exit code.
+        positional: the option that is given without its name.
+    """
+
+    summary: str
+    options: str
+    run: str
+    positional: str | None = None
+
+
+VERBS = {
+    "serve": Verb("answer over HTTP, with OpenAI's API", "pointsman.config:ServerConfig", "pointsman.cli.serve:run"),
+    "generate": Verb("answer one prompt", "pointsman.cli.options:GenerateOptions", "pointsman.cli.generate:run", positional="prompt"),
+    "chat": Verb("talk in the terminal", "pointsman.cli.options:ChatOptions", "pointsman.cli.chat:run"),
+    "eval arithmetic": Verb(
+        "accuracy on word problems", "pointsman.bench.options:AccuracyOptions", "pointsman.bench.accuracy:eval_arithmetic"
+    ),
+    "eval tools": Verb("accuracy of tool calls", "pointsman.bench.options:AccuracyOptions", "pointsman.bench.accuracy:eval_tools"),
+    "bench latency": Verb("speed and memory, offline", "pointsman.bench.options:LatencyOptions", "pointsman.bench.latency:run"),
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What was typed: the verb, the engine's values that were given, and the verb's own options."""
+
+    name: str
+    engine: dict[str, Any]
+    options: Any
+
+
+def read(words: Sequence[str]) -> Command:
+    """Understand a command line, the program's name left out. Raises UsageError; prints and exits for `--help`."""
+    name, rest = _find_verb(words)
+    verb = VERBS[name]
+    options = _load(verb.options)
+    parser = new_parser(f"pointsman {name}", verb.summary[0].upper() + verb.summary[1:] + ".")
+    add_flags(parser, options, verb.positional)
+    add_flags(parser, EngineConfig)
+    values = parse(parser, rest)
+    own = {field: values.pop(field) for field in flags(options) if field in values}
+    if "model_path" in values:
+        values["model"] = values.pop("model_path")  # its name in Python
+    try:
+        return Command(name, values, build(options, own))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _find_verb(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    first = words[0]
+    if first in VERBS:
+        return first, words[1:]
+    families: dict[str, list[str]] = {}
+    for family, _, member in (name.partition(" ") for name in VERBS):
+        families.setdefault(family, []).append(member)
+    if first not in families:
+        raise UsageError(f"unknown command {first!r}{nearest(first, families) or '; there are ' + ', '.join(families)}")
+    members = ", ".join(families[first])
+    if len(words) < 2 or words[1].startswith("-"):
+        raise UsageError(f"{first} needs one of {members}")
+    name = f"{first} {words[1]}"
+    if name not in VERBS:
+        raise UsageError(f"unknown command {name!r}{nearest(name, VERBS) or '; there are ' + members}")
+    return name, words[2:]
+
+
+def _load(home: str) -> Any:
+    module, _, name = home.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def overview() -> str:
+    """What `pointsman --help` prints."""
+    width = max(map(len, VERBS)) + 2
+    lines = [f"  {name:{width}}{verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(["usage: pointsman COMMAND [FLAGS]", "", *lines, "", "`pointsman COMMAND --help` lists the flags of a command."])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"pointsman {pointsman.__version__}")
+        return 0
+    try:
+        return _run(words)
+    except UsageError as error:
+        return _complain(words, str(error), 2)
+    except (ValueError, OSError) as error:
+        return _broken_pipe() if isinstance(error, BrokenPipeError) else _complain(words, str(error), 1)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(words: Sequence[str]) -> int:
+    command = read(words)
+    if command.engine.get("trust_remote_code"):
+        print("--trust-remote-code has no effect: no code of a checkpoint ever runs", file=sys.stderr)
+    code = _load(VERBS[command.name].run)(command.engine, command.options)
+    sys.stdout.flush()
+    return int(code)
+
+
+def _complain(words: Sequence[str], message: str, code: int) -> int:
+    verb = next((name for name in VERBS if list(words[: len(name.split())]) == name.split()), None)
+    program = f"pointsman {verb}" if verb else "pointsman"
+    print(f"{program}: {message}", file=sys.stderr)
+    return code
+
+
+def _broken_pipe() -> int:
+    """The reader of our output has gone. What is still buffered goes nowhere, so that Python does not complain at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE

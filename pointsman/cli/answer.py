@@ -1,0 +1,77 @@
+"""One answer on its way to a person: the thinking dimmed, then the answer.
+
+The text is split by the parser that the server uses. Control characters are left out on a terminal: a model must not be able
+to move the cursor or set the title.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from pointsman.engine.llm import LLM
+from pointsman.server.parsers import OPEN, Part, ReasoningParser
+
+TAIL_TOKENS = 8
+_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+class AnswerPrinter:
+    """Prints one answer as it comes, and keeps its two parts.
+
+    Args:
+        opened: the prompt ends inside the thinking.
+        hide_thinking: print the answer alone.
+        stream: where to print.
+    """
+
+    def __init__(self, *, opened: bool, hide_thinking: bool, stream: TextIO) -> None:
+        self.reasoning = ""
+        self.content = ""
+        self._parser = ReasoningParser(opened=opened)
+        self._hide_thinking = hide_thinking
+        self._console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def feed(self, text: str) -> None:
+        self._show(self._parser.feed(text))
+
+    def finish(self) -> None:
+        """Print what was kept back, and end the line."""
+        self._show(self._parser.finish())
+        shown = self.content or ("" if self._hide_thinking else self.reasoning)
+        if not shown.endswith("\n"):
+            self._write("\n")
+
+    def _show(self, part: Part) -> None:
+        if part.reasoning and not self._hide_thinking:
+            self._write(part.reasoning, style="dim")
+        if part.content and not self.content and self.reasoning + part.reasoning and not self._hide_thinking:
+            self._write("\n\n")
+        self._write(part.content)
+        self.reasoning += part.reasoning
+        self.content += part.content
+
+    def _write(self, text: str, style: str | None = None) -> None:
+        if not text:
+            return
+        if self._console.is_terminal:
+            text = text.translate(_CONTROLS)
+        self._console.print(text, style=style, end="")
+        self._console.file.flush()
+
+
+def render(llm: LLM, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], bool]:
+    """The prompt of a conversation, and whether it ends inside the thinking. Raises ValueError where there is no chat template."""
+    tokens = llm.render(messages)
+    assert llm.engine.tokenizer is not None
+    tail = llm.engine.tokenizer.decode(tokens[-TAIL_TOKENS:], skip_special_tokens=False)
+    return tokens, tail.rstrip().endswith(OPEN)
+
+
+def split(text: str, *, opened: bool) -> Part:
+    """A whole answer in its two parts."""
+    parser = ReasoningParser(opened=opened)
+    first, last = parser.feed(text), parser.finish()
+    return Part(first.reasoning + last.reasoning, first.content + last.content)
