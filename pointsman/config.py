@@ -150,16 +150,16 @@ class Flag:
             raise ValueError(f"{self.name} is {value!r}; it must be True or False")
         if self.type in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"{self.name} is {value!r}; it must be a number")
-        if self.type is int and value != int(value):
+        if self.type is int and isinstance(value, float) and not value.is_integer():
             raise ValueError(f"{self.name} is {value!r}; it must be a whole number")
         if self.type is str and not isinstance(value, str):
             raise ValueError(f"{self.name} is {value!r}; it must be a string")
         if self.choices and value not in self.choices:
             raise ValueError(f"{self.name} is {value!r}; it must be one of {', '.join(self.choices)}")
-        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
+        if (self.low is not None and not value >= self.low) or (self.high is not None and not value <= self.high):
             bounds = f"at least {self.low:g}" if self.high is None else f"from {self.low:g} to {self.high:g}"
             raise ValueError(f"{self.name} is {value!r}; it must be {bounds}")
-        return value
+        return self.type(value) if self.type in (int, float) else value
 
 
 def flags(config: type) -> dict[str, Flag]:

@@ -112,29 +112,31 @@ def overview() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        return _complain(words, str(error), 2)
+    except BrokenPipeError:
+        return _broken_pipe()
+    except (ValueError, OSError) as error:
+        return _complain(words, str(error), 1)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0 if words else 2
     if words[0] == "--version":
         print(f"pointsman {pointsman.__version__}")
         return 0
-    try:
-        return _run(words)
-    except UsageError as error:
-        return _complain(words, str(error), 2)
-    except (ValueError, OSError) as error:
-        return _broken_pipe() if isinstance(error, BrokenPipeError) else _complain(words, str(error), 1)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-
-
-def _run(words: Sequence[str]) -> int:
     command = read(words)
     if command.engine.get("trust_remote_code"):
         print("--trust-remote-code has no effect: no code of a checkpoint ever runs", file=sys.stderr)
-    code = _load(VERBS[command.name].run)(command.engine, command.options)
-    sys.stdout.flush()
-    return int(code)
+    return int(_load(VERBS[command.name].run)(command.engine, command.options))
 
 
 def _complain(words: Sequence[str], message: str, code: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,10 @@ class UsageError(ValueError):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(message)
+
+    def exit(self, status: int = 0, message: str | None = None) -> typing.NoReturn:
+        sys.stdout.flush()  # here and not at the end of the process, so that a reader that has gone is noticed in time
+        super().exit(status, message)
 
 
 def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
