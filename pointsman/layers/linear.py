@@ -28,6 +28,10 @@ class Linear:
             self._ready = self._implementation.prepare(self.weight, self._dtype)
         return self._ready
 
+    def release(self) -> None:
+        """Drop that form; it is made again at the next use."""
+        self._ready = None
+
     def __call__(self, x_TK: Tensor) -> Tensor:
         return self._implementation.run(x_TK, self.prepare())
 

@@ -40,6 +40,10 @@ class MoE:
             self._ready = self.runner.prepare(self.weights, self._dtype)
         return self._ready
 
+    def release(self) -> None:
+        """Drop that form; it is made again at the next use."""
+        self._ready = None
+
     def __call__(self, x_TD: Tensor, ctx: StepContext) -> Tensor:
         routing = self._route(reference.router_logits(x_TD, self.gate_ED), ctx)
         if ctx.routes is not None:

@@ -33,9 +33,9 @@ class PagedKV:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> PagedKV:
-        """Room for num_pages * page_size tokens."""
+        """Room for num_pages * page_size tokens, not cleared: memory that was never written costs nothing and is never read."""
         shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
-        return PagedKV(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        return PagedKV(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
 
     @property
     def page_size(self) -> int:

@@ -95,18 +95,18 @@ class ConfigReader:
         if value is not None and not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in right):
             self.refuse(key, f"this model is written for {' or '.join(map(repr, right)) or 'null'}")
 
-    def whole(self, *keys: str, low: int = 1) -> int:
+    def whole(self, *keys: str, low: int = 1, high: int = 1 << 31, default: int | None = None) -> int:
         """A whole number under any one of these names; under several, they must agree."""
         given = {key: self.get(key) for key in keys if self.get(key) is not None}
         for key, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                self.refuse(key, f"it must be a whole number from {low}")
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                self.refuse(key, f"it must be a whole number from {low} to {high}")
                 return low
         if len(set(given.values())) > 1:
             self.refuse(next(iter(given)), f"but {', '.join(f'{key} is {value}' for key, value in list(given.items())[1:])}")
-        if not given:
+        if not given and default is None:
             self.problems.append(f"{self._prefix}{keys[0]} is missing")
-        return next(iter(given.values()), low)
+        return next(iter(given.values()), low if default is None else default)
 
     def real(self, key: str, default: float | None = None) -> float:
         """A positive number."""
@@ -118,6 +118,12 @@ class ConfigReader:
             self.refuse(key, "it must be a positive number")
             return 1.0
         return float(value)
+
+    def agreed(self, what: str, given: Mapping[str, float], default: float) -> float:
+        """The one value that several keys give for the same thing."""
+        if len(set(given.values())) > 1:
+            self.problems.append(f"{what} disagree: {', '.join(f'{key} makes {value:g}' for key, value in given.items())}")
+        return next(iter(given.values()), default)
 
     def section(self, key: str, harmless: frozenset[str] = frozenset()) -> ConfigReader | None:
         """A reader of a nested object, or None where there is none; `join` brings its problems back."""
@@ -149,31 +155,25 @@ class ConfigReader:
 def read_rotary(reader: ConfigReader, head_dim: int, default_theta: float) -> tuple[int, float]:
     """Rotated channels and theta, from `rotary_dim` and `rope_theta` or from transformers 5's `rope_parameters`."""
     reader.only("rope_scaling", {"type": "default"}, {"rope_type": "default"})
-    dims: dict[str, Any] = {"rotary_dim": reader.get("rotary_dim")}
-    factor = reader.get("partial_rotary_factor")
-    dims["partial_rotary_factor"] = None if factor is None else reader.real("partial_rotary_factor") * head_dim
-    theta = None if reader.get("rope_theta") is None else reader.real("rope_theta")
+    channels: dict[str, float] = {}
+    thetas: dict[str, float] = {}
+    if reader.get("rotary_dim") is not None:
+        channels["rotary_dim"] = reader.whole("rotary_dim", low=2, high=head_dim)
     rope = reader.section("rope_parameters")
+    for section, prefix in ((reader, ""), (rope, "rope_parameters.")):
+        if section is not None and section.get("partial_rotary_factor") is not None:
+            channels[prefix + "partial_rotary_factor"] = round(section.real("partial_rotary_factor") * head_dim, 6)
+        if section is not None and section.get("rope_theta") is not None:
+            thetas[prefix + "rope_theta"] = section.real("rope_theta")
     if rope is not None:
         rope.only("rope_type", "default")
         rope.only("type", "default")
-        if rope.get("rope_theta") is not None:
-            inner = rope.real("rope_theta")
-            if theta is not None and inner != theta:
-                rope.refuse("rope_theta", f"but rope_theta is {theta:g}")
-            theta = inner
-        if rope.get("partial_rotary_factor") is not None:
-            dims["rope_parameters.partial_rotary_factor"] = rope.real("partial_rotary_factor") * head_dim
         reader.join(rope)
-    given = {key: value for key, value in dims.items() if value is not None}
-    for key, value in given.items():
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value)
-        if not fits or value % 2 or not 2 <= value <= head_dim:
-            reader.problems.append(f"{key} makes {value!r} rotary channels; it must be an even number from 2 to head_dim ({head_dim})")
-            return 2, 1.0
-    if len(set(given.values())) > 1:
-        reader.problems.append(f"rotary channels disagree: {', '.join(f'{key} makes {value:g}' for key, value in given.items())}")
-    return int(next(iter(given.values()), head_dim)), theta if theta is not None else default_theta
+    rotary_dim = reader.agreed("rotary channels", channels, head_dim)
+    if rotary_dim != round(rotary_dim) or rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+        where = next(iter(channels), "head_dim")
+        reader.problems.append(f"{where} makes {rotary_dim:g} rotary channels; it must be an even number from 2 to head_dim ({head_dim})")
+    return round(rotary_dim), reader.agreed("rope_theta", thetas, default_theta)
 
 
 def read_quantization(reader: ConfigReader) -> tuple[int, int] | None:

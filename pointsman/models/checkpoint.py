@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 TEXT_PATTERNS = ("*.json", "*.jinja")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -41,12 +39,13 @@ class Checkpoint:
     headers: dict[str, Header]
     problems: tuple[str, ...]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, file by file in stored order; each is a view of its file, to be copied before the next."""
+    def tensors(self, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of these names, file by file in stored order, each to be copied before the next."""
         for file in sorted({header.file for header in self.headers.values()}):
             with safe_open(self.folder / file, framework="pt") as shard:
                 for name in shard.offset_keys():
-                    yield name, shard.get_tensor(name)
+                    if name in names:
+                        yield name, shard.get_tensor(name)
 
 
 def locate(model_path: str, *, revision: str | None = None, weights: bool = True) -> Path:
@@ -62,10 +61,17 @@ def locate(model_path: str, *, revision: str | None = None, weights: bool = True
         return folder
     if folder.exists() or not HUB_ID.fullmatch(model_path):
         raise ValueError(f"model path {model_path!r} is neither a folder nor a Hugging Face id (organisation/name)")
-    patterns = [*TEXT_PATTERNS, "*.safetensors"] if weights else [*TEXT_PATTERNS]
+    return _fetch(model_path, revision, [*TEXT_PATTERNS, "*.safetensors"] if weights else [*TEXT_PATTERNS])
+
+
+def _fetch(model_path: str, revision: str | None, patterns: list[str]) -> Path:
+    # imported here: it takes a quarter of a second, and only ids of the hub need it
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled  # noqa: PLC0415
+
     try:
         return Path(snapshot_download(model_path, revision=revision, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ValueError(
             f"cannot reach the Hugging Face hub for {model_path!r}, and it is not in the local cache; "
             "put the checkpoint's files in a folder and pass its path"
@@ -99,7 +105,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ValueError: there are none, a file is broken, or the index names something outside the folder.
     """
     index = _read_index(folder)
-    files = sorted(set(index.values())) if index else sorted(path.name for path in folder.glob("*.safetensors"))
+    files = sorted(set(index.values()))
+    if not files:
+        files = [SINGLE] if (folder / SINGLE).exists() else sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no weights in safetensors files; for random weights use --load-format dummy")
     headers: dict[str, Header] = {}

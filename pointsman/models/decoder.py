@@ -9,6 +9,8 @@ Shape suffixes: T rows, D hidden, R rows whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -76,11 +78,18 @@ class Decoder:
 
     def prepare(self) -> None:
         """Make every implementation's own form of its weights now rather than at first use."""
-        self.head.prepare()
+        for part in self._parts():
+            part.prepare()
+
+    def release(self) -> None:
+        """Drop those forms, when another step serves in this one's place."""
+        for part in self._parts():
+            part.release()
+
+    def _parts(self) -> Iterator[Linear | MoE]:
+        yield self.head
         for layer in self.layers:
-            layer.attention.qkv.prepare()
-            layer.attention.o.prepare()
-            layer.moe.prepare()
+            yield from (layer.attention.qkv, layer.attention.o, layer.moe)
 
     def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
         """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""

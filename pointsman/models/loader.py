@@ -103,11 +103,10 @@ def read_parameters(folder: Path, architecture: Architecture, *, device: torch.d
     storage = Storage(rows, architecture, _plain_dtypes(expected, checkpoint), device)
     faults: list[str] = []
     with _bar(progress, len(expected)) as advance:
-        for name, tensor in checkpoint.tensors():
-            if name in expected:
-                faults += _faults(name, tensor)
-                storage.view(expected[name][1]).copy_(tensor)
-                advance()
+        for name, tensor in checkpoint.tensors(expected):
+            faults += _faults(name, tensor)
+            storage.view(expected[name][1]).copy_(tensor)
+            advance()
     _raise(folder, faults)
     return storage.parameters()
 
@@ -166,7 +165,7 @@ def _raise(folder: Path, problems: list[str]) -> None:
     if problems:
         listed = "".join(f"\n  {problem}" for problem in sorted(problems)[:MOST_LISTED])
         more = f"\n  and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
-        raise ValueError(f"the weights in {folder} do not fit config.json, {len(problems)} problems:{listed}{more}")
+        raise ValueError(f"the weights in {folder} do not fit config.json or are broken, {len(problems)} problems:{listed}{more}")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from pointsman.models.architecture import Architecture, ConfigReader, read_dtype
 from pointsman.models.names import Kind, Model, Row
 
 DEFAULT_THETA = 5_000_000.0
+MOST_LAYERS = 1024
+MOST_EXPERTS = 1 << 16  # what a routing record can name
 
 # what the published config says, or what transformers' class computes, where the model is written for one value only
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -65,18 +67,19 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     reader = ConfigReader(config)
     for key, right in FIXED.items():
         reader.only(key, *right)
-    num_layers = reader.whole("num_hidden_layers")
+    num_layers = reader.whole("num_hidden_layers", high=MOST_LAYERS)
     reader.only("attn_type_list", [1] * num_layers)
     reader.only("layer_types", ["full_attention"] * num_layers)
     num_heads, num_kv_heads = reader.whole("num_attention_heads"), reader.whole("num_key_value_heads")
     if num_heads % num_kv_heads:
         reader.refuse("num_attention_heads", f"it must be a multiple of num_key_value_heads ({num_kv_heads})")
-    num_experts, top_k = reader.whole("num_local_experts", "num_experts"), reader.whole("num_experts_per_tok")
+    num_experts, top_k = reader.whole("num_local_experts", "num_experts", high=MOST_EXPERTS), reader.whole("num_experts_per_tok")
     if top_k > num_experts:
         reader.refuse("num_experts_per_tok", f"it must be at most the number of experts ({num_experts})")
     head_dim = reader.whole("head_dim")
     rotary_dim, rope_theta = read_rotary(reader, head_dim, DEFAULT_THETA)
-    draft_modules, draft_depth = reader.get("num_mtp_modules", 0), reader.get("mtp_transformer_layers", 1)
+    reader.only("use_mtp", True, False)
+    num_draft_layers = reader.whole("num_mtp_modules", low=0, default=0) * reader.whole("mtp_transformer_layers", low=0, default=1)
     architecture = Architecture(
         name="MiniMaxM2ForCausalLM",
         vocab_size=reader.whole("vocab_size"),
@@ -94,7 +97,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         expert_width=reader.whole("intermediate_size"),
         score="sigmoid",
         quantization_block=read_quantization(reader),
-        num_draft_layers=draft_modules * draft_depth if reader.get("use_mtp", False) else 0,
+        num_draft_layers=num_draft_layers if reader.get("use_mtp", False) else 0,
         dtype=read_dtype(reader),
     )
     reader.finish()

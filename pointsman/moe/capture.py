@@ -19,7 +19,7 @@ class RouteStore:
 
     def __init__(self, num_slots: int, num_layers: int, top_k: int, num_experts: int, device: torch.device | str = "cpu") -> None:
         dtype = torch.uint8 if num_experts <= 256 else torch.uint16
-        self.rows_SLK = torch.zeros(num_slots, num_layers, top_k, dtype=dtype, device=device)
+        self.rows_SLK = torch.empty(num_slots, num_layers, top_k, dtype=dtype, device=device)
 
     def record(self, layer: int, slots_T: Tensor, ids_TK: Tensor) -> None:
         """Store the experts that the tokens in these slots used in this layer."""
