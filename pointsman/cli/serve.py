@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pointsman.config import ServerConfig, engine_config
-from pointsman.server import serve
+from pointsman.server.serve import serve
 
 
 def run(engine: dict[str, Any], options: ServerConfig) -> int:

@@ -41,6 +41,7 @@ BUNDLED_NAME = "pointsman-tiny"
 class Parts:
     """What an engine is made of. `step_reason` says why that step was chosen."""
 
+    folder: Path
     architecture: Architecture
     model_name: str
     context_length: int
@@ -85,6 +86,7 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
     cache = _size(config, decoder, context_length)
     eos_ids = () if tokenizer is None else tokenizer.eos_ids
     return Parts(
+        folder=folder,
         architecture=architecture,
         model_name=config.model.served_model_name or config.model.model_path or BUNDLED_NAME,
         context_length=context_length,

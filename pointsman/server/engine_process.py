@@ -21,6 +21,7 @@ import msgspec
 
 from pointsman.config import EngineConfig
 from pointsman.server import wire
+from pointsman.server.launch import LOG_FORMAT
 
 if TYPE_CHECKING:
     from pointsman.engine.engine import Engine
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -87,11 +87,10 @@ def loop(engine: Engine, end: wire.EngineEnd) -> NoReturn:
 
 
 def describe(engine: Engine) -> wire.ModelInfo:
-    tokenizer = engine.tokenizer
     return wire.ModelInfo(
         name=engine.model_name,
-        model_type=engine.architecture.model_type,
-        folder=None if tokenizer is None else str(tokenizer.folder),
+        architecture=engine.architecture.name,
+        folder=None if engine.tokenizer is None else str(engine.folder),
         context_length=engine.context_length,
         vocab_size=engine.architecture.vocab_size,
         generation_defaults=dict(engine.generation_defaults),

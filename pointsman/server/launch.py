@@ -23,6 +23,7 @@ from pointsman.server.wire import Launch, ServerEnd
 ENGINE = "import sys; from pointsman.server.engine_process import main; sys.exit(main())"
 LEAVE_SECONDS = 5.0
 STANDARD_ERROR = 2
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class EngineProcess:
@@ -33,13 +34,16 @@ class EngineProcess:
         log_level: how much it logs.
         program: Python source that the process runs; tests put another engine there.
 
+    Attributes:
+        ready: it has loaded its model, and ends in order when asked to.
+
     Raises:
         ValueError: no socket can be made in the temporary directory.
     """
 
     def __init__(self, config: EngineConfig, *, log_level: str, program: str = ENGINE) -> None:
         self._directory = tempfile.mkdtemp(prefix="pointsman-")
-        self._leaving = False
+        self.ready = False
         try:
             self.end = ServerEnd(self._directory)
         except ValueError:
@@ -56,11 +60,11 @@ class EngineProcess:
         """Block until the process has ended and return its exit code; a negative one is a signal."""
         return self._process.wait()
 
-    def stop(self, *, at_once: bool) -> None:
-        """End the process, between two steps or at once, and remove the socket."""
+    def stop(self) -> None:
+        """End the process, between two steps or at once where it is still loading, and remove the socket."""
         cast(IO[bytes], self._process.stdin).close()
         try:
-            self._process.wait(0 if at_once else LEAVE_SECONDS)
+            self._process.wait(LEAVE_SECONDS if self.ready else 0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -51,13 +51,13 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the HTTP side must know of a model.
 
     Attributes:
+        architecture: its entry in the registry of models.
         folder: where the tokenizer and the chat template are; None where the checkpoint has no tokenizer.
-        model_type: the checkpoint's own name for its architecture.
         generation_defaults: sampling values the checkpoint advises.
     """
 
     name: str
-    model_type: str
+    architecture: str
     folder: str | None
     context_length: int
     vocab_size: int
@@ -116,8 +116,8 @@ def _unpack_array(code: int, data: memoryview) -> Array:
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_pack_array)
-_to_engine = msgspec.msgpack.Decoder(ToEngine, ext_hook=_unpack_array)
-_from_engine = msgspec.msgpack.Decoder(FromEngine, ext_hook=_unpack_array)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine, ext_hook=_unpack_array)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine, ext_hook=_unpack_array)
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
@@ -209,7 +209,11 @@ class ServerEnd:
                 data = self._inbox.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._receive(decode_from_engine(data))
+            try:
+                message = decode_from_engine(data)
+            except msgspec.MsgspecError as error:
+                message = Failed(f"a message of the engine cannot be read: {error}")
+            self._receive(message)
 
     def send(self, message: ToEngine) -> None:
         self._outbox.send(encode(message), zmq.NOBLOCK)

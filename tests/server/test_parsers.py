@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +34,7 @@ def oracle(text: str, *, opened: bool) -> tuple[str, str]:
 @example(text=" <think>so</think>yes", cuts=[3], opened=False)
 def test_any_cut_gives_the_same_parts(text: str, cuts: list[int], opened: bool) -> None:
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    pieces = [text[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
     assert parse(pieces, opened=opened) == oracle(text, opened=opened)
     assert parse(list(text), opened=opened) == oracle(text, opened=opened)
 
