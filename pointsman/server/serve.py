@@ -1,0 +1,59 @@
+"""`pointsman serve`: start the engine's process, then this one's web server, and end both.
+
+The engine's process comes first, so that it loads while this one still imports its web framework.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+
+from pointsman.config import EngineConfig, ServerConfig
+from pointsman.server.launch import ENGINE, LOG_FORMAT, EngineProcess
+
+BACKLOG = 2048
+
+
+def serve(engine: EngineConfig, server: ServerConfig, *, program: str = ENGINE) -> int:
+    """Answer over HTTP until a signal comes or the engine fails. Returns the exit code. For the main thread.
+
+    Args:
+        program: what the engine's process runs; tests put another engine there.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    logging.basicConfig(level=server.log_level.upper(), format=LOG_FORMAT)
+    try:
+        with _listen(server.host, server.port) as listener:
+            reason = _with_engine(listener, engine, server, program)
+    except OSError as error:
+        reason = f"cannot listen on {server.host} port {server.port}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        reason = None
+    if reason is not None:
+        print("pointsman serve:", " ".join(reason.split()), file=sys.stderr, flush=True)
+    return 0 if reason is None else 1
+
+
+def _with_engine(listener: socket.socket, engine: EngineConfig, server: ServerConfig, program: str) -> str | None:
+    """Why the server had to end; None where it was asked to."""
+    try:
+        process = EngineProcess(engine, log_level=server.log_level, program=program)
+    except (ValueError, OSError) as error:
+        return f"the engine's process cannot be started: {error}"
+    try:
+        # Imported only now: the engine's process is loading meanwhile.
+        from pointsman.server.run import run  # noqa: PLC0415
+
+        return asyncio.run(run(listener, process, engine, server))
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        process.stop()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
