@@ -36,16 +36,19 @@ class Engine:
     """One model on one machine; not thread-safe, one caller drives it.
 
     Attributes:
+        folder: where the checkpoint is.
         tokenizer: None where the checkpoint's folder has none; then prompts are token ids and answers have no text.
         chat_template: None where the checkpoint has none.
         context_length: most tokens of prompt and answer.
         model_name: what the API calls it.
         generation_defaults: sampling values the checkpoint advises.
+        num_preemptions: how often a running sequence had to give its pages to others.
     """
 
     def __init__(self, config: EngineConfig, *, progress: bool | None = None) -> None:
         parts: Parts = build(config, progress=progress)
         self.config = config
+        self.folder = parts.folder
         self.architecture = parts.architecture
         self.tokenizer = parts.tokenizer
         self.chat_template = parts.chat_template
@@ -60,6 +63,7 @@ class Engine:
         self._choices: dict[int, _Choice] = {}
         self._live: dict[str, int] = {}
         self._in_flight: tuple[StepPlan, Pending] | None = None
+        self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -120,6 +124,7 @@ class Engine:
 
     def _submit(self, plan: StepPlan | None) -> None:
         if plan is not None:
+            self.num_preemptions += len(self.scheduler.preempted)
             self._in_flight = (plan, self._executor.submit(plan))
 
     def _deliver(self, advances: list[Advance]) -> list[ChoiceDelta]:
