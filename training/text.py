@@ -13,7 +13,7 @@ from training import chat
 
 TINY = Path(__file__).parent.parent / "pointsman" / "tiny"
 END = "[e~["
-MIX = {"arithmetic": 0.56, "tools": 0.40, "chat": 0.04}
+MIX = {"arithmetic": 0.47, "tools": 0.49, "chat": 0.04}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ The solution (`thinking` and `reply`) is a function of the conversation alone.
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from random import Random
 
 from pointsman.bench import counting, journeys, stories
@@ -16,8 +16,8 @@ from pointsman.bench.equations import equation
 from pointsman.bench.story import LARGEST, Story, Unsuitable
 
 FAMILIES = (
-    (stories.stock_story, 34), (journeys.shopping, 14), (journeys.comparing, 13), (journeys.working, 9), (journeys.journey, 7),
-    (journeys.saving, 8), (counting.seats, 5), (counting.ages, 2), (counting.times, 3), (counting.legs, 2), (counting.plain, 3),
+    (stories.stock_story, 34), (journeys.shopping, 13), (journeys.comparing, 12), (journeys.working, 8), (journeys.journey, 6), (journeys.saving, 7),
+    (counting.seats, 5), (counting.ages, 2), (counting.times, 3), (counting.legs, 2), (counting.plain, 3), (counting.resource, 5), (counting.recipe, 4), (counting.group, 5),
 )  # fmt: skip
 FAMILY_POOL = tuple(family for family, weight in FAMILIES for _ in range(weight))
 HELDOUT_BUCKETS = 8
@@ -34,7 +34,6 @@ class ArithmeticProblem:
     steps: int
     family: str
     follow_up: bool = False
-    earlier: tuple[str, ...] = field(default=(), repr=False)
 
 
 def is_heldout(question: str) -> bool:
@@ -44,15 +43,27 @@ def is_heldout(question: str) -> bool:
 
 
 def problems(split: str, seed: int, follow_ups: float = 0.2) -> Iterator[ArithmeticProblem]:
-    """Endless problems of the split "train" or "heldout"; the share `follow_ups` continues an answered problem."""
+    """Endless problems of the split "train" or "heldout"; the share `follow_ups` asks again about an answered problem, once or twice.
+
+    A few of the others come after another problem that was answered in the same conversation.
+    """
     if split not in ("train", "heldout"):
         raise ValueError(f"split is {split!r}: it must be 'train' or 'heldout'")
     rng = Random(f"{split}-{seed}")
+    before: ArithmeticProblem | None = None
     while True:
         try:
             problem = draw(rng)
-            if is_heldout(problem.messages[0]["content"]) == (split == "heldout"):
-                yield continued(rng, problem) if rng.random() < follow_ups else problem
+            if is_heldout(problem.messages[0]["content"]) != (split == "heldout"):
+                continue
+            if rng.random() < follow_ups:
+                first = continued(rng, problem)
+                yield continued(rng, first) if rng.random() < 0.25 else first
+            elif before is not None and rng.random() < follow_ups / 4:
+                yield replace(problem, messages=[*answered(before), *problem.messages])
+            else:
+                yield problem
+            before = problem
         except Unsuitable:
             continue
 
@@ -64,7 +75,7 @@ def draw(rng: Random) -> ArithmeticProblem:
     family(story)
     if len(story.lines) > 6:
         raise Unsuitable
-    sentences = story.sentences
+    sentences = joined(story)
     if sentences:
         for _ in range(story.choose((0, 0, 1, 1, 2))):
             sentences.insert(story.between(1, len(sentences)), counting.distraction(story))
@@ -76,8 +87,23 @@ def draw(rng: Random) -> ArithmeticProblem:
         answer=story.value,
         steps=len(story.lines),
         family=family.__name__,
-        earlier=tuple(story.lines),
     )
+
+
+def joined(story: Story) -> list[str]:
+    """The sentences, some of which become one: "She buys 3 pens. She loses 2." to "She buys 3 pens and loses 2."."""
+    sentences: list[str] = []
+    for text in story.sentences:
+        first, _, rest = text.partition(" ")
+        before = sentences[-1] if sentences else ""
+        same = before.partition(" ")[0] in {first, *story.names_taken} and "," not in before and " and " not in before
+        if first in ("He", "She", "I") and same and before and story.rng.random() < 0.25:
+            sentences[-1] = f"{before[:-1]} and {rest}"
+        elif first == "Then" and before and story.rng.random() < 0.2:
+            sentences[-1] = f"{before[:-1]}, then {rest}"
+        else:
+            sentences.append(text)
+    return sentences
 
 
 CHANGES = (
@@ -88,9 +114,14 @@ CHANGES = (
 )
 
 
+def answered(problem: ArithmeticProblem) -> list[dict[str, str]]:
+    """The conversation with the right answer."""
+    return [*problem.messages, {"role": "assistant", "content": problem.reply, "reasoning_content": problem.thinking}]
+
+
 def continued(rng: Random, problem: ArithmeticProblem) -> ArithmeticProblem:
-    """The problem answered, and a second question about it."""
-    history = [*problem.messages, {"role": "assistant", "content": problem.reply, "reasoning_content": problem.thinking}]
+    """The problem answered, and another question about it."""
+    history = answered(problem)
     if rng.random() < 0.25:
         asked = rng.choice(("How did you get that?", "Can you show the steps?", "Please explain.", "Show me how you got there.", "Why?"))
         return follow(problem, history, asked, problem.thinking, f"Here are the steps:\n{problem.thinking}\nSo the answer is {problem.answer}.", problem.answer)

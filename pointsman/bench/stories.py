@@ -179,6 +179,8 @@ def finish_now(stock: Stock) -> None:
         [
             (f"How many {stock.goods} {does} {name} have now?", f"{person.you} now {'have' if person.first else has} {{answer}} {stock.goods}."),
             (f"How many {stock.goods} {does} {name} have in the end?", f"In the end {person.you} {'have' if person.first else has} {{answer}} {stock.goods}."),
+            (f"How many {stock.goods} remain?", f"{{answer}} {stock.goods} remain."),
+            (f"So how many {stock.goods} is that now?", f"That is now {{answer}} {stock.goods}."),
             (f"How many {stock.goods} are left?", f"There are {{answer}} {stock.goods} left."),
             (f"What is the number of {stock.goods} now?", f"The number of {stock.goods} is now {{answer}}."),
             (f"Find how many {stock.goods} there are at the end.", f"At the end there are {{answer}} {stock.goods}."),

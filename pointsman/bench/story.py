@@ -98,8 +98,9 @@ class Story:
         return words.third_person(verb) if third else verb
 
     def say(self, templates: Sequence[str], person: Person | None = None, **values) -> None:
-        self.sentences.append(self.fill(self.choose(templates), person, **values))
-        if person is not None:
+        template = self.choose(templates)
+        self.sentences.append(self.fill(template, person, **values))
+        if person is not None and "{who}" in template.lower():
             person.mentioned = True
 
     def step(self, label: str, left: int, operator: str, right: int) -> int:

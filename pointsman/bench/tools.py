@@ -185,17 +185,27 @@ def call_problem(rng: Random, heldout: bool) -> ToolProblem:
 
 
 def missing_problem(rng: Random, heldout: bool) -> ToolProblem:
-    """The request is for a tool that is not there."""
+    """The request is for a tool that is not there, nor one that could be meant."""
     tools = draw_tools(rng, heldout)
+    topics = {topic for tool in tools for topic in topics_of(tool)}
     while True:
         wanted = draw_scene(rng, heldout) if rng.random() < 0.35 else draw_tool(rng, heldout)
-        if all(wanted.noun != tool.noun for tool in tools):
+        if not topics & topics_of(wanted) and not (tools[0].scene and not wanted.scene):
             break
     text, _ = request(rng, wanted)
     return ToolProblem(
         messages=[{"role": "user", "content": text}], tools=offered(rng, tools), call=None, kind="missing",
         thinking="None of the tools fits this request.", reply="Sorry, I have no tool for that.",
     )  # fmt: skip
+
+
+NEAR = {"forecast": "weather", "alarm": "timer", "reminder": "timer", "email": "message", "contact": "message", "web": "search", "track": "package", "time": "timer", "event": "timer"}
+
+
+def topics_of(tool: Tool) -> set[str]:
+    """What a tool is about, coarsely: words of its noun, near ones taken together."""
+    topics = set(tool.noun.replace("_", " ").split()) - {"get", "set", "send", "create", "book", "make"}
+    return {NEAR.get(topic, topic) for topic in topics}
 
 
 def sum_problem(rng: Random, heldout: bool, problem: arithmetic.ArithmeticProblem) -> ToolProblem:
