@@ -19,15 +19,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 def machine(engine: Engine) -> dict[str, Any]:
     """Versions, hardware, and what the engine was set up with."""
-    config = engine.config
-    return {
-        "model": engine.model_name,
-        "device": config.kernel.device,
-        "moe_runner_backend": config.kernel.moe_runner_backend,
-        "dtype": config.model.dtype,
-        "kv_cache_dtype": config.cache.kv_cache_dtype,
-        "step": engine.step_name,
-    } | here()
+    return {"model": engine.model_name, **engine.choices, "step": engine.step_name} | here()
 
 
 def here() -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Parts:
     context_length: int
     tokenizer: Tokenizer | None
     generation_defaults: dict[str, Any]
+    choices: dict[str, str]
     cache: CacheSize
     scheduler: Scheduler
     runner: ModelRunner
@@ -92,6 +93,7 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
         context_length=context_length,
         tokenizer=tokenizer,
         generation_defaults=_generation_defaults(folder),
+        choices=_choices(config, decoder),
         cache=cache,
         scheduler=_scheduler(config, cache, context_length, eos_ids),
         runner=_runner(config, decoder, cache, context_length, eos_ids),
@@ -144,6 +146,16 @@ def _size(config: EngineConfig, decoder: Decoder, context_length: int) -> CacheS
     )
     logger.info("cache: %d tokens of %d bytes in pages of %d", size.num_tokens, size.bytes_per_token, size.page_size)
     return size
+
+
+def _choices(config: EngineConfig, decoder: Decoder) -> dict[str, str]:
+    """What became of the wishes, by the names of their flags."""
+    return {
+        "device": "cpu",
+        "moe_runner_backend": decoder.backends.moe.name,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "kv_cache_dtype": next(name for name, dtype in KV_DTYPES.items() if dtype == _kv_dtype(config)),
+    }
 
 
 def _num_bytes(parameters: Parameters) -> int:

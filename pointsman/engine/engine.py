@@ -42,6 +42,7 @@ class Engine:
         context_length: most tokens of prompt and answer.
         model_name: what the API calls it.
         generation_defaults: sampling values the checkpoint advises.
+        choices: flag name to what "auto" became.
         num_preemptions: how often a running sequence had to give its pages to others.
     """
 
@@ -55,6 +56,7 @@ class Engine:
         self.context_length = parts.context_length
         self.model_name = parts.model_name
         self.generation_defaults = parts.generation_defaults
+        self.choices = parts.choices
         self.scheduler = parts.scheduler
         self._runner = parts.runner
         self._overlap = not config.scheduler.disable_overlap_schedule
