@@ -8,7 +8,8 @@ under way never waits for memory; only decoding sequences grow, one page each pa
 pages it needs can be had and each running sequence, itself included, could still grow by `growth_tokens` afterwards. That
 margin keeps a newcomer from taking what the running need at once, which would only get it preempted. Where nothing runs there
 is no margin to keep. The first in the queue is never overtaken for lack of pages. When a decoding sequence finds no page for its
-next token, the last in order of those running is preempted: its full pages go to the prefix tree and it waits again, with all its tokens.
+next token, the last in order of those running is preempted: its full pages go to the prefix tree and it
+waits again, with all its tokens.
 
 **Why this cannot stand still.** `add` refuses what does not fit the cache alone. The first in order of those running is preempted
 only when it runs alone, and alone it has every page that it does not hold itself at its disposal, so it never is. It never loses what
@@ -191,10 +192,13 @@ class Scheduler:
         return segments
 
     def _prefill(self, segments: list[Segment], budget: int) -> list[LaneStart]:
-        """Chunks of prompts, in order, of the sequences under way and of those that can start now; returns the starts."""
+        """Chunks of prompts, in order, of the sequences under way and of those that can start now; returns the starts.
+
+        Nobody starts in a step that preempts: those just preempted, whose pages can still be read, are the next in line.
+        """
         starts: list[LaneStart] = []
         under_way = deque(self._prefilling)
-        held_up = False
+        held_up = bool(self.preempted)
         while budget > 0:
             head = None if held_up else self._queue.head
             if head is not None and not (under_way and under_way[0].order < head.order):

@@ -1,0 +1,305 @@
+"""What the scheduler promises, one promise at a time; the simulation checks all others along the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pointsman.request import FinishReason, Request, SamplingParams
+from pointsman.scheduler import Sequence
+from pointsman.step import PENDING, StepPlan
+from tests.scheduler.rank import EOS, next_token
+from tests.scheduler.simulation import Setup, Simulation
+
+LONG = {"ignore_eos": True, "max_tokens": 20}
+
+
+def ask(rid: str, prompt: list[int], *, priority: int = 0, salt: str = "", **sampling: Any) -> Request:
+    return Request(
+        rid=rid, prompt_token_ids=tuple(prompt), priority=priority, cache_salt=salt, sampling=SamplingParams(**(LONG | sampling))
+    )
+
+
+def step(simulation: Simulation) -> StepPlan:
+    assert simulation.plan()
+    plan = simulation.in_flight[-1][0]
+    simulation.commit()
+    return plan
+
+
+def fed(plan: StepPlan) -> dict[int, tuple[int, int]]:
+    """Number of each sequence to its first position and how many tokens."""
+    return {segment.seq: (segment.start, len(segment.tokens)) for segment in plan.segments}
+
+
+def add(simulation: Simulation, request: Request, *seeds: int) -> Sequence:
+    return simulation.add(request, seeds)[0]
+
+
+def test_decode_first_then_chunks_of_prompts() -> None:
+    simulation = Simulation(Setup(token_budget=8))
+    add(simulation, ask("a", [1] * 6), 1)
+    assert fed(step(simulation)) == {0: (0, 6)}
+    add(simulation, ask("b", [2] * 10), 2)
+    add(simulation, ask("c", [1, 2]), 3)
+    assert fed(step(simulation)) == {0: (6, 1), 1: (0, 7)}
+    assert fed(step(simulation)) == {0: (7, 1), 1: (7, 3), 2: (0, 2)}
+    assert fed(step(simulation)) == {0: (8, 1), 1: (10, 1), 2: (2, 1)}
+    simulation.run()
+
+
+def test_larger_priority_first_even_before_a_prompt_under_way() -> None:
+    simulation = Simulation(Setup(token_budget=4))
+    add(simulation, ask("a", [1] * 10), 1)
+    assert fed(step(simulation)) == {0: (0, 4)}
+    add(simulation, ask("b", [2] * 6, priority=1), 2)
+    add(simulation, ask("c", [2] * 2, priority=2), 3)
+    assert fed(step(simulation)) == {2: (0, 2), 1: (0, 2)}
+    assert fed(step(simulation)) == {2: (2, 1), 1: (2, 3)}
+    assert fed(step(simulation)) == {2: (3, 1), 1: (5, 1), 0: (4, 2)}
+    simulation.run()
+
+
+def test_a_full_prefix_hit_still_computes_the_last_token() -> None:
+    simulation = Simulation(Setup(page_size=4))
+    add(simulation, ask("a", [1] * 8, max_tokens=1), 1)
+    step(simulation)
+    again = add(simulation, ask("b", [1] * 8, max_tokens=1), 2)
+    assert fed(step(simulation)) == {1: (4, 4)} and again.num_cached == 4
+    longer = add(simulation, ask("c", [1] * 9, max_tokens=1), 2)
+    assert fed(step(simulation)) == {2: (8, 1)} and longer.num_cached == 8
+
+
+def test_salts_and_prompt_logprobs_take_no_hit() -> None:
+    simulation = Simulation(Setup(page_size=4))
+    add(simulation, ask("a", [1] * 9), 1)
+    step(simulation)
+    add(simulation, ask("b", [1] * 9, salt="theirs"), 2)
+    assert fed(step(simulation))[1] == (0, 9)
+    add(simulation, ask("c", [1] * 9, prompt_logprobs=0), 2)
+    assert fed(step(simulation))[2] == (0, 9)
+    simulation.run()
+
+
+def test_the_output_of_one_is_the_prefix_of_the_next() -> None:
+    simulation = Simulation(Setup(page_size=4))
+    first = add(simulation, ask("a", [1] * 5), 1)
+    while first.finish_reason is None:
+        step(simulation)
+    second = add(simulation, ask("b", [*first.tokens, 2]), 2)
+    step(simulation)
+    assert second.num_cached == 24 == (len(first.tokens) - 1) // 4 * 4
+    simulation.run()
+
+
+def test_other_choices_wait_for_the_prompt_of_the_first() -> None:
+    simulation = Simulation(Setup(token_budget=6))
+    choices = simulation.add(ask("a", [1] * 9, n=3))
+    add(simulation, ask("b", [2]), 9)
+    assert simulation.scheduler.num_waiting == 4
+    assert fed(step(simulation)) == {0: (0, 6)}
+    assert fed(step(simulation)) == {0: (6, 3), 3: (0, 1)}
+    assert fed(step(simulation)) == {0: (9, 1), 3: (1, 1), 1: (8, 1), 2: (8, 1)}
+    assert [choice.num_cached for choice in choices] == [0, 8, 8]
+    simulation.run()
+
+
+@pytest.mark.parametrize("end", ["abort", "fault"])
+def test_other_choices_do_not_wait_for_one_that_ended(end: str) -> None:
+    simulation = Simulation(Setup(token_budget=4))
+    choices = simulation.add(ask("a", [1] * 9, n=3))
+    step(simulation)
+    simulation.scheduler.finish(choices[0], FinishReason.ABORT if end == "abort" else FinishReason.ERROR)
+    assert [start.seq for start in step(simulation).starts] == [1]
+    while simulation.scheduler.has_work:
+        step(simulation)
+
+
+def test_without_a_prefix_cache_choices_start_together() -> None:
+    simulation = Simulation(Setup(radix=False, token_budget=32))
+    simulation.add(ask("a", [1] * 9, n=3))
+    assert fed(step(simulation)) == {0: (0, 9), 1: (0, 9), 2: (0, 9)}
+    simulation.run()
+
+
+def test_overlap_feeds_what_is_still_being_chosen() -> None:
+    simulation = Simulation(Setup())
+    add(simulation, ask("a", [1] * 3, max_tokens=3), 1)
+    assert simulation.plan() and simulation.plan()
+    assert simulation.in_flight[1][0].segments[0].tokens == (PENDING,)
+    simulation.commit()
+    assert simulation.plan()
+    simulation.commit()
+    assert not simulation.plan(), "it ends with the token in flight, so there is nothing to plan"
+    simulation.commit()
+    simulation.check_finished()
+
+
+def test_a_row_of_a_text_that_has_ended_is_discarded() -> None:
+    simulation = Simulation(Setup())
+    prompt = next([token] * 3 for token in range(1, 100) if next_token(hash((hash((hash((0, token)), token)), token)), 1) == EOS)
+    add(simulation, ask("a", prompt, ignore_eos=False), 1)
+    other = add(simulation, ask("b", [2]), 2)
+    assert simulation.plan() and simulation.plan()
+    first = simulation.commit()
+    assert [(advance.sequence.number, advance.finish_reason) for advance in first] == [(0, FinishReason.STOP), (1, None)]
+    assert [advance.sequence for advance in simulation.commit()] == [other]
+    simulation.run()
+
+
+def test_no_more_than_two_plans_in_flight_and_in_order() -> None:
+    simulation = Simulation(Setup())
+    add(simulation, ask("a", [1] * 3), 1)
+    simulation.plan()
+    simulation.plan()
+    with pytest.raises(AssertionError, match="commit the oldest plan first"):
+        simulation.scheduler.plan()
+    with pytest.raises(AssertionError, match="in the order in which they were made"):
+        simulation.scheduler.commit(*simulation.in_flight[1])
+
+
+def test_preemption_waits_for_the_step_in_flight_and_takes_the_last_in() -> None:
+    simulation = Simulation(Setup(page_size=4, num_pages=8, max_context=30))
+    low = add(simulation, ask("low", [1] * 4, priority=-1), 1)
+    first = add(simulation, ask("first", [2] * 4), 2)
+    second = add(simulation, ask("second", [3] * 4), 3)
+    ahead = True
+    while simulation.in_flight or (simulation.plan() and not low.num_preemptions):
+        ahead = simulation.plan()
+        simulation.commit()
+    assert not ahead, "what was in flight had to come back first"
+    assert low.lane is None and first.lane is not None and second.lane is not None
+    simulation.run(overlap=True)
+    assert simulation.num_preemptions >= 1 and low.num_output == 20
+
+
+def test_the_preempted_resumes_on_its_own_pages() -> None:
+    simulation = Simulation(Setup(page_size=1, num_pages=24, max_context=25))
+    add(simulation, ask("a", [1] * 4, max_tokens=11), 1)
+    last = add(simulation, ask("b", [2] * 4, max_tokens=20), 2)
+    while not last.num_preemptions:
+        step(simulation)
+    tokens = len(last.tokens)
+    while last.lane is None:
+        plan = step(simulation)
+    start, count = fed(plan)[last.number]
+    assert start > 4 and start + count == tokens and last.num_cached == 0
+    simulation.run()
+
+
+def test_the_first_in_line_is_not_overtaken_for_lack_of_pages() -> None:
+    simulation = Simulation(Setup(page_size=4, num_pages=10, max_context=40))
+    add(simulation, ask("a", [1] * 20), 1)
+    step(simulation)
+    large, small = add(simulation, ask("large", [2] * 24), 2), add(simulation, ask("small", [3]), 3)
+    while large.lane is None:
+        assert small.lane is None
+        step(simulation)
+    simulation.run()
+
+
+def test_a_margin_is_kept_for_the_running_to_grow() -> None:
+    """Of ten pages the first holds one; two more each would be kept for it and the second, whose prompt has six."""
+    starts = []
+    for num_pages in (10, 11):
+        simulation = Simulation(Setup(page_size=4, num_pages=num_pages, max_context=40, growth_tokens=8))
+        add(simulation, ask("a", [1] * 3), 1)
+        second = add(simulation, ask("b", [2] * 24, max_tokens=2), 2)
+        step(simulation)
+        step(simulation)
+        starts.append(second.lane is not None)
+        simulation.run()
+    assert starts == [False, True]
+
+
+def test_endings() -> None:
+    simulation = Simulation(Setup())
+    prompt = [1, 2, 1]
+    probe = add(simulation, ask("probe", prompt), 5)
+    simulation.run()
+    output = probe.tokens[3:]
+    first = output.index(output[6])
+
+    def end(**sampling: Any) -> tuple[int, FinishReason | None, int | str | None]:
+        simulation = Simulation(Setup())
+        sequence = add(simulation, ask("a", prompt, **sampling), 5)
+        simulation.run()
+        return sequence.num_output, sequence.finish_reason, sequence.stop_reason
+
+    assert end(max_tokens=None) == (61, FinishReason.LENGTH, None), "to the end of the context"
+    assert end(max_tokens=7) == (7, FinishReason.LENGTH, None)
+    assert end(max_tokens=0) == (0, FinishReason.LENGTH, None)
+    assert end(stop_token_ids=(output[6],)) == (first + 1, FinishReason.STOP, output[6])
+    assert end(stop_token_ids=(output[6],), min_tokens=7) == (7, FinishReason.STOP, output[6])
+    assert end(stop_token_ids=(EOS,), ignore_eos=True) == (output.index(EOS) + 1, FinishReason.STOP, EOS)
+    assert end(stop_token_ids=(EOS,), ignore_eos=False) == (output.index(EOS) + 1, FinishReason.STOP, None)
+    assert end(ignore_eos=True) == (20, FinishReason.LENGTH, None)
+
+
+def test_prompt_logprobs_alone() -> None:
+    simulation = Simulation(Setup(token_budget=4))
+    sequence = add(simulation, ask("a", [1, 2] * 5, max_tokens=0, prompt_logprobs=1), 1)
+    plans = [step(simulation) for _ in range(3)]
+    assert [plan.segments[0].sample for plan in plans] == [False] * 3
+    assert len(simulation.prompt_rows[0]) == 9 and sequence.finish_reason is FinishReason.LENGTH
+    simulation.run()
+
+
+def test_prompt_logprobs_are_handed_out_once_though_the_prompt_is_computed_twice() -> None:
+    simulation = Simulation(Setup(page_size=1, num_pages=28, max_context=28, token_budget=4))
+    add(simulation, ask("a", [1] * 4, max_tokens=14), 1)
+    second = add(simulation, ask("b", [2] * 16, prompt_logprobs=0, max_tokens=4), 2)
+    simulation.run()
+    assert second.num_preemptions and len(simulation.prompt_rows[1]) == 15
+
+
+def test_a_fault_ends_one_sequence_and_leaves_no_new_pages_in_the_cache() -> None:
+    simulation = Simulation(Setup(page_size=1))
+    sequence = add(simulation, ask("a", [1] * 4), -3)
+    other = add(simulation, ask("b", [2]), 2)
+    simulation.run()
+    assert sequence.finish_reason is FinishReason.ERROR and other.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_abort_wherever_it_is(overlap: bool) -> None:
+    simulation = Simulation(Setup(max_running=1, token_budget=4))
+    for rid in ("running", "waiting"):
+        simulation.add(ask(rid, [1] * 6, n=2))
+    for _ in range(3):
+        simulation.step(overlap=overlap)
+    simulation.abort("waiting")
+    simulation.abort("running")
+    simulation.abort("unknown")
+    add(simulation, ask("running", [1] * 6), 4)
+    simulation.run(overlap=overlap)
+
+
+def test_pages_from_before_a_reset_are_not_cached_after_it() -> None:
+    simulation = Simulation(Setup(page_size=4))
+    add(simulation, ask("a", [1] * 9), 1)
+    step(simulation)
+    simulation.scheduler.reset_cache()
+    assert simulation.radix is not None and simulation.radix.num_cached_pages == 0
+    while simulation.scheduler.has_work:
+        step(simulation)
+    assert simulation.radix.num_cached_pages == 0
+    simulation.run()
+
+
+def test_what_can_never_run_is_refused() -> None:
+    simulation = Simulation(Setup(page_size=4, num_pages=4, max_context=40))
+    add(simulation, ask("a", [1] * 4, max_tokens=4), 1)
+    refusals = {
+        "40 tokens; with 1 of output that is more than the context of 40": ask("b", [1] * 40),
+        "17 tokens and max_tokens is None: 17 tokens to keep are more than the 16": ask("b", [1] * 17, max_tokens=None),
+        "10 tokens and max_tokens is 8: 17 tokens to keep are more than the 16": ask("b", [1] * 10, max_tokens=8),
+        "rid 'a' is the name of a request that is not finished": ask("a", [1] * 4),
+    }
+    for message, request in refusals.items():
+        with pytest.raises(ValueError, match=message):
+            simulation.add(request)
+    assert simulation.add(ask("b", [1] * 10, max_tokens=7)) and simulation.add(ask("c", [1] * 16, max_tokens=None))
+    assert simulation.add(ask("d", [1] * 16, max_tokens=0))
+    simulation.run()
