@@ -33,7 +33,7 @@ def workload() -> list[tuple[list[int], SamplingParams]]:
             {"temperature": 1.2, "min_p": 0.02, "repetition_penalty": 1.3, "presence_penalty": 0.5},
         ]
         params = SamplingParams(
-            max_tokens=int(rng.integers(1, 80)),
+            max_tokens=int(rng.integers(30, 110)),
             seed=index,
             logprobs=2,
             return_routed_experts=True,
@@ -73,8 +73,8 @@ SETUPS: dict[str, dict[str, Any]] = {
     "one lane": {"max_running_requests": 1},
     "pages of one token": {"page_size": 1, "chunked_prefill_size": 33},
     "large pages": {"page_size": 64},
-    "tiny cache": {"page_size": 4, "max_total_tokens": 192, "chunked_prefill_size": 48},
-    "tiny cache, plain order": {"page_size": 4, "max_total_tokens": 192, "disable_overlap_schedule": True},
+    "tiny cache": {"page_size": 4, "max_total_tokens": 208, "chunked_prefill_size": 48},
+    "tiny cache, plain order": {"page_size": 4, "max_total_tokens": 208, "disable_overlap_schedule": True},
     "one thread": {"num_threads": 1},
 }
 
