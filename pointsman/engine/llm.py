@@ -10,7 +10,7 @@ It drives one engine in the caller's thread. Keywords are the flags of `pointsma
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -86,9 +86,9 @@ class LLM:
         if self._engine.chat_template is None or self._engine.tokenizer is None:
             raise ValueError(f"{self._engine.model_name} has no chat template; use generate with a text or token ids")
         text = self._engine.chat_template.render(messages, tools=tools, **template)
-        return self._engine.tokenizer.encode(text)
+        return self._engine.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[ChoiceDelta]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[ChoiceDelta, None, None]:
         """Yield what each step adds to the answer. Closing the iterator aborts the request."""
         request = self._request(prompt, sampling_params or SamplingParams())
         self._engine.add(request)

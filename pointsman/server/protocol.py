@@ -256,7 +256,7 @@ def _check_message(index: int, message: Message) -> None:
         raise ApiError(400, f"{place}.content is missing", param=f"{place}.content")
 
 
-def sampling_of(request: ChatRequest | CompletionRequest, defaults: dict[str, float]) -> SamplingParams:
+def sampling_of(request: ChatRequest | CompletionRequest, defaults: dict[str, int | float]) -> SamplingParams:
     """How to sample, with the checkpoint's advice where the request says nothing. Raises ApiError for a value out of range."""
     names = [name for name in SamplingParams.__dataclass_fields__ if name in Fields.__struct_fields__ and name != "max_tokens"]
     given = {name: getattr(request, name) for name in names}

@@ -61,7 +61,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     folder: str | None
     context_length: int
     vocab_size: int
-    generation_defaults: dict[str, float] = {}
+    generation_defaults: dict[str, int | float] = {}
 
 
 class Ready(msgspec.Struct, tag=True):
