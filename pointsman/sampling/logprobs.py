@@ -19,14 +19,13 @@ from pointsman.sampling.filters import Floats, likeliest
 
 def row_logprobs(logits_V: Floats, token: int, k: int) -> dict[int, Logprob]:
     """The given token, then the k likeliest; equally likely tokens rank by id. The logits are finite."""
-    largest = float(logits_V.max())
-    normalizer = largest + math.log(np.exp(logits_V.astype(np.float64) - largest).sum())
-    logit = logits_V[token]
+    largest, logit = float(logits_V.max()), logits_V[token]
+    log_sum = math.log(np.exp(logits_V.astype(np.float64) - largest).sum())
     rank = 1 + int(np.count_nonzero(logits_V > logit)) + int(np.count_nonzero(logits_V[:token] == logit))
-    entry = {token: Logprob(float(logit) - normalizer, rank)}
+    entry = {token: Logprob(float(logit) - largest - log_sum, rank)}
     if k:
         for rank, likely in enumerate(likeliest(logits_V, k).tolist(), 1):
-            entry.setdefault(likely, Logprob(float(logits_V[likely]) - normalizer, rank))
+            entry.setdefault(likely, Logprob(float(logits_V[likely]) - largest - log_sum, rank))
     return entry
 
 

@@ -53,7 +53,7 @@ def sample(logits_BV: torch.Tensor, lanes: Sequence[LaneSampling]) -> Drawn:
         logprobs = None
     else:
         rows_BV = host_rows(logits_BV)
-        tokens: list[int] = rows_BV.argmax(axis=1).tolist()
+        tokens = rows_BV.argmax(axis=1).tolist()
         finite = finite_rows(rows_BV)
         for index, lane in enumerate(lanes):
             if finite[index] and not lane.plain:

@@ -2,8 +2,9 @@
 
 The tokens of a byte-level tokenizer are bytes, and text is their concatenation, so no window of tokens is decoded again and
 again: each token's bytes go through an incremental UTF-8 decoder, which keeps at most the three bytes of an unfinished
-character. A byte that no continuation can make valid becomes U+FFFD at once, as does a true U+FFFD of the model: what
-is held back is an unfinished character and never anything else, so no run of odd tokens can hold up the stream or make it slow.
+character. Bytes that no continuation can make valid become U+FFFD without waiting, as does a true U+FFFD of the model (only the two bytes
+that would begin a surrogate wait for a third: Python's decoder tells them from a character no sooner). What is held back is never
+more than that, so no run of odd tokens can hold up the stream or make it slow.
 """
 
 from __future__ import annotations
