@@ -1,11 +1,13 @@
 """Against transformers' own rendering, and everything that must be refused."""
 
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from pointsman.text import ChatTemplate
+import pointsman.tiny
+from pointsman.text import ChatTemplate, Tokenizer
 
 MINIMAX_LIKE = """
 {%- if tools %}
@@ -81,6 +83,21 @@ def test_the_same_as_transformers(template, conversation, tools, add_generation_
     messages = CONVERSATIONS[conversation]
     (expected,), _ = render_jinja_template([messages], chat_template=TEMPLATES[template], eos_token="[e~[", **arguments)
     assert ChatTemplate(TEMPLATES[template], {"eos_token": "[e~["}).render(messages, **arguments) == expected
+
+
+def test_the_bundled_template_is_the_same_as_in_transformers() -> None:
+    tokenizer = Tokenizer.load(Path(pointsman.tiny.__file__).parent)
+    assert tokenizer.chat_template is not None
+    answer = {"role": "assistant", "content": "<think>\nhalf a thou"}
+    for tools in (None, TOOLS):
+        messages = [*CONVERSATIONS["turns"], *CONVERSATIONS["calls"], answer]
+        arguments = {"tools": tools, "add_generation_prompt": False}
+        (expected,), _ = render_jinja_template(
+            [messages], chat_template=tokenizer.chat_template.source, **tokenizer.special_tokens, **arguments
+        )
+        assert tokenizer.chat_template.render(messages, **arguments) == expected
+        continued = tokenizer.chat_template.render(messages, tools, continue_final_message=True)
+        assert continued.endswith("half a thou") and expected.startswith(continued)
 
 
 def render(source: str, messages=(), **arguments) -> str:
