@@ -67,7 +67,7 @@ def run(engine: dict[str, Any], options: LatencyOptions) -> int:
     """`pointsman bench latency`; 1 where the check fails."""
     logging.basicConfig(level=options.log_level.upper())
     if options.start_up:
-        return measure_start_up(engine, options.num_iters)
+        return measure_start_up(engine, options.num_warmups, options.num_iters)
     largest = max(options.batch_size)
     engine = {"max_running_requests": max(largest, 64)} | engine
     with contextlib.closing(LLM(**engine)) as llm:

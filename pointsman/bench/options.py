@@ -29,7 +29,7 @@ class LatencyOptions:
     input_len: int = flag(64, "tokens of a prompt", low=1)
     output_len: int = flag(128, "tokens of an answer", low=2)
     num_iters: int = flag(5, "runs of each batch size, or of the start-up; the median counts", low=1)
-    num_warmups: int = flag(1, "runs before those, of each batch size", low=0)
+    num_warmups: int = flag(1, "runs before those, which do not count", low=0)
     seed: int = flag(0, "which prompts", low=0)
     start_up: bool = flag(False, "measure `pointsman serve` from the command to the first token instead")
     log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)

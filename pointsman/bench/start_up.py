@@ -1,7 +1,7 @@
 """From the command to the first token: the real `pointsman serve`, started, asked and ended.
 
 The clock starts before the process does and stops when the first piece of text has come over HTTP. The disk is warm after the
-first run, which does not count.
+first start, so warm-ups do not count.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MOST_SECONDS = 900.0
 LEAVE_SECONDS = 10.0
 
 
-def measure_start_up(engine: dict[str, Any], num_iters: int) -> int:
-    """Start the server once to warm the disk and then `num_iters` times; print the medians."""
-    runs = [start_once(engine) for _ in range(num_iters + 1)][1:]
+def measure_start_up(engine: dict[str, Any], num_warmups: int, num_iters: int) -> int:
+    """Start the server `num_warmups` times for the disk and then `num_iters` times; print the medians."""
+    runs = [start_once(engine) for _ in range(num_warmups + num_iters)][num_warmups:]
     ready, first = ([run[index] for run in runs] for index in range(2))
     print(f"command to ready: {statistics.median(ready):.2f} s")
     print(f"command to first token: {statistics.median(first):.2f} s (lowest {min(first):.2f}, highest {max(first):.2f})")

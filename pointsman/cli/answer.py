@@ -1,6 +1,7 @@
 """One answer on its way to a person: the thinking dimmed, then the answer.
 
-The text is split by the parser that the server uses. Control characters are left out on a terminal: a model must not be able
+The text is split by the parser that the server uses, and written as it is: rich says how a terminal is spoken to, but its own
+printing would expand tabs. Control characters are left out on a terminal: a model must not be able
 to move the cursor or set the title.
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import COLOR_SYSTEMS, Console
+from rich.style import Style
 
 from pointsman.engine.llm import LLM
 from pointsman.server.parsers import OPEN, Part, ReasoningParser
@@ -32,7 +34,11 @@ class AnswerPrinter:
         self.content = ""
         self._parser = ReasoningParser(opened=opened)
         self._hide_thinking = hide_thinking
-        self._console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        console = Console(file=stream)
+        self._terminal = console.is_terminal
+        self._colors = COLOR_SYSTEMS[console.color_system] if console.color_system else None
+        self._style = Style(dim=True)
+        self._stream = stream
 
     def feed(self, text: str) -> None:
         self._show(self._parser.feed(text))
@@ -46,20 +52,20 @@ class AnswerPrinter:
 
     def _show(self, part: Part) -> None:
         if part.reasoning and not self._hide_thinking:
-            self._write(part.reasoning, style="dim")
+            self._write(part.reasoning, dim=True)
         if part.content and not self.content and self.reasoning + part.reasoning and not self._hide_thinking:
             self._write("\n\n")
         self._write(part.content)
         self.reasoning += part.reasoning
         self.content += part.content
 
-    def _write(self, text: str, style: str | None = None) -> None:
+    def _write(self, text: str, *, dim: bool = False) -> None:
         if not text:
             return
-        if self._console.is_terminal:
+        if self._terminal:
             text = text.translate(_CONTROLS)
-        self._console.print(text, style=style, end="")
-        self._console.file.flush()
+        self._stream.write(self._style.render(text, color_system=self._colors) if dim else text)
+        self._stream.flush()
 
 
 def render(llm: LLM, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], bool]:
