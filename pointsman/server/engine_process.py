@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -51,6 +52,7 @@ def main(load: Callable[[EngineConfig], Engine] = load_engine) -> int:
         return _run(end, launch.engine, load)
     finally:
         end.close()
+        shutil.rmtree(launch.directory, ignore_errors=True)  # the HTTP process may have been killed
 
 
 def _run(end: wire.EngineEnd, config: EngineConfig, load: Callable[[EngineConfig], Engine]) -> int:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from pointsman.config import nearest
-from pointsman.request import MAX_CHOICES, SamplingParams
+from pointsman.request import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
 MAX_BODY_BYTES = 16 << 20
 MAX_MESSAGES = 8192
@@ -227,6 +227,8 @@ def _check_chat(request: ChatRequest) -> None:
         _check_message(index, message)
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
+    if not 0 <= (request.top_logprobs or 0) <= MAX_LOGPROBS:
+        raise ApiError(400, f"top_logprobs is {request.top_logprobs}; it must be from 0 to {MAX_LOGPROBS}", param="top_logprobs")
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_completion_tokens")
     last = request.messages[-1].role
@@ -276,7 +278,7 @@ def sampling_of(request: ChatRequest | CompletionRequest, defaults: dict[str, in
         return SamplingParams(**values)
     except ValueError as error:
         name = str(error).split(" ", 1)[0].split("[", 1)[0]
-        raise ApiError(400, str(error), param=name if name in Fields.__struct_fields__ else None) from None
+        raise ApiError(400, str(error), param=name if name in request.__struct_fields__ else None) from None
 
 
 def _token_id(text: str) -> int:

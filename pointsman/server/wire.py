@@ -187,12 +187,13 @@ class ServerEnd:
     """The HTTP process's end: never blocks, for one event loop."""
 
     def __init__(self, directory: str) -> None:
+        inbox, outbox = _address(directory, "from_engine"), _address(directory, "to_engine")
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.bind(_address(directory, "from_engine"))
+        self._inbox.bind(inbox)
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set(zmq.SNDHWM, 0)
-        self._outbox.connect(_address(directory, "to_engine"))
+        self._outbox.connect(outbox)
         self._receive: Callable[[FromEngine], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 

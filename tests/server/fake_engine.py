@@ -1,0 +1,137 @@
+"""An engine without a model, behind the real socket and the real loop.
+
+It answers every prompt with the same thought and the same sentence, one byte a step. Words in the prompt make it misbehave:
+
+    REFUSE    add raises ValueError        FAULT     the choice ends with an error after two tokens
+    CRASH     a step raises                KILL      the process dies at once, without a word
+    ENDLESS   tokens until aborted         ABORTED   answers how many requests have been aborted
+    SAY x     answers x
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+
+from pointsman.config import EngineConfig
+from pointsman.request import ChoiceDelta, FinishReason, Logprob, Request
+from pointsman.server.engine_process import main
+from pointsman.text import Detokenizer, Tokenizer
+
+THOUGHT = "2 and 2 – that is 4."
+SENTENCE = "The answer is 4."
+REPLY = f"{THOUGHT}\n</think>\n\n{SENTENCE}"
+CONTEXT = 9000
+VOCABULARY = 300
+
+
+@dataclasses.dataclass
+class _Choice:
+    request: Request
+    index: int
+    tokens: list[int]
+    detokenizer: Detokenizer
+    text: str
+    done: int = 0
+
+
+class FakeEngine:
+    """Has what the engine's process uses of an engine."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        folder = config.model.model_path or ""
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder} is not a folder")
+        if config.model.load_format == "dummy":
+            raise RuntimeError("secret 1234")
+        self.folder = Path(folder)
+        self.tokenizer = Tokenizer.load(folder)
+        self.architecture = SimpleNamespace(name="MiniMaxM2ForCausalLM", vocab_size=VOCABULARY)
+        self.context_length = CONTEXT
+        self.model_name = config.model.served_model_name or "fake"
+        self.generation_defaults = {"temperature": 0.5, "top_k": 40}
+        self._choices: list[_Choice] = []
+        self._aborted = 0
+        if config.model.random_seed:
+            time.sleep(config.model.random_seed)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._choices)
+
+    def add(self, request: Request) -> None:
+        prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
+        if "REFUSE" in prompt:
+            raise ValueError("this prompt is refused")
+        if "KILL" in prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        said = prompt.partition("SAY ")[2].partition("[e~[")[0]
+        reply = str(self._aborted) if "ABORTED" in prompt else said or REPLY
+        if "ENDLESS" in prompt:
+            reply = "again " * CONTEXT
+        for index in range(request.sampling.n):
+            tokens = self.tokenizer.encode(reply) + ([self.tokenizer.token_id("[e~[")] if not request.sampling.ignore_eos else [])
+            self._choices.append(_Choice(request, index, tokens, Detokenizer(self.tokenizer, request.prompt_token_ids), prompt))
+
+    def abort(self, rid: str) -> None:
+        before = len(self._choices)
+        self._choices = [choice for choice in self._choices if choice.request.rid != rid]
+        self._aborted += before != len(self._choices)
+
+    def step(self) -> list[ChoiceDelta]:
+        deltas = [self._grow(choice) for choice in self._choices]
+        ended = {(delta.rid, delta.index) for delta in deltas if delta.finish_reason is not None}
+        if any("ENDLESS" in choice.text for choice in self._choices):
+            time.sleep(0.002)
+        self._choices = [choice for choice in self._choices if (choice.request.rid, choice.index) not in ended]
+        return deltas
+
+    def _grow(self, choice: _Choice) -> ChoiceDelta:
+        request, sampling = choice.request, choice.request.sampling
+        if choice.done == 2 and "CRASH" in choice.text:
+            raise RuntimeError("secret 1234")
+        prompt = request.prompt_token_ids
+        delta = ChoiceDelta(rid=request.rid, index=choice.index, num_prompt_tokens=len(prompt), num_cached_tokens=len(prompt) // 2)
+        if choice.done == 0 and sampling.prompt_logprobs is not None:
+            delta.prompt_logprobs = [None, *(self._entry(token, sampling.prompt_logprobs) for token in prompt[1:])]
+        if choice.done == 2 and "FAULT" in choice.text:
+            delta.finish_reason, delta.error = FinishReason.ERROR, "secret 1234"
+            return delta
+        if sampling.max_tokens != 0:
+            self._take(choice, delta)
+        if delta.finish_reason is None and sampling.max_tokens is not None and choice.done >= sampling.max_tokens:
+            delta.finish_reason = FinishReason.LENGTH
+            delta.text += choice.detokenizer.flush()
+        if sampling.return_routed_experts and delta.finish_reason is not None:
+            delta.routed_experts = numpy.zeros((3, 2, 1), dtype=numpy.uint8)
+        return delta
+
+    def _take(self, choice: _Choice, delta: ChoiceDelta) -> None:
+        token = choice.tokens[choice.done]
+        choice.done += 1
+        delta.token_ids = [token]
+        if choice.request.sampling.logprobs is not None:
+            delta.logprobs = [self._entry(token, choice.request.sampling.logprobs)]
+        if token == self.tokenizer.token_id("[e~["):
+            delta.finish_reason, delta.stop_reason = FinishReason.STOP, token
+            return
+        delta.text = choice.detokenizer.push(token)
+
+    def _entry(self, token: int, top: int) -> dict[int, Logprob]:
+        """The token itself is second best."""
+        entry = {token: Logprob(-1.5, 2, self.tokenizer.token_text(token))}
+        return entry | {(token + 1 + rank) % 256: Logprob(-0.5 - 1.5 * rank, rank + 1 + (rank > 0)) for rank in range(top)}
+
+    def close(self) -> None:
+        print("the engine is closed", file=sys.stderr)
+
+
+def run() -> int:
+    return main(FakeEngine)
