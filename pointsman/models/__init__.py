@@ -19,6 +19,6 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         ValueError: no model here is of its architecture, or it asks for what the model does not compute.
     """
     names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in MODELS:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(MODELS):
         raise ValueError(f"architectures in config.json is {names!r:.200}; this version has {', '.join(map(repr, MODELS))}")
     return MODELS[names[0]].parse(config)

@@ -181,7 +181,8 @@ def _bar(progress: bool | None, total: int) -> Iterator[Callable[[], None]]:
 def make_parameters(architecture: Architecture, *, seed: int, device: torch.device) -> Parameters:
     """Random weights whose router spreads tokens evenly: norms 1, a wide router, no bias, matrices of standard deviation 0.02.
 
-    Each tensor has its own seed, made of the seed given and its name, so that it is the same whatever else is loaded.
+    Embeddings have standard deviation 1. With smaller ones what attention adds, which neighbours share, outweighs what tells
+    tokens apart, and from the second layer on all of them choose the same experts. Each tensor has its own seed, made of the seed given and its name, so that it is the same whatever else is loaded.
     """
     rows = MODELS[architecture.name].rows
     storage = Storage(rows, architecture, {row.parameter: DTYPES[architecture.dtype] for row in rows}, device)
@@ -194,7 +195,7 @@ def make_parameters(architecture: Architecture, *, seed: int, device: torch.devi
         elif len(row.shape) == 1:
             view.fill_(1.0)
         else:
-            std = DUMMY_ROUTER_STD / math.sqrt(architecture.hidden_size) if row.parameter == "gate" else DUMMY_STD
+            std = {"gate": DUMMY_ROUTER_STD / math.sqrt(architecture.hidden_size), "embed": 1.0}.get(row.parameter, DUMMY_STD)
             generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
             noise = torch.randn(view.shape, generator=generator, device=device)
             # an e4m3 number of standard deviation 112 leaves four of them to its limit

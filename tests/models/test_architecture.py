@@ -1,0 +1,228 @@
+"""What is read from config.json, in both of its forms, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MiniMaxM2Config
+
+from pointsman.models import architecture_of
+from pointsman.models.architecture import Architecture
+
+# config.json of MiniMax-M2.5
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["MiniMaxM2ForCausalLM"],
+    "attn_type_list": [1] * 62,
+    "auto_map": {
+        "AutoConfig": "configuration_minimax_m2.MiniMaxM2Config",
+        "AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM",
+    },
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 196608,
+    "model_type": "minimax_m2",
+    "mtp_transformer_layers": 1,
+    "num_attention_heads": 48,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 8,
+    "num_local_experts": 256,
+    "num_mtp_modules": 3,
+    "qk_norm_type": "per_layer",
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "float8_e4m3fn",
+        "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 5000000,
+    "rotary_dim": 64,
+    "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.46.1",
+    "use_cache": True,
+    "use_mtp": True,
+    "use_qk_norm": True,
+    "use_routing_bias": True,
+    "vocab_size": 200064,
+}
+M25 = Architecture(
+    name="MiniMaxM2ForCausalLM",
+    vocab_size=200064,
+    hidden_size=3072,
+    num_layers=62,
+    num_heads=48,
+    num_kv_heads=8,
+    head_dim=128,
+    rotary_dim=64,
+    rope_theta=5e6,
+    max_positions=196608,
+    norm_epsilon=1e-6,
+    num_experts=256,
+    top_k=8,
+    expert_width=1536,
+    score="sigmoid",
+    quantization_block=(128, 128),
+    num_draft_layers=3,
+    dtype="bfloat16",
+)
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return PUBLISHED | changes
+
+
+def without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in PUBLISHED.items() if key not in keys}
+
+
+def test_the_published_config() -> None:
+    assert architecture_of(PUBLISHED) == M25
+
+
+def test_the_config_that_transformers_writes() -> None:
+    written = MiniMaxM2Config(**without("auto_map"), dtype="bfloat16").to_diff_dict()
+    assert "rope_theta" not in written and written["rope_parameters"]["partial_rotary_factor"] == 0.5
+    assert architecture_of(written | {"architectures": ["MiniMaxM2ForCausalLM"]}) == M25
+
+
+def test_transformers_names_alone() -> None:
+    config = without("rotary_dim", "rope_theta", "num_local_experts", "use_mtp")
+    config |= {
+        "num_experts": 256,
+        "dtype": "bfloat16",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    }
+    assert architecture_of(config).sizes == M25.sizes
+    assert (architecture_of(config).rotary_dim, architecture_of(config).num_draft_layers) == (64, 0)
+
+
+def test_without_a_partial_factor_all_channels_rotate_as_in_transformers() -> None:
+    assert MiniMaxM2Config().rope_parameters == {"rope_theta": 5e6, "rope_type": "default"}
+    config = without("rotary_dim", "rope_theta") | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}
+    assert architecture_of(config).rotary_dim == 128
+    assert architecture_of(without("rotary_dim", "rope_theta")).rope_theta == MiniMaxM2Config.default_theta
+
+
+def test_a_plain_checkpoint() -> None:
+    architecture = architecture_of(without("quantization_config") | {"torch_dtype": "float32"})
+    assert architecture.quantization_block is None and architecture.dtype == "float32"
+
+
+REFUSED = [
+    ("model_type", "mixtral", "'minimax_m2'"),
+    ("hidden_act", "gelu", "'silu'"),
+    ("attn_type_list", [1] * 61 + [0], "[1, 1"),
+    ("attn_type_list", [1] * 61, "[1, 1"),
+    ("layer_types", ["full_attention"] * 61 + ["linear_attention"], "full_attention"),
+    ("sliding_window", 4096, "null"),
+    ("scoring_func", "softmax", "'sigmoid'"),
+    ("use_routing_bias", False, "True"),
+    ("use_qk_norm", False, "True"),
+    ("qk_norm_type", "per_head", "'per_layer'"),
+    ("shared_intermediate_size", 1536, "0"),
+    ("tie_word_embeddings", True, "False"),
+    ("attention_bias", True, "False"),
+    ("norm_topk_prob", False, "True"),
+    ("routed_scaling_factor", 2.5, "1.0"),
+    ("rope_scaling", {"type": "yarn", "factor": 4.0}, "default"),
+    ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e6}, "'default'"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4}, "disagree"),
+    ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.25}, "disagree"),
+    ("rope_parameters", [1], "object"),
+    ("partial_rotary_factor", 1.0, "disagree"),
+    ("rotary_dim", 63, "even number"),
+    ("rotary_dim", 256, "from 2 to 128"),
+    ("rotary_dim", float("inf"), "from 2 to 128"),
+    ("rope_theta", -1, "positive"),
+    ("rms_norm_eps", 0, "positive"),
+    ("rms_norm_eps", float("nan"), "positive"),
+    ("hidden_size", "3072", "whole number"),
+    ("hidden_size", True, "whole number"),
+    ("num_hidden_layers", 0, "from 1"),
+    ("num_hidden_layers", 10**9, "from 1"),
+    ("num_key_value_heads", 7, "multiple of num_key_value_heads"),
+    ("num_experts_per_tok", 257, "at most the number of experts"),
+    ("num_experts", 128, "num_local_experts"),
+    ("dtype", "float16", "'bfloat16' or 'float32'"),
+    ("use_mtp", 3, "True or False"),
+    ("num_mtp_modules", -1, "from 0"),
+    ("attn_window_size", 8192, "does not know"),
+    ("mlp_only_layers", [0], "does not know"),
+    ("quantization_config", "fp8", "object"),
+]
+FP8 = PUBLISHED["quantization_config"]
+REFUSED_QUANTIZATION = [
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_method is 'modelopt'"),
+    (FP8 | {"fmt": "float8_e5m2"}, "fmt is 'float8_e5m2'"),
+    (FP8 | {"activation_scheme": "static"}, "activation_scheme is 'static'"),
+    (FP8 | {"weight_block_size": None}, "weight_block_size is None"),
+    (FP8 | {"weight_block_size": [128]}, "two whole numbers"),
+    (FP8 | {"weight_block_size": [128, 0]}, "two whole numbers"),
+    (FP8 | {"modules_to_not_convert": ["gate", "model.layers.0.self_attn"]}, "modules_to_not_convert"),
+    (FP8 | {"scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0'"),
+    (FP8 | {"kv_cache_scheme": "static"}, "does not know"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "right"), REFUSED)
+def test_a_value_the_model_was_not_written_for_is_refused_by_name(key: str, value: Any, right: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        architecture_of(changed(**{key: value}))
+    assert key in str(caught.value) and right in str(caught.value)
+
+
+@pytest.mark.parametrize(("section", "message"), REFUSED_QUANTIZATION)
+def test_other_quantizations_are_refused_by_name(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="quantization_config") as caught:
+        architecture_of(changed(quantization_config=section))
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_in_one_message() -> None:
+    with pytest.raises(ValueError) as caught:
+        architecture_of(changed(hidden_act="gelu", scoring_func="softmax", brand_new=1))
+    assert all(word in str(caught.value) for word in ("hidden_act", "scoring_func", "brand_new"))
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "head_dim", "num_hidden_layers", "rms_norm_eps", "num_local_experts", "vocab_size"])
+def test_a_missing_size_is_named(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} is missing"):
+        architecture_of(without(key))
+
+
+@pytest.mark.parametrize("names", [None, "MiniMaxM2ForCausalLM", [], ["LlamaForCausalLM"], [["x"]]])
+def test_an_unknown_model_is_named(names: Any) -> None:
+    with pytest.raises(ValueError, match=r"architectures .* this version has 'MiniMaxM2ForCausalLM'"):
+        architecture_of(changed(architectures=names))
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+VALUES = (
+    SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.sampled_from([*FP8, "rope_type", "rope_theta", "x"]), SCALARS, max_size=4)
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.dictionaries(
+        st.sampled_from([*PUBLISHED, "rope_parameters", "rope_scaling", "dtype", "num_experts", "partial_rotary_factor"]),
+        VALUES,
+        max_size=3,
+    )
+)
+def test_no_value_does_anything_but_parse_or_be_refused(changes: dict[str, Any]) -> None:
+    try:
+        architecture = architecture_of(PUBLISHED | changes)
+    except ValueError:
+        return
+    assert 2 <= architecture.rotary_dim <= architecture.head_dim and architecture.top_k <= architecture.num_experts

@@ -1,0 +1,35 @@
+"""The table of names is a bijection between a checkpoint's tensors and our places."""
+
+from __future__ import annotations
+
+from safetensors import safe_open
+
+from pointsman.models import MODELS, architecture_of
+from pointsman.models.minimax_m2 import ROWS
+from pointsman.models.names import Place, name_of, places
+from tests.models.checkpoints import Shape
+from tests.models.test_architecture import PUBLISHED, without
+
+
+def test_full_size_has_the_published_number_of_tensors() -> None:
+    # 3 + 62 * (4 norms, gate and bias + 2 * (4 attention matrices + 3 * 256 expert matrices)), as counted in the published index
+    expected = places(ROWS, architecture_of(PUBLISHED))
+    assert len(expected) == 96_103
+    assert sum(place.scale for _, place in expected.values()) == 47_864
+    assert expected["model.layers.61.block_sparse_moe.experts.255.w3.weight_scale_inv"][1] == Place("gate_up", 61, 255, 1, True)
+    plain = places(ROWS, architecture_of(without("quantization_config")))
+    assert len(plain) == 96_103 - 47_864 and not any(place.scale for _, place in plain.values())
+
+
+def test_both_directions_agree() -> None:
+    for model in MODELS.values():
+        expected = places(model.rows, architecture_of(Shape(block=(16, 16)).config()))
+        assert len({place for _, place in expected.values()}) == len(expected)
+        assert all(name_of(model.rows, place) == name for name, (_, place) in expected.items())
+
+
+def test_names_are_those_of_a_checkpoint_on_disk(tmp_path) -> None:
+    for number, shape in enumerate((Shape(), Shape(block=(16, 16)))):
+        folder = shape.write(tmp_path / str(number))
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            assert set(file.keys()) == set(places(ROWS, architecture_of(shape.config())))
