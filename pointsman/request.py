@@ -22,6 +22,10 @@ MAX_LOGIT_BIAS = 1024
 MAX_TOP_K = 1 << 20
 
 
+class QueueFull(ValueError):
+    """More is waiting than the engine is set up for; the same request may be taken later."""
+
+
 class FinishReason(StrEnum):
     """Why a choice ended: a stop token or string, the token limit, an abort by the client, or a fault of the engine."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pointsman.config import EngineConfig
 from pointsman.engine.build import Parts, build
 from pointsman.engine.executor import Executor, Inline, Pending, Threaded
-from pointsman.request import ChoiceDelta, FinishReason, Logprob, Request
+from pointsman.request import ChoiceDelta, FinishReason, Logprob, QueueFull, Request
 from pointsman.scheduler import Advance, Sequence
 from pointsman.step import StepPlan
 from pointsman.text import Detokenizer, StopStrings
@@ -77,7 +77,7 @@ class Engine:
         return self._runner.step_name
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError if it can never run here, or if its name is taken."""
+        """Queue a request. Raises ValueError if it can never run here, or if its name is taken; QueueFull if it may be taken later."""
         self._check(request)
         sampling = request.sampling
         first = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
@@ -97,7 +97,7 @@ class Engine:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none; use stop_token_ids")
         waiting = self.scheduler.num_waiting
         if waiting >= self.config.scheduler.max_queued_requests:
-            raise ValueError(f"{waiting} requests are waiting already, the most that --max-queued-requests allows")
+            raise QueueFull(f"{waiting} requests are waiting already, the most that --max-queued-requests allows")
 
     def _new_choice(self, request: Request) -> _Choice:
         if self.tokenizer is None:

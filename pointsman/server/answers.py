@@ -99,7 +99,6 @@ class ChatAnswer(Answer):
 
     Args:
         parsers: one for each choice, or None where thinking is not split off.
-        logprobs: how many alternatives to list for each token; None lists no tokens.
     """
 
     kind = "chat.completion"

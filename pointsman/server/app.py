@@ -200,7 +200,7 @@ async def _unless_gone(receive: Receive, work: Awaitable[T] | Coroutine[Any, Any
     finally:
         task.cancel()
         watch.cancel()
-        await asyncio.wait((task, watch))
+        await asyncio.gather(task, watch, return_exceptions=True)
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -142,7 +142,7 @@ class Bridge:
         """Hand requests to the engine. Raises ApiError where it is not there or has too much to do."""
         self.served()
         if self.running + len(requests) > self._max_requests:
-            raise ApiError(429, f"{self.running} requests are running or waiting; try again later", code="queue_full")
+            raise _queue_full(f"{self.running} requests are running or waiting; try again later")
         stream = Stream(self, requests)
         for request in requests:
             self._streams[request.rid] = stream
@@ -176,7 +176,7 @@ class Bridge:
                         stream.put(delta)
             case wire.Refused():
                 if (stream := self._streams.get(message.rid)) is not None:
-                    stream.fail(ApiError(400, message.reason))
+                    stream.fail(_queue_full(message.reason) if message.busy else ApiError(400, message.reason))
             case wire.Ready():
                 self._loading = asyncio.get_running_loop().create_task(self._become_ready(message.model))
             case wire.Failed():
@@ -204,6 +204,10 @@ class Bridge:
         """The process has ended: if it said why, that has arrived by now."""
         how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
         self.fail(f"the engine's process ended without saying why ({how})", _engine_failed())
+
+
+def _queue_full(message: str) -> ApiError:
+    return ApiError(429, message, code="queue_full")
 
 
 def _engine_failed() -> ApiError:

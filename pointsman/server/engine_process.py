@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from pointsman.config import EngineConfig
+from pointsman.request import QueueFull
 from pointsman.server import wire
 from pointsman.server.launch import LOG_FORMAT
 
@@ -83,7 +84,7 @@ def loop(engine: Engine, end: wire.EngineEnd) -> NoReturn:
             try:
                 engine.add(message.request)
             except ValueError as error:
-                end.send(wire.Refused(message.request.rid, str(error)))
+                end.send(wire.Refused(message.request.rid, str(error), isinstance(error, QueueFull)))
         if engine.has_work and (deltas := engine.step()):
             end.send(wire.Deltas(deltas))
 

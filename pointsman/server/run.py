@@ -44,6 +44,8 @@ async def run(listener: socket.socket, process: EngineProcess, engine: EngineCon
     load = functools.partial(ServedModel.load, reasoning_parser=server.reasoning_parser)
     limits = engine.scheduler
     bridge = Bridge(process, load, max_requests=limits.max_running_requests + limits.max_queued_requests)
+    if server.tool_call_parser is not None:
+        log.warning("--tool-call-parser has no effect in this version: requests with tools are refused")
     bridge.start()
     web = _WebServer(_web_config(bridge, engine, server))
     serving = asyncio.create_task(web.serve(sockets=[listener]))

@@ -6,10 +6,14 @@ The engine's process comes first, so that it loads while this one still imports 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 from pointsman.config import EngineConfig, ServerConfig
 from pointsman.server.launch import ENGINE, LOG_FORMAT, EngineProcess
@@ -23,35 +27,47 @@ def serve(engine: EngineConfig, server: ServerConfig, *, program: str = ENGINE) 
     Args:
         program: what the engine's process runs; tests put another engine there.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=server.log_level.upper(), format=LOG_FORMAT)
-    try:
-        with _listen(server.host, server.port) as listener:
-            reason = _with_engine(listener, engine, server, program)
-    except OSError as error:
-        reason = f"cannot listen on {server.host} port {server.port}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        reason = None
+    with _on_signals(signal.default_int_handler):
+        try:
+            reason = _serve(engine, server, program)
+        except KeyboardInterrupt:
+            reason = None
     if reason is not None:
         print("pointsman serve:", " ".join(reason.split()), file=sys.stderr, flush=True)
     return 0 if reason is None else 1
 
 
-def _with_engine(listener: socket.socket, engine: EngineConfig, server: ServerConfig, program: str) -> str | None:
+def _serve(engine: EngineConfig, server: ServerConfig, program: str) -> str | None:
     """Why the server had to end; None where it was asked to."""
     try:
-        process = EngineProcess(engine, log_level=server.log_level, program=program)
-    except (ValueError, OSError) as error:
-        return f"the engine's process cannot be started: {error}"
-    try:
-        # Imported only now: the engine's process is loading meanwhile.
-        from pointsman.server.run import run  # noqa: PLC0415
+        listener = _listen(server.host, server.port)
+    except OSError as error:
+        return f"cannot listen on {server.host} port {server.port}: {error.strerror or error}"
+    with listener:
+        try:
+            process = EngineProcess(engine, log_level=server.log_level, program=program)
+        except (ValueError, OSError) as error:
+            return f"the engine's process cannot be started: {error}"
+        try:
+            # Imported only now: the engine's process is loading meanwhile.
+            from pointsman.server.run import run  # noqa: PLC0415
 
-        return asyncio.run(run(listener, process, engine, server))
+            return asyncio.run(run(listener, process, engine, server))
+        finally:
+            with _on_signals(signal.SIG_IGN):
+                process.stop()
+
+
+@contextlib.contextmanager
+def _on_signals(handler: Callable[[int, FrameType | None], Any] | int) -> Iterator[None]:
+    """Treat SIGINT and SIGTERM this way for a while."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        process.stop()
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -77,10 +77,11 @@ class Failed(msgspec.Struct, tag=True):
 
 
 class Refused(msgspec.Struct, tag=True):
-    """The engine did not take this request; the reason is meant for whoever sent it."""
+    """The engine did not take this request; the reason is meant for whoever sent it. `busy`: it may do so later."""
 
     rid: str
     reason: str
+    busy: bool
 
 
 class Deltas(msgspec.Struct, tag=True):

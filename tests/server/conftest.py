@@ -21,9 +21,9 @@ from pointsman.server.launch import command
 ROOT = Path(__file__).parents[2]
 FAKE = "from tests.server.fake_engine import run; sys.exit(run())"
 TEMPLATE = """\
+{% if boom %}{{ raise_exception('no such luck') }}{% endif %}
 {% for message in messages %}]~b]{{ 'ai' if message.role == 'assistant' else message.role }}
 {% if message.role == 'assistant' and message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}
-{% if message.role == 'bad' %}{{ raise_exception('no such role') }}{% endif %}
 {{ message.content }}[e~[
 {% endfor %}{{ extra | default('') }}{% if add_generation_prompt %}]~b]ai
 <think>

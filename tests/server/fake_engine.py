@@ -5,7 +5,7 @@ It answers every prompt with the same thought and the same sentence, one byte a 
     REFUSE    add raises ValueError        FAULT     the choice ends with an error after two tokens
     CRASH     a step raises                KILL      the process dies at once, without a word
     ENDLESS   tokens until aborted         ABORTED   answers how many requests have been aborted
-    SAY x     answers x
+    SAY x     answers x                    BUSY      add raises QueueFull
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import numpy
 
 from pointsman.config import EngineConfig
-from pointsman.request import ChoiceDelta, FinishReason, Logprob, Request
+from pointsman.request import ChoiceDelta, FinishReason, Logprob, QueueFull, Request
 from pointsman.server.engine_process import main
 from pointsman.text import Detokenizer, Tokenizer
 
@@ -70,6 +70,8 @@ class FakeEngine:
         prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
         if "REFUSE" in prompt:
             raise ValueError("this prompt is refused")
+        if "BUSY" in prompt:
+            raise QueueFull("too much to do")
         if "KILL" in prompt:
             os.kill(os.getpid(), signal.SIGKILL)
         said = prompt.partition("SAY ")[2].partition("[e~[")[0]

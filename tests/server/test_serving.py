@@ -294,6 +294,9 @@ def test_other_refusals(client: httpx.Client) -> None:
     assert fault(complete(client, prompt="REFUSE"), 400)["message"] == "this prompt is refused"
     assert fault(complete(client, prompt="REFUSE", stream=True), 400)
     assert fault(complete(client, prompt=["REFUSE", "hello"]), 400)
+    busy = complete(client, prompt="BUSY")
+    assert fault(busy, 429)["message"] == "too much to do" and busy.headers["retry-after"]
+    assert "no such luck" in fault(chat(client, chat_template_kwargs={"boom": True}), 400)["message"]
     assert fault(complete(client, prompt="FAULT"), 500)["type"] == "server_error"
     assert complete(client).status_code == 200
 
