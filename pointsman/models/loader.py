@@ -182,7 +182,8 @@ def make_parameters(architecture: Architecture, *, seed: int, device: torch.devi
     """Random weights whose router spreads tokens evenly: norms 1, a wide router, no bias, matrices of standard deviation 0.02.
 
     Embeddings have standard deviation 1. With smaller ones what attention adds, which neighbours share, outweighs what tells
-    tokens apart, and from the second layer on all of them choose the same experts. Each tensor has its own seed, made of the seed given and its name, so that it is the same whatever else is loaded.
+    tokens apart, and from the second layer on all of them choose the same experts. Each tensor has its own seed, made of the seed
+    given and its name, so that it is the same whatever else is loaded.
     """
     rows = MODELS[architecture.name].rows
     storage = Storage(rows, architecture, {row.parameter: DTYPES[architecture.dtype] for row in rows}, device)

@@ -215,7 +215,7 @@ def test_what_is_joined_was_filled_to_the_last_number(tmp_path: Path) -> None:
 
 class TestDummy:
     CONFIG = Shape(
-        layers=3, hidden=128, heads=8, kv_heads=2, head_dim=16, width=64, experts=32, top_k=4, vocab=500, block=(128, 128)
+        layers=8, hidden=128, heads=8, kv_heads=2, head_dim=16, width=64, experts=32, top_k=4, vocab=500, block=(128, 128)
     ).config()
 
     def test_tokens_are_spread_evenly_over_the_experts(self, tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ class TestDummy:
         ids = torch.randint(500, (512,), generator=torch.Generator().manual_seed(0))
         harness.step({0: ids.tolist()})
         routes_TNK = harness.routes.gather(harness.slots(0, 0, 512)).long()
-        for layer in range(3):
+        for layer in range(8):
             load_E = torch.bincount(routes_TNK[:, layer].flatten(), minlength=32) / (512 * 4 / 32)
-            # one expert's share under perfectly random routing has a standard deviation of 12 %; a fixed random router adds its own
-            assert load_E.min() > 0.4 and load_E.max() < 2.0, (layer, load_E)
+            # an expert's share of random choices has a standard deviation of 12 %, and a fixed random router prefers some a little
+            assert load_E.min() > 0.4 and load_E.max() < 1.8, (layer, load_E)
         assert len(torch.unique(routes_TNK.sort(-1).values.flatten(1), dim=0)) > 250, "tokens must not share their experts"
 
     def test_weights_have_the_promised_spread(self) -> None:

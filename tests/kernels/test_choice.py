@@ -1,0 +1,61 @@
+"""A name gets that implementation or every reason why not; "auto" says what it took."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from pointsman.config import EngineConfig, flags
+from pointsman.kernels import ATTENTIONS, LINEARS, choose, choose_attention, choose_linear, reference
+from pointsman.kernels.weight import Weight
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_takes_the_first_that_can_and_logs_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="pointsman.kernels"):
+        assert choose_linear("auto", device=CPU, dtype=torch.float32) is LINEARS["cpu"]
+        assert choose_linear("auto", device=CUDA, dtype=torch.bfloat16) is LINEARS["reference"]
+        assert choose_attention("auto", device=CPU, dtype=torch.float32) is ATTENTIONS["reference"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "FP8 linear backend: cpu (auto)",
+        "FP8 linear backend: reference (auto; cpu: it is made for CPUs; the device is cuda)",
+        "attention backend: reference (auto; flashinfer: it needs a CUDA device)",
+    ]
+
+
+def test_a_name_is_obeyed_or_refused_with_the_alternatives() -> None:
+    assert choose_linear("reference", device=CPU, dtype=torch.float32) is LINEARS["reference"]
+    with pytest.raises(ValueError, match=r"'cpu' cannot serve here: it is made for CPUs; the device is cuda; these can: reference"):
+        choose_linear("cpu", device=CUDA, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"'flashinfer' cannot serve here: this version does not have it yet; these can: reference"):
+        choose_attention("flashinfer", device=CUDA, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"unknown thing 'c'; known are auto, a, b"):
+        choose("thing", "c", {"a": None, "b": "no"})
+    with pytest.raises(ValueError, match=r"no thing can serve here \(a: broken; b: no\)"):
+        choose("thing", "auto", {"a": "broken", "b": "no"})
+
+
+def test_every_name_that_the_flags_allow_is_known() -> None:
+    known = flags(EngineConfig)
+    for flag, chooser in (("fp8_gemm_backend", choose_linear), ("attention_backend", choose_attention)):
+        for name in known[flag].choices or ():
+            try:
+                chooser(name, device=CPU, dtype=torch.float32)
+            except ValueError as error:
+                assert "cannot serve here" in str(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linears_agree(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TK = torch.randn(5, 48, generator=generator).to(dtype)
+    w_NK = torch.randn(30, 48, generator=generator)
+    want = x_TK.float() @ w_NK.T
+    for weight, bound in ((Weight(w_NK), 0.01), (reference.quantize_weight(w_NK, (16, 32)), 0.06)):
+        for name, linear in LINEARS.items():
+            got = linear.run(x_TK, linear.prepare(weight, dtype))
+            # bfloat16 rounds by 2^-9, e4m3 weights and activations by 2^-4, relative to numbers of size 7
+            assert got.dtype == dtype and float((got.float() - want).square().mean().sqrt() / want.square().mean().sqrt()) < bound, name
