@@ -1,0 +1,209 @@
+"""A decoder step on a CPU as one compiled region over flat rows.
+
+A row is a token, its position and the lane whose page table holds its past; decoding and chunked prefill are the same thing. Run
+op by op, a small model spends its time between the operations. Here one call runs the whole step on all cores without coming
+back to Python, and a row's result is the same bits whatever other rows share the step, however a prompt is cut into chunks, and
+on any number of threads.
+
+The step is compiled once for each combination of stored forms (attention weights, experts, head, cache; see `kinds_of`) and kept on
+disk; shapes are run-time values. `is_cached` says whether `CpuStep` would start at once; where not, `start_compiling` compiles in
+a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pointsman.kernels.cpu_object import Kinds, StepThread, is_cached, load, start_compiling
+from pointsman.kernels.cpu_pack import PackedLinear, aligned, form_of
+from pointsman.kernels.cpu_table import ALONE, ATTENTION_BLOCK, CONTROL_WORDS, NUM_LOGITS, NUM_ROWS, step_fields, table
+from pointsman.kernels.cpu_weights import CpuWeights, LayerWeights, ModelShape, pack_weights, padded
+
+__all__ = [
+    "CpuCache",
+    "CpuStep",
+    "CpuWeights",
+    "LayerWeights",
+    "ModelShape",
+    "is_cached",
+    "kinds_of",
+    "pack_weights",
+    "start_compiling",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class CpuCache:
+    """Where the past of all lanes is.
+
+    Attributes:
+        k, v: [layers, pages, kv_heads, page_size, head_dim], float32, uint16 (bfloat16) or uint8 (e4m3, scale 1).
+        routes: [pages * page_size, layers, top_k], uint8, or uint16 for more than 256 experts: the experts of the token in each slot.
+        page_table: int32 [lanes, most pages]; read in place at every step.
+    """
+
+    k: NDArray[np.generic]
+    v: NDArray[np.generic]
+    routes: NDArray[np.generic]
+    page_table: NDArray[np.int32]
+
+
+def kinds_of(weights: CpuWeights, cache: CpuCache) -> Kinds:
+    """The stored forms that the compiled step must be for."""
+    return weights.qkv.form, weights.gate_up.form, weights.head.form, form_of(cache.k)
+
+
+class CpuStep:
+    """Runs steps of up to `max_rows` rows on `num_threads` threads, of which the caller's is one.
+
+    Raises:
+        ValueError: an array has the wrong shape or type.
+        RuntimeError: the step is not on disk and could not be compiled.
+    """
+
+    def __init__(self, shape: ModelShape, weights: CpuWeights, cache: CpuCache, *, max_rows: int, num_threads: int) -> None:
+        if max_rows < 1 or num_threads < 1:
+            raise ValueError(f"max_rows is {max_rows} and num_threads {num_threads}; both must be at least 1")
+        _check_cache(shape, cache)
+        self.max_rows, self.num_threads, self._vocab = max_rows, num_threads, shape.vocab
+        kinds = kinds_of(weights, cache)
+        self._run = load(kinds)
+        pipe = os.pipe() if num_threads > 1 else (-1, -1)
+        arrays = _numbers(shape, max_rows, num_threads) | _buffers(shape, max_rows, num_threads)
+        self._control, self._logits = arrays["control"], arrays["logits"]
+        self._rows = {name: arrays[name] for name in ("tokens", "positions", "lanes", "logit_rows", "forced")}
+        values = arrays | _settings(shape, weights, cache, max_rows, num_threads, pipe)
+        self._table = table(step_fields(*kinds), values)
+        self._address = self._table.ctypes.data
+        threads = [
+            threading.Thread(target=self._run, args=(number, self._address), name=f"cpu-step-{number}", daemon=True)
+            for number in range(1, num_threads)
+        ]
+        for thread in threads:
+            thread.start()
+        self.close = weakref.finalize(self, _stop, self._run, self._table, threads, pipe, values)
+
+    def run(self, tokens: ArrayLike, positions: ArrayLike, lanes: ArrayLike, logit_rows: ArrayLike, forced: ArrayLike | None = None) -> Any:
+        """Feed rows: store their keys, values and experts, and return float32 logits [len(logit_rows), vocab].
+
+        Rows of one lane may come in any number; what a row attends to must be in the cache or among the rows of this step. A row
+        that is `forced` takes the experts that stand at its slot in `routes`. The logits are a view that the next run overwrites.
+
+        Raises:
+            ValueError: there are too many rows, or one names something that does not exist.
+        """
+        num_rows, num_logits = len(tokens), len(logit_rows)  # type: ignore[arg-type]
+        if not 0 < num_rows <= self.max_rows or num_logits > num_rows:
+            raise ValueError(f"{num_rows} rows with {num_logits} logits; a step takes 1 to {self.max_rows} rows and at most their logits")
+        given = self._rows
+        given["tokens"][:num_rows] = tokens
+        given["positions"][:num_rows] = positions
+        given["lanes"][:num_rows] = lanes
+        given["logit_rows"][:num_logits] = logit_rows
+        given["forced"][:num_rows] = 0 if forced is None else forced
+        self._control[NUM_ROWS], self._control[NUM_LOGITS] = num_rows, num_logits
+        refused = self._run(0, self._address)
+        if refused:
+            row = refused - 1
+            token, position, lane = (given[name][row] for name in ("tokens", "positions", "lanes"))
+            raise ValueError(
+                f"row {row} (token {token}, position {position}, lane {lane}) or its entry in logit_rows names something that does not"
+                f" exist: a token, position, lane, row, page of its past, or forced expert"
+            )
+        return self._logits[:num_logits, : self._vocab]
+
+
+def _stop(run: StepThread, table: NDArray[np.int64], threads: list[threading.Thread], pipe: tuple[int, int], arrays: object) -> None:
+    """End the helping threads, which until then read the arrays."""
+    if threads:
+        run(-1, table.ctypes.data)
+        for thread in threads:
+            thread.join()
+        for end in pipe:
+            os.close(end)
+
+
+def _check_cache(shape: ModelShape, cache: CpuCache) -> None:
+    pages, page_size = cache.k.shape[1], cache.k.shape[3]
+    routes = np.dtype(np.uint8 if shape.experts <= 256 else np.uint16)
+    right = (shape.layers, pages, shape.kv_heads, page_size, shape.head_dim)
+    for name, array, form, dtype in (
+        ("k", cache.k, right, cache.k.dtype),
+        ("v", cache.v, right, cache.k.dtype),
+        ("routes", cache.routes, (pages * page_size, shape.layers, shape.top_k), routes),
+        ("page_table", cache.page_table, (*cache.page_table.shape[:1], cache.page_table.shape[-1]), np.dtype(np.int32)),
+    ):
+        if array.shape != form or array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}; it must be {dtype} {form}, contiguous")
+
+
+def _numbers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, NDArray[np.int64]]:
+    """Integer buffers by name."""
+    pairs = max_rows * shape.top_k
+    sizes = dict.fromkeys(("tokens", "positions", "lanes", "slots", "forced", "logit_rows"), max_rows)
+    sizes |= {"control": CONTROL_WORDS, "chosen": _own_rows(max_rows, num_threads) * shape.top_k}
+    sizes |= {"starts": num_threads * (shape.experts + 1), "pairs": num_threads * pairs, "sources": num_threads * pairs}
+    counting = np.arange(_own_rows(max_rows, num_threads) + 4)
+    return {name: np.zeros(size, np.int64) for name, size in sizes.items()} | {"counting": counting}
+
+
+def _buffers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, NDArray[np.float32]]:
+    """Float buffers by name. Zero where padding is read; memory that is never touched is never taken."""
+    own, hidden, head = _own_rows(max_rows, num_threads), padded(shape.hidden), padded(shape.head_dim, 16)
+    group = num_threads * (shape.heads // shape.kv_heads)
+    channels = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    sizes = {"x": (own, hidden), "h": (own, hidden), "scores": (own, padded(shape.experts)), "weights": (own, shape.top_k)}
+    sizes |= {"queries": (own, shape.heads * head), "turned": (num_threads, head), "qkv_out": (max_rows, padded(channels))}
+    sizes |= {"attended": (max_rows, shape.heads * shape.head_dim), "projected": (max_rows, hidden)}
+    sizes |= {"activations": (max_rows * shape.top_k, padded(shape.width, 32)), "outputs": (max_rows * shape.top_k, hidden)}
+    sizes |= {"logits": (max_rows, padded(shape.vocab)), "tile": (num_threads, 4 * 64), "probabilities": (group, ATTENTION_BLOCK)}
+    sizes |= {"sums": (group, head), "highest": (group, 1), "weight": (group, 1)}
+    return {name: aligned(size, np.dtype(np.float32)) for name, size in sizes.items()}
+
+
+def _own_rows(max_rows: int, num_threads: int) -> int:
+    """Rows of buffers that are shared in large steps, and each thread's own in small ones."""
+    return max(max_rows, ALONE * num_threads)
+
+
+def _settings(
+    shape: ModelShape, weights: CpuWeights, cache: CpuCache, max_rows: int, num_threads: int, pipe: tuple[int, int]
+) -> dict[str, Any]:
+    """Sizes, weights and cache, as the table names them."""
+    wide, bfloat16 = cache.routes.dtype == np.uint16, weights.embed.dtype == np.uint16
+    none = {dtype: np.zeros(0, dtype) for dtype in (np.uint8, np.uint16, np.float32)}
+    names = ("hidden", "layers", "heads", "kv_heads", "head_dim", "experts", "top_k", "vocab", "epsilon")
+    values: dict[str, Any] = {name: getattr(shape, name) for name in names}
+    values |= {"num_threads": num_threads, "max_rows": max_rows, "half_rotary": shape.rotary_dim // 2}
+    values |= {"hidden_stride": padded(shape.hidden), "head_stride": padded(shape.head_dim, 16), "expert_stride": padded(shape.experts)}
+    values |= {
+        "width_stride": padded(shape.width, 32),
+        "logits_stride": padded(shape.vocab),
+        "attended_stride": shape.heads * shape.head_dim,
+    }
+    values |= {"qkv_stride": padded((shape.heads + 2 * shape.kv_heads) * shape.head_dim), "max_positions": len(weights.cos)}
+    values |= {"num_pages": cache.k.shape[1], "page_size": cache.k.shape[3]}
+    values |= {"num_lanes": cache.page_table.shape[0], "max_pages": cache.page_table.shape[1], "page_table": cache.page_table}
+    values |= {"pipe_in": pipe[1], "pipe_out": pipe[0], "cache_k": cache.k, "cache_v": cache.v}
+    values |= {
+        "wide_routes": wide,
+        "routes16": cache.routes if wide else none[np.uint16],
+        "routes8": none[np.uint8] if wide else cache.routes,
+    }
+    values |= {"embed_bfloat16": bfloat16, "embed16": weights.embed if bfloat16 else none[np.uint16]}
+    values |= {"embed32": none[np.float32] if bfloat16 else weights.embed, "cache_lift": 2.0**60 if cache.k.dtype == np.uint8 else 1.0}
+    values |= {"lift_attention": weights.qkv.lift, "lift_experts": weights.gate_up.lift, "lift_head": weights.head.lift}
+    values |= {name: getattr(weights, name) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "final_norm", "bias", "cos", "sin")}
+    return values | {name: _linear(getattr(weights, name)) for name in ("qkv", "o", "gate", "gate_up", "down", "head")}
+
+
+def _linear(packed: PackedLinear) -> dict[str, Any]:
+    values = {"values": packed.values_PK, "scales": packed.scales_PB, "panels": packed.values_PK.shape[1]}
+    return values | {"inputs": packed.inputs, "block": packed.block, "blocks": packed.blocks}

@@ -1,0 +1,139 @@
+"""How the threads of a compiled step meet, wait and sleep.
+
+All threads live in compiled code. Within a step they meet at barriers: each adds one to a counter that only ever grows and spins
+until the counter reaches what this round calls for. A thread that has spun for long gives its core away between looks
+(sched_yield), so more threads than cores, or a busy machine, cost time and nothing else. Between steps the helping threads look
+for the next step in the same way for a while, then sleep in a read of a pipe, into which the next step writes a byte for each
+sleeper. There is no lock, and Python's interpreter lock is not held.
+
+A sleeper announces itself before it looks for the last time, and the step is announced before sleepers are counted; so one of the
+two sees the other. A byte too many in the pipe only ends some later sleep early.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pointsman.kernels.cpu_table import ARRIVED, SLEEPERS, STEPS
+from pointsman.kernels.vector import INT8, INT32, INT64, call, kernel
+
+SPINS = 2000
+YIELDS = 2000
+CONTROL = types.CPointer(types.int64)
+
+
+def _atomic(operation: str) -> Any:
+    @intrinsic
+    def atomic(context: Any, control: Any, index: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            place = builder.gep(arguments[0], [arguments[1]])
+            return builder.atomic_rmw(operation, place, arguments[2], "seq_cst")
+
+        return types.int64(CONTROL, types.int64, types.int64), generate
+
+    return atomic
+
+
+atomic_add = _atomic("add")
+atomic_swap = _atomic("xchg")
+
+
+@intrinsic
+def atomic_read(context: Any, control: Any, index: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(builder.gep(arguments[0], [arguments[1]]), "seq_cst", 8)
+
+    return types.int64(CONTROL, types.int64), generate
+
+
+@intrinsic
+def breathe(context: Any) -> Any:
+    """Tell the core that this is a spin loop, where it can be told."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        machine = context.codegen().magic_tuple()[0].split("-")[0]
+        if machine in ("x86_64", "i686"):
+            call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        elif machine in ("aarch64", "arm64"):
+            call(builder, "llvm.aarch64.hint", ir.VoidType(), ir.Constant(INT32, 1))
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def give_way(context: Any) -> Any:
+    """Let another thread have the core."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if os.name == "posix":
+            call(builder, "sched_yield", INT32)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def _through_pipe(function: str) -> Any:
+    @intrinsic
+    def move_byte(context: Any, pipe: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            if os.name == "posix":
+                byte = cgutils.alloca_once_value(builder, ir.Constant(INT8, 0))
+                call(builder, function, INT64, builder.trunc(arguments[0], INT32), byte, ir.Constant(INT64, 1))
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return move_byte
+
+
+read_byte = _through_pipe("read")
+write_byte = _through_pipe("write")
+
+
+@kernel
+def meet(control, num_threads, round):  # type: ignore[no-untyped-def]
+    """Wait until every thread has come to this barrier; returns the round's number, for the next one."""
+    round += 1
+    if num_threads > 1:
+        atomic_add(control, ARRIVED, 1)
+        spins = 0
+        while atomic_read(control, ARRIVED) < round * num_threads:
+            spins += 1
+            if spins < SPINS:
+                breathe()
+            else:
+                give_way()
+    return round
+
+
+@kernel
+def announce(control, pipe):  # type: ignore[no-untyped-def]
+    """Start a step: what the caller wrote before is visible to every thread that sees the new step."""
+    atomic_add(control, STEPS, 1)
+    for _ in range(atomic_swap(control, SLEEPERS, 0)):
+        write_byte(pipe)
+
+
+@kernel
+def await_step(control, pipe, seen):  # type: ignore[no-untyped-def]
+    """Wait until more than `seen` steps were announced; returns their number."""
+    spins = 0
+    while atomic_read(control, STEPS) == seen:
+        spins += 1
+        if spins < SPINS:
+            breathe()
+        elif spins < SPINS + YIELDS:
+            give_way()
+        else:
+            atomic_add(control, SLEEPERS, 1)
+            if atomic_read(control, STEPS) == seen:
+                read_byte(pipe)
+            spins = 0
+    return seen + 1
