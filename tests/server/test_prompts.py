@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pointsman.server.prompts import ServedModel
 from pointsman.server.protocol import NO_EFFECT, ApiError, ChatRequest, CompletionRequest, parse
@@ -109,3 +111,35 @@ def test_values_that_change_nothing_are_accepted() -> None:
             completion(**{name: value})
         with pytest.raises(ApiError, match=f"{name} is not supported"):
             chat(**{name: "something"})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+PLAUSIBLE = (
+    st.sampled_from([None, True, False, 0, 1, 2, -1, 0.5, "", "x", [], [1], ["x"], [[1, 2]], [0, 299], {}, {"1": 1}])
+    | st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": st.sampled_from(["", "hi", None])})
+    )
+    | JSON
+)
+
+
+@pytest.mark.parametrize("form", [ChatRequest, CompletionRequest])
+@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_request_breaks_this_side(model: ServedModel, form: Any, data: st.DataObject) -> None:
+    """Whatever the fields hold, the outcome is requests that can run or an ApiError with a status below 500."""
+    names = st.sampled_from(sorted(form.__struct_fields__) + sorted(NO_EFFECT))
+    fields = data.draw(st.dictionaries(names, PLAUSIBLE, max_size=4))
+    fields.setdefault("messages" if form is ChatRequest else "prompt", [{"role": "user", "content": "hi"}] if form is ChatRequest else "hi")
+    try:
+        request = parse(json.dumps(fields).encode(), form)
+        answer = model.chat(request, "r") if form is ChatRequest else model.complete(request, "r")
+    except ApiError as error:
+        assert 400 <= error.status < 500 and str(error)
+        return
+    for run in answer.requests:
+        assert len(run.prompt_token_ids) + (run.sampling.max_tokens or 0) <= CONTEXT
