@@ -3,7 +3,7 @@
 A tree of whole pages. A node is a page, and the edge to it is the page's tokens, so that a path from the root spells a prefix;
 each salt has a root of its own, and prompts under different salts never meet. There are no node objects: an edge is one
 entry of a dictionary, (parent, tokens) to page, and what else is known of a node stands in lists by page number. That is one
-lookup a page to match, and nothing for the garbage collector to trace when a hundred thousand pages are cached.
+lookup a page to match, and no objects for the garbage collector to follow when a hundred thousand pages are cached.
 
 The tree holds each of its pages once, beside the sequences that read it. A leaf that it alone holds can be evicted, the least
 recently used first. These leaves stand in a heap by the tick of their last use. A use only writes the tick, and only that of

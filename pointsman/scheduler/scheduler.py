@@ -347,7 +347,7 @@ class Scheduler:
     def abort(self, rid: str) -> list[Sequence]:
         """End all choices of a request; returns those that had not ended. An unknown rid is no fault: it may have ended just now."""
         sequences = list(self._requests.get(rid, ()))
-        for sequence in reversed(sequences):
+        for sequence in sequences:
             self.finish(sequence, FinishReason.ABORT)
         return sequences
 
@@ -370,11 +370,10 @@ class Scheduler:
             full = sequence.pages[: sequence.num_computed // self._page_size]
             self._radix.insert(sequence.tokens, full, sequence.request.cache_salt, sequence.num_shared)
         self._pool.release(sequence.pages)
-        sequence.num_pending = 0
 
     def reset_cache(self) -> None:
         """Forget all cached prefixes. What the running sequences have computed so far will not be cached either."""
         if self._radix is not None:
             self._radix.reset()
         for sequence in self._running.values():
-            sequence.cacheable, sequence.num_shared = False, 0
+            sequence.cacheable = False

@@ -138,7 +138,7 @@ class Scene:
         assert counts == [self.pool.count(page) for page in range(self.pool.num_pages)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_tree_does_as_the_dictionary(data: st.DataObject) -> None:
     page_size = data.draw(st.integers(1, 3))
@@ -187,13 +187,25 @@ def test_least_recently_used_prefix_goes_first() -> None:
 
 
 def test_a_page_was_used_when_its_children_were() -> None:
+    """The other page is held while the leaf of the stem goes, so that it competes with the rest of the stem."""
     pool = PagePool(8)
     tree = RadixCache(pool, 2)
     stem = cache(tree, pool, [1, 1, 2, 2])
     other = cache(tree, pool, [3, 3])
+    pool.share(other)
     assert tree.match([1, 1, 2, 2], "") == stem
-    assert tree.evict(2) == 2
-    assert pool.count(other[0]) == 0 and pool.count(stem[1]) == 0 and pool.count(stem[0]) == 1
+    assert tree.evict(1) == 1 and pool.count(stem[1]) == 0
+    pool.release(other)
+    assert tree.evict(1) == 1 and pool.count(other[0]) == 0 and pool.count(stem[0]) == 1
+
+
+def test_what_is_computed_again_was_used() -> None:
+    pool = PagePool(8)
+    tree = RadixCache(pool, 2)
+    first, second = cache(tree, pool, [1, 1]), cache(tree, pool, [2, 2])
+    again = cache(tree, pool, [1, 1])
+    assert pool.count(again[0]) == 0, "the tree keeps its own page"
+    assert tree.evict(1) == 1 and pool.count(second[0]) == 0 and pool.count(first[0]) == 1
 
 
 def test_pages_in_use_stay() -> None:

@@ -180,6 +180,9 @@ class Simulation:
         for segment in plan.segments:
             sequence = self.sequences[segment.seq]
             assert sequence.lane == segment.lane
+            assert not segment.prompt_logits or sequence.num_prompt_rows < min(
+                segment.start + len(segment.tokens), sequence.num_prompt - 1
+            ), "rows that were handed out already"
             first, last = segment.start // setup.page_size, (segment.start + len(segment.tokens) - 1) // setup.page_size
             for page in sequence.pages[first : last + 1]:
                 assert self.pool.count(page) == 1, "a page that is written has one holder"

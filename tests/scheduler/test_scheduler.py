@@ -247,19 +247,49 @@ def test_prompt_logprobs_alone() -> None:
 
 
 def test_prompt_logprobs_are_handed_out_once_though_the_prompt_is_computed_twice() -> None:
-    simulation = Simulation(Setup(page_size=1, num_pages=28, max_context=28, token_budget=4))
+    simulation = Simulation(Setup(page_size=1, num_pages=23, max_context=28, token_budget=4))
     add(simulation, ask("a", [1] * 4, max_tokens=14), 1)
+    step(simulation)
     second = add(simulation, ask("b", [2] * 16, prompt_logprobs=0, max_tokens=4), 2)
+    while not second.num_preemptions:
+        step(simulation)
+    assert 0 < len(simulation.prompt_rows[1]) < 15, "it was still at its prompt"
+    while second.lane is None:
+        plan = step(simulation)
+    assert fed(plan)[1][0] == 0, "no prefix hit before all rows are handed out"
     simulation.run()
-    assert second.num_preemptions and len(simulation.prompt_rows[1]) == 15
+    assert len(simulation.prompt_rows[1]) == 15
 
 
-def test_a_fault_ends_one_sequence_and_leaves_no_new_pages_in_the_cache() -> None:
+def test_with_all_prompt_logprobs_handed_out_a_prefix_hit_is_welcome() -> None:
+    simulation = Simulation(Setup(page_size=1, num_pages=24, max_context=28, token_budget=32))
+    add(simulation, ask("a", [1] * 4, max_tokens=11), 1)
+    second = add(simulation, ask("b", [2] * 8, prompt_logprobs=0, max_tokens=14), 2)
+    while not second.num_preemptions or second.lane is None:
+        plan = step(simulation)
+    assert fed(plan)[1][0] > 0
+    simulation.run()
+
+
+def test_a_fault_ends_one_sequence_and_caches_nothing_more_of_it() -> None:
     simulation = Simulation(Setup(page_size=1))
-    sequence = add(simulation, ask("a", [1] * 4), -3)
+    sequence = add(simulation, ask("a", [1] * 4), -6)
     other = add(simulation, ask("b", [2]), 2)
+    while simulation.scheduler.has_work:
+        step(simulation)
+    assert sequence.finish_reason is FinishReason.ERROR and sequence.num_output > 0
+    assert other.finish_reason is FinishReason.LENGTH
+    assert simulation.radix is not None and len(simulation.radix.match(sequence.tokens, "")) == 4
     simulation.run()
-    assert sequence.finish_reason is FinishReason.ERROR and other.finish_reason is FinishReason.LENGTH
+
+
+def test_a_prompt_under_way_goes_on_while_a_more_urgent_one_waits_for_a_lane() -> None:
+    simulation = Simulation(Setup(max_running=1, token_budget=2))
+    add(simulation, ask("a", [1] * 6), 1)
+    step(simulation)
+    add(simulation, ask("b", [2], priority=1), 2)
+    assert fed(step(simulation)) == {0: (2, 2)}
+    simulation.run()
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -288,6 +318,19 @@ def test_pages_from_before_a_reset_are_not_cached_after_it() -> None:
     simulation.run()
 
 
+def test_pages_computed_after_a_reset_are_cached_again() -> None:
+    simulation = Simulation(Setup(page_size=1, num_pages=24, max_context=25))
+    add(simulation, ask("a", [1] * 4, max_tokens=11), 1)
+    last = add(simulation, ask("b", [2] * 4, max_tokens=20), 2)
+    step(simulation)
+    simulation.scheduler.reset_cache()
+    while simulation.scheduler.has_work:
+        step(simulation)
+    assert last.num_preemptions and simulation.radix is not None
+    assert simulation.radix.match(last.tokens, "") and not simulation.radix.match([1], "")
+    simulation.run()
+
+
 def test_what_can_never_run_is_refused() -> None:
     simulation = Simulation(Setup(page_size=4, num_pages=4, max_context=40))
     add(simulation, ask("a", [1] * 4, max_tokens=4), 1)
@@ -301,5 +344,5 @@ def test_what_can_never_run_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             simulation.add(request)
     assert simulation.add(ask("b", [1] * 10, max_tokens=7)) and simulation.add(ask("c", [1] * 16, max_tokens=None))
-    assert simulation.add(ask("d", [1] * 16, max_tokens=0))
+    assert simulation.add(ask("d", [1] * 16, max_tokens=0)) and simulation.add(ask("e", [1] * 4, max_tokens=None))
     simulation.run()
