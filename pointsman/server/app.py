@@ -208,6 +208,21 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
+class Ending:
+    """Around the whole application: a client that does not read is cut off when the server ends, and that is no fault to log."""
+
+    def __init__(self, app: ASGIApp, bridge: Bridge) -> None:
+        self._app = app
+        self._bridge = bridge
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            if self._bridge.reason is None:
+                raise
+
+
 class KeyCheck:
     """Lets a request through that brings the key, on every route but those that only tell whether the server lives."""
 

@@ -18,7 +18,7 @@ from collections.abc import Generator
 import uvicorn
 
 from pointsman.config import EngineConfig, ServerConfig
-from pointsman.server.app import create_app
+from pointsman.server.app import Ending, create_app
 from pointsman.server.bridge import Bridge
 from pointsman.server.launch import EngineProcess
 from pointsman.server.prompts import ServedModel
@@ -88,7 +88,7 @@ async def _first(*events: asyncio.Event) -> None:
 
 def _web_config(bridge: Bridge, engine: EngineConfig, server: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(bridge, server, engine),
+        Ending(create_app(bridge, server, engine), bridge),
         log_config=None,
         log_level="debug" if server.log_level == "debug" else "warning",
         access_log=False,
