@@ -7,7 +7,7 @@ each block of K scaled as it joins the sum.
 
 Shape suffixes: T rows (tokens), K columns in, N columns out, B blocks along K, D hidden, H key/value heads, Q query heads,
 G query heads per key/value head, C channels of a head, R half the rotary channels, P pages, S slots of a page,
-L lanes, E experts, X context positions.
+L lanes, E experts, X context positions, M rows of a key/value head's product (query heads times tokens).
 """
 
 from __future__ import annotations
@@ -152,11 +152,13 @@ def attention(
         num_positions = int(positions_T[start + length - 1]) + 1
         k_HXC = read_kv(k_PHSC, page_table_LP[lane], num_positions)
         v_HXC = read_kv(v_PHSC, page_table_LP[lane], num_positions)
-        q_HGtC = q_TQC[rows].float().reshape(length, num_heads, -1, q_TQC.shape[2]).permute(1, 2, 0, 3)
-        scores_HGtX = q_HGtC @ k_HXC.unsqueeze(1).transpose(-1, -2) * scale
+        # the query heads of one key/value head are as many more rows of one product
+        q_HMC = q_TQC[rows].float().view(length, num_heads, -1, q_TQC.shape[2]).permute(1, 2, 0, 3).flatten(1, 2)
+        scores_HMX = torch.bmm(q_HMC, k_HXC.transpose(1, 2)) * scale
         if length > 1:
             ahead_tX = torch.arange(num_positions, device=q_TQC.device) > positions_T[rows].unsqueeze(-1)
-            scores_HGtX = scores_HGtX.masked_fill(ahead_tX, float("-inf"))
-        mixed_HGtC = scores_HGtX.softmax(-1) @ v_HXC.unsqueeze(1)
-        out_TQC[rows] = mixed_HGtC.permute(2, 0, 1, 3).flatten(1, 2).to(q_TQC.dtype)
+            scores_HMX.view(num_heads, -1, length, num_positions).masked_fill_(ahead_tX, float("-inf"))
+        mixed_HMC = torch.bmm(scores_HMX.softmax(-1), v_HXC)
+        mixed_tHGC = mixed_HMC.view(num_heads, -1, length, q_TQC.shape[2]).permute(2, 0, 1, 3)
+        out_TQC[rows] = mixed_tHGC.flatten(1, 2).to(q_TQC.dtype)
     return out_TQC
