@@ -65,3 +65,13 @@ def test_a_score_is_what_generating_gave(client: httpx.Client) -> None:
     assert scored["finish_reason"] == "length" and scored["logprobs"]["token_logprobs"][0] is None
     assert scored["logprobs"]["tokens"][-1:] == grown["logprobs"]["tokens"]
     assert scored["logprobs"]["token_logprobs"][-1:] == pytest.approx(grown["logprobs"]["token_logprobs"], abs=1e-4)
+
+
+@pytest.mark.skipif(not (tiny.path() / "model.safetensors").is_file(), reason="the bundled checkpoint has no weights yet")
+def test_the_bundled_checkpoint_thinks_and_answers() -> None:
+    with start_server({}, program=None) as server:
+        server.wait_ready()
+        with server.client() as client:
+            choice = ask(client, max_tokens=400)["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["reasoning_content"] and "7" in choice["message"]["content"]
