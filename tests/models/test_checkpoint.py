@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 
 from pointsman.models.checkpoint import INDEX, locate, open_checkpoint, read_json
@@ -157,3 +158,12 @@ def test_only_weights_json_and_templates_are_fetched(monkeypatch: pytest.MonkeyP
     assert locate("org/name", revision="v1") == tmp_path
     locate("org/name", weights=False)
     assert asked == [("org/name", "v1", ["*.json", "*.jinja", "*.safetensors"]), ("org/name", None, ["*.json", "*.jinja"])]
+
+
+def test_what_the_hub_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        raise HFValidationError("Repo id must be something else\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(ValueError, match=r"has no 'org/name' for us: Repo id must be something else$"):
+        locate("org/name")
