@@ -8,6 +8,7 @@ and rounds dequantized weights to bfloat16.
 from __future__ import annotations
 
 import functools
+import random
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def _exact(shape: Shape, seed: int) -> MiniMaxM2ForCausalLM:
     config = {
         key: value for key, value in shape.config().items() if key not in ("quantization_config", "torch_dtype", "auto_map", "use_mtp")
     }
-    model = MiniMaxM2ForCausalLM(MiniMaxM2Config(**config, bos_token_id=None, eos_token_id=None)).eval()
+    hugging = MiniMaxM2Config(**config, bos_token_id=None, eos_token_id=None, experts_implementation="eager")  # any width
+    model = MiniMaxM2ForCausalLM(hugging).eval()
     weights = dequantized(shape.tensors(seed), shape.block)
     state = {}
     for name in list(model.state_dict()):
@@ -183,6 +185,34 @@ def test_bfloat16_stays_within_its_bound(name: str, folders: dict[str, Path], ex
     got = _with_their_experts(load_model(folders[name], dtype="bfloat16"), exact[name], ids)
     # 2^-9 per rounding, some ten roundings a layer
     assert _distance(got, want) < 0.016
+
+
+def _any_shape(seed: int) -> Shape:
+    pick = random.Random(seed)
+    kv_heads, head_dim, experts = pick.randint(1, 4), pick.choice([4, 8, 10, 16, 24]), pick.randint(1, 20)
+    return Shape(
+        layers=pick.randint(1, 4),
+        hidden=pick.randint(9, 70),
+        kv_heads=kv_heads,
+        heads=kv_heads * pick.randint(1, 8),
+        head_dim=head_dim,
+        rotary_dim=2 * pick.randint(1, head_dim // 2),
+        experts=experts,
+        top_k=pick.randint(1, min(8, experts)),
+        width=pick.randint(5, 50),
+        vocab=pick.randint(30, 200),
+        block=pick.choice([None, (128, 128), (pick.randint(1, 40), pick.randint(1, 40))]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_any_shape_in_any_chunks(seed: int, tmp_path: Path) -> None:
+    shape = _any_shape(seed)
+    model, decoder = _exact(shape, seed), load_model(shape.write(tmp_path, seed=seed))
+    ids, cut = _ids(shape), 1 + 2 * seed
+    harness = Harness(decoder, page_size=1 + seed % 7, seed=seed)
+    got = torch.cat([harness.step({3: ids[:cut]})[3], harness.step({3: ids[cut:]})[3]])
+    torch.testing.assert_close(got, _forward(model, ids)[0], atol=2e-5, rtol=0)
 
 
 def test_a_checkpoint_they_saved_is_read(tmp_path: Path, exact: dict[str, MiniMaxM2ForCausalLM]) -> None:
