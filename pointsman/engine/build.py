@@ -199,7 +199,7 @@ def _runner(config: EngineConfig, decoder: Decoder, cache: CacheSize, context_le
         vocab_size=architecture.vocab_size,
         eos_token_ids=eos_ids,
     )
-    return ModelRunner(choose_step(config, decoder, kv, routes), lanes, routes)
+    return ModelRunner(choose_step(config, decoder, kv, routes, lanes), lanes, routes)
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:

@@ -1,14 +1,179 @@
-"""Which step runs on a CPU."""
+"""Which step runs on a CPU, and the change from one to the other while serving.
+
+The compiled step is several times faster and has to be compiled once for each machine, which takes seconds. Where that has been
+done it serves from the start. Where not, the torch step serves while another process compiles, and the first step after that
+is compiled: the answers agree within rounding, so nothing else changes. `--cpu-step compiled` waits instead.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
 from pointsman.config import EngineConfig
+from pointsman.engine.batch import Batch, Lanes
 from pointsman.engine.model_runner import Step, TorchStep
+from pointsman.kernels import LINEARS, reference
+from pointsman.kernels.cpu_pack import Matrix
+from pointsman.kernels.cpu_step import (
+    CpuCache,
+    CpuStep,
+    CpuWeights,
+    LayerWeights,
+    ModelShape,
+    is_cached,
+    kinds_of,
+    pack_weights,
+    start_compiling,
+)
+from pointsman.kernels.weight import Weight
 from pointsman.layers.paged_kv import PagedKV
+from pointsman.models.architecture import Architecture
 from pointsman.models.decoder import Decoder
+from pointsman.models.parameters import LayerParameters
 from pointsman.moe.capture import RouteStore
 
+logger = logging.getLogger(__name__)
 
-def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: RouteStore) -> Step:
-    """The step that the configuration asks for."""
-    return TorchStep(decoder, kv, routes)
+
+def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: RouteStore, lanes: Lanes) -> Step:
+    """The step that the configuration asks for.
+
+    Raises:
+        ValueError: the compiled step is asked for and cannot serve; the message says why.
+    """
+    wanted, reason = config.kernel.cpu_step, unsupported(decoder)
+    torch_step = TorchStep(decoder, kv, routes)
+    if wanted == "compiled" and reason is not None:
+        raise ValueError(f"cpu_step 'compiled' cannot serve here: {reason}; 'torch' can")
+    if wanted == "torch" or reason is not None:
+        logger.info("CPU step: torch (%s)", "asked for" if wanted == "torch" else f"compiled: {reason}")
+        return torch_step
+    weights = _pack(decoder, len_positions=lanes.max_pages * lanes.page_size)
+    cache = CpuCache(_array(kv.k), _array(kv.v), _array(routes.rows_SLK), lanes.page_table_LP)
+    kinds = kinds_of(weights, cache)
+    max_rows = config.scheduler.chunked_prefill_size
+    num_threads = config.kernel.num_threads or len(os.sched_getaffinity(0))
+    shape = _shape(decoder.architecture)
+
+    def make() -> CompiledStep:
+        return CompiledStep(CpuStep(shape, weights, cache, max_rows=max_rows, num_threads=num_threads))
+
+    if wanted == "compiled" or is_cached(kinds):
+        logger.info("CPU step: compiled, %d threads", num_threads)
+        return make()
+    logger.info("CPU step: torch until the compiled one is ready, once for this machine")
+    return ChangingStep(torch_step, start_compiling(kinds), make)
+
+
+def unsupported(decoder: Decoder) -> str | None:
+    """Why the compiled step cannot stand in for this decoder, or None."""
+    if decoder.backends.moe.name != "cpu":
+        return f"the MoE runner is {decoder.backends.moe.name!r}, and it runs experts as 'cpu' does"
+    if decoder.backends.linear is not LINEARS["cpu"]:
+        return "the FP8 linear backend is 'reference', and it multiplies as 'cpu' does"
+    if decoder.dtype != torch.float32:
+        return f"the dtype is {str(decoder.dtype).removeprefix('torch.')}, and it computes in float32"
+    if decoder.architecture.score != "sigmoid":
+        return f"the router's score is {decoder.architecture.score}, and it computes sigmoid"
+    return None
+
+
+class CompiledStep:
+    """One call into compiled code a step. A row's numbers are the same bits whatever shares the step, in any chunks, on any threads."""
+
+    name = "compiled"
+
+    def __init__(self, step: CpuStep) -> None:
+        self._step = step
+
+    def __call__(self, batch: Batch, lanes: Lanes) -> Tensor:
+        return torch.from_numpy(self._step.run(batch.tokens_T, batch.positions_T, batch.lanes_T, batch.rows_R))
+
+
+class ChangingStep:
+    """The torch step until the compiler is done, then the compiled one."""
+
+    def __init__(self, now: TorchStep, compiler: subprocess.Popen[str], make: Callable[[], CompiledStep]) -> None:
+        self._now: Step = now
+        self._compiler: subprocess.Popen[str] | None = compiler
+        self._make = make
+
+    @property
+    def name(self) -> str:
+        return self._now.name
+
+    def __call__(self, batch: Batch, lanes: Lanes) -> Tensor:
+        if self._compiler is not None and self._compiler.poll() is not None:
+            _, errors = self._compiler.communicate()
+            if self._compiler.returncode:
+                logger.warning("compiling the CPU step failed; the torch step, several times slower, goes on serving: %s", errors[-2000:])
+            else:
+                logger.info("CPU step: compiled from here on")
+                self._now = self._make()
+            self._compiler = None
+        return self._now(batch, lanes)
+
+
+def _shape(architecture: Architecture) -> ModelShape:
+    return ModelShape(
+        vocab=architecture.vocab_size,
+        hidden=architecture.hidden_size,
+        layers=architecture.num_layers,
+        heads=architecture.num_heads,
+        kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        rotary_dim=architecture.rotary_dim,
+        experts=architecture.num_experts,
+        top_k=architecture.top_k,
+        width=architecture.expert_width,
+        epsilon=architecture.norm_epsilon,
+    )
+
+
+def _pack(decoder: Decoder, *, len_positions: int) -> CpuWeights:
+    architecture, parameters = decoder.architecture, decoder.parameters
+    cos, sin = reference.rotary_angles(torch.arange(len_positions), architecture.rotary_dim, architecture.rope_theta)
+    return pack_weights(
+        _shape(architecture),
+        embed=_array(parameters.embed_VD),
+        layers=_layers(parameters.layers),
+        final_norm=_array(parameters.norm_D),
+        head=_matrix(parameters.head),
+        cos=cos.numpy(),
+        sin=sin.numpy(),
+    )
+
+
+def _layers(layers: tuple[LayerParameters, ...]) -> Iterator[LayerWeights]:
+    for layer in layers:
+        experts = layer.experts
+        yield LayerWeights(
+            input_norm=_array(layer.attention_norm_D),
+            qkv=_matrix(layer.qkv),
+            q_norm=_array(layer.q_norm_Q),
+            k_norm=_array(layer.k_norm_W),
+            o=_matrix(layer.o),
+            post_norm=_array(layer.expert_norm_D),
+            gate=_array(layer.gate_ED),
+            bias=_array(layer.bias_E),
+            experts=[(_matrix(experts.gate_up[number]), _matrix(experts.down[number])) for number in range(experts.num_experts)],
+        )
+
+
+def _matrix(weight: Weight) -> Matrix:
+    return Matrix(_array(weight.data), None if weight.scale is None else _array(weight.scale), weight.block, weight.parts)
+
+
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
+    """The same memory as numpy sees it; bfloat16 as its bits in uint16, e4m3 in uint8."""
+    bits = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
+    array: npt.NDArray[Any] = tensor.detach().view(bits.get(tensor.dtype, tensor.dtype)).numpy()
+    return array

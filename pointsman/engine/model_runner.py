@@ -30,7 +30,8 @@ from pointsman.step import Sampled, StepPlan, StepResult
 class Step(Protocol):
     """Runs the rows of a batch: stores their keys, values and routing, and returns float32 logits [R, V] of the rows asked for."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, batch: Batch, lanes: Lanes) -> Tensor: ...
 
