@@ -5,19 +5,22 @@ result depends on its position and on nothing else in the step. The heads that s
 key and value is read and widened once for all of them.
 """
 
+# Numba types what it compiles, from calls; annotations would say nothing to it.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, misc, no-any-return"
+
 from __future__ import annotations
 
 import numpy as np
 
 from pointsman.kernels.cpu_table import ATTENTION_BLOCK as BLOCK
 from pointsman.kernels.cpu_tile import score_tile, value_tile
-from pointsman.kernels.vector import at, exp, fma, kernel, larger, largest, load, load_some, root, splat, store, store_some, total
+from pointsman.kernels.vector import at, exp, fma, kernel, larger, largest, load, load_some, prefetch, root, splat, store, store_some, total
 
 LOWEST = np.float32(-3.0e38)
 
 
 @kernel
-def rotate(source, weight, factor, cos, sin, half, dim, target):  # type: ignore[no-untyped-def]
+def rotate(source, weight, factor, cos, sin, half, dim, target):
     """target = rotary(source * factor * weight): the first 2 * half channels turn, in NeoX pairs, the rest are copied."""
     for i in range(0, half, 16):
         count = half - i
@@ -32,7 +35,7 @@ def rotate(source, weight, factor, cos, sin, half, dim, target):  # type: ignore
 
 
 @kernel
-def inverse_rms(source, width, epsilon):  # type: ignore[no-untyped-def]
+def inverse_rms(source, width, epsilon):
     squares = splat(np.float32(0))
     for i in range(0, width, 16):
         value = load_some(source, i, width - i)
@@ -41,7 +44,7 @@ def inverse_rms(source, width, epsilon):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def prepare(step, thread, layer, row, own_row):  # type: ignore[no-untyped-def]
+def prepare(step, thread, layer, row, own_row):
     """Norm queries and keys over all heads, turn them, keep the queries, and put keys and values into the cache."""
     dim, half, position = step.head_dim, step.half_rotary, step.positions[row]
     queries = at(step.qkv_out, row * step.qkv_stride)
@@ -65,7 +68,15 @@ def prepare(step, thread, layer, row, own_row):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def attend(step, thread, layer, row, own_row, group):  # type: ignore[no-untyped-def]
+def fetch_first(step, layer, row, group):
+    """Ask for what `attend` will read first, while something else is still being computed."""
+    pages = at(step.page_table, step.lanes[row] * step.max_pages)
+    place, run = _run(step, layer, group, pages, 0, step.positions[row] + 1)
+    _fetch(step.cache_k, place, run * step.head_dim)
+
+
+@kernel
+def attend(step, thread, layer, row, own_row, group):
     """One row, one key head, all of its query heads."""
     heads = step.heads // step.kv_heads
     stride, length = step.head_stride, step.positions[row] + 1
@@ -79,16 +90,20 @@ def attend(step, thread, layer, row, own_row, group):  # type: ignore[no-untyped
     pages = at(step.page_table, step.lanes[row] * step.max_pages)
     for start in range(0, length, BLOCK):
         count = min(BLOCK, length - start)
-        position = start
-        while position < start + count:
-            place, run = _run(step, layer, group, pages, position, start + count)
+        end, position = start + count, start
+        while position < end:
+            place, run = _run(step, layer, group, pages, position, end)
+            if position + run < length:
+                after, size = _run(step, layer, group, pages, position + run, length)
+                _fetch(step.cache_k, after, size * step.head_dim)
+            _fetch(step.cache_v, place, run * step.head_dim)
             _score(step, at(step.cache_k, place), run, q, heads, at(probabilities, position - start))
             position += run
         for head in range(heads):
             _normalize(step, at(probabilities, head * BLOCK), count, at(highest, head), at(weight, head), at(sums, head * stride))
         position = start
-        while position < start + count:
-            place, run = _run(step, layer, group, pages, position, start + count)
+        while position < end:
+            place, run = _run(step, layer, group, pages, position, end)
             _gather(step, at(step.cache_v, place), run, at(probabilities, position - start), heads, sums)
             position += run
     for head in range(heads):
@@ -99,7 +114,7 @@ def attend(step, thread, layer, row, own_row, group):  # type: ignore[no-untyped
 
 
 @kernel
-def _run(step, layer, group, pages, position, end):  # type: ignore[no-untyped-def]
+def _run(step, layer, group, pages, position, end):
     """Where a position lies in the cache, and how many from it on lie there side by side."""
     offset = position % step.page_size
     page = np.int64(pages[position // step.page_size])
@@ -108,7 +123,14 @@ def _run(step, layer, group, pages, position, end):  # type: ignore[no-untyped-d
 
 
 @kernel
-def _score(step, keys, run, q, heads, scores):  # type: ignore[no-untyped-def]
+def _fetch(base, place, size):
+    """Ask for a stretch of the cache ahead of its use; pages lie anywhere, so no hardware guesses where the next one is."""
+    for i in range(place, place + size, 32):
+        prefetch(base, i)
+
+
+@kernel
+def _score(step, keys, run, q, heads, scores):
     """scores[head, p] = q[head] . keys[p], in tiles of four keys and four heads."""
     dim, stride = step.head_dim, step.head_stride
     for p in range(0, run - 3, 4):
@@ -127,7 +149,7 @@ def _score(step, keys, run, q, heads, scores):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _normalize(step, scores, count, highest, weight, sums):  # type: ignore[no-untyped-def]
+def _normalize(step, scores, count, highest, weight, sums):
     """Turn a block's scores into unnormed probabilities under the new maximum, and bring what was summed so far under it."""
     for p in range(count, (count + 15) // 16 * 16):
         scores[p] = LOWEST
@@ -153,7 +175,7 @@ def _normalize(step, scores, count, highest, weight, sums):  # type: ignore[no-u
 
 
 @kernel
-def _gather(step, values, run, probabilities, heads, sums):  # type: ignore[no-untyped-def]
+def _gather(step, values, run, probabilities, heads, sums):
     """sums[head] += probabilities[head, p] * values[p], in tiles of up to four heads and 64 channels."""
     dim, stride = step.head_dim, step.head_stride
     for head in range(0, heads, 4):

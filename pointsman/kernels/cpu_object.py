@@ -133,7 +133,7 @@ def compile_object(kinds: Kinds) -> bytes:
     builder.getModulePassManager().run(module, builder)
     outside = {function.name for function in module.functions if function.is_declaration and not function.name.startswith("llvm.")}
     assert outside <= OUTSIDE, f"compiled code calls {outside - OUTSIDE}, which only numba or Python provide"
-    return machine.emit_object(module)
+    return bytes(machine.emit_object(module))
 
 
 def _store(content: bytes, kinds: Kinds) -> Path:

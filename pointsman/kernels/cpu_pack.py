@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PANEL = 64
-FORMS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16), "e4m3": np.dtype(np.uint8)}
+FORMS: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16), "e4m3": np.dtype(np.uint8)}
 
 # Compiled code reads e4m3 as 2**-120 of its value. Half of that is made good in the activations, before any product can leave the
 # normal range of float32, half in the scales.
@@ -136,7 +136,7 @@ class PackedLinear:
         self.scales_PB[index] = _panels(np.where(real[:, None], scales[order], np.float32(1))) * self.lift
 
 
-def _panels(rows: NDArray[np.generic]) -> NDArray[np.generic]:
+def _panels(rows: NDArray[Any]) -> NDArray[Any]:
     """[P * 64, X] to [P, X, 64]."""
     return rows.reshape(-1, PANEL, rows.shape[1]).transpose(0, 2, 1)
 
@@ -157,6 +157,7 @@ def stack_like(matrix: Matrix, count: int, outputs: int) -> PackedLinear:
 def gate_up_order(width: int) -> NDArray[np.intp]:
     """Rows of a joined (gate, up) in panels of 32 gates and their 32 ups."""
     half = PANEL // 2
-    gate = np.arange(-(-width // half) * half)
-    gate = np.where(gate < width, gate, -1).reshape(-1, half)
-    return np.stack([gate, np.where(gate < 0, -1, gate + width)], axis=1).reshape(-1)
+    number = np.arange(-(-width // half) * half)
+    gate = np.where(number < width, number, -1).reshape(-1, half)
+    up = np.where(gate < 0, -1, gate + width)
+    return np.stack([gate, up], axis=1).reshape(-1)

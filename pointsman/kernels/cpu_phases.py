@@ -9,6 +9,9 @@ Where weights or cache are e4m3, read as 2**-120 of their values, what multiplie
 the other 2**60 (`lift`): then no product leaves the normal range of float32. A power of two changes no digit.
 """
 
+# Numba types what it compiles, from calls; annotations would say nothing to it.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, misc, no-any-return"
+
 from __future__ import annotations
 
 import numpy as np
@@ -21,7 +24,7 @@ ACTIVATIONS = PANEL // 2
 
 
 @kernel
-def embed(step, token, row):  # type: ignore[no-untyped-def]
+def embed(step, token, row):
     """Row of the embedding table into the residual stream."""
     target = row * step.hidden_stride
     for i in range(0, step.hidden, 16):
@@ -33,7 +36,7 @@ def embed(step, token, row):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def norm(x, weight, y, width, padded, epsilon, lift):  # type: ignore[no-untyped-def]
+def norm(x, weight, y, width, padded, epsilon, lift):
     """y = lift * x / rms(x) * weight over `padded` floats, of which those from `width` on are zero."""
     squares = splat(np.float32(0))
     for i in range(0, padded, 16):
@@ -45,14 +48,14 @@ def norm(x, weight, y, width, padded, epsilon, lift):  # type: ignore[no-untyped
 
 
 @kernel
-def add(x, y, width):  # type: ignore[no-untyped-def]
+def add(x, y, width):
     """x += y."""
     for i in range(0, width, 16):
         store(x, i, load(x, i) + load(y, i))
 
 
 @kernel
-def multiply(linear, index, panel, x, x_stride, x_rows, y, y_stride, y_rows, num_rows):  # type: ignore[no-untyped-def]
+def multiply(linear, index, panel, x, x_stride, x_rows, y, y_stride, y_rows, num_rows):
     """y[y_rows[r], :64] = a panel of matrix `index` times x[x_rows[r]], for r < num_rows."""
     panel += index * linear.panels
     for row in range(0, num_rows, 4):
@@ -75,7 +78,7 @@ def multiply(linear, index, panel, x, x_stride, x_rows, y, y_stride, y_rows, num
 
 
 @kernel
-def project(step, thread, linear, index, x, x_stride, x_rows, y, y_stride, num_rows):  # type: ignore[no-untyped-def]
+def project(step, thread, linear, index, x, x_stride, x_rows, y, y_stride, num_rows):
     """y = matrix `index` times x, this thread's share of the panels and blocks of rows."""
     item, items = thread, linear.panels * ((num_rows + ROW_BLOCK - 1) // ROW_BLOCK)
     while item < items:
@@ -86,17 +89,22 @@ def project(step, thread, linear, index, x, x_stride, x_rows, y, y_stride, num_r
 
 
 @kernel
-def route(step, layer, row, slot, forced):  # type: ignore[no-untyped-def]
-    """Choose a row's experts by sigmoid plus bias, weigh them by sigmoid alone, write them down by cache slot.
+def judge(step, layer, row, num_rows):
+    """The router's logits of rows from `row` on, into `scores`."""
+    rows = at(step.counting, row)
+    for panel in range(step.gate.panels):
+        logits = at(step.scores, panel * PANEL)
+        multiply(step.gate, layer, panel, step.h, step.hidden_stride, rows, logits, step.expert_stride, rows, num_rows)
 
-    A forced row takes the experts already written at its slot.
+
+@kernel
+def route(step, layer, row, slot, forced):
+    """From the router's logits in `scores`, choose a row's experts by sigmoid plus bias and weigh them by sigmoid alone.
+
+    They are written down by cache slot, best first; a forced row takes those that stand there.
     """
     scores = at(step.scores, row * step.expert_stride)
     chosen, weights = at(step.chosen, row * step.top_k), at(step.weights, row * step.top_k)
-    for panel in range(step.gate.panels):
-        rows = at(step.counting, row)
-        logits = at(step.scores, panel * PANEL)
-        multiply(step.gate, layer, panel, step.h, step.hidden_stride, rows, logits, step.expert_stride, rows, 1)
     for i in range(0, step.expert_stride, 16):
         store(scores, i, sigmoid(load(scores, i)))
     place = (slot * step.layers + layer) * step.top_k
@@ -117,7 +125,7 @@ def route(step, layer, row, slot, forced):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def choose(scores, bias, chosen, experts, top_k):  # type: ignore[no-untyped-def]
+def choose(scores, bias, chosen, experts, top_k):
     """The top_k experts by score plus bias, best first; of equals the lower number is better."""
     for k in range(top_k):
         best, most = -1, np.float32(-np.inf)
@@ -133,7 +141,7 @@ def choose(scores, bias, chosen, experts, top_k):  # type: ignore[no-untyped-def
 
 
 @kernel
-def sort_pairs(step, thread, base, num_rows):  # type: ignore[no-untyped-def]
+def sort_pairs(step, thread, base, num_rows):
     """List the (row, choice) pairs of each expert, in the order of rows, for this thread's own use."""
     starts, pairs, sources = lists(step, thread)
     for expert in range(step.experts + 1):
@@ -156,7 +164,7 @@ def sort_pairs(step, thread, base, num_rows):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def lists(step, thread):  # type: ignore[no-untyped-def]
+def lists(step, thread):
     """This thread's starts [experts + 1], pairs and source rows."""
     size = step.max_rows * step.top_k
     return (
@@ -167,7 +175,7 @@ def lists(step, thread):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def expand(step, thread, layer):  # type: ignore[no-untyped-def]
+def expand(step, thread, layer):
     """activations[pair] = silu(gate) * up. A panel holds 32 gate outputs and their 32 ups."""
     starts, pairs, sources = lists(step, thread)
     tile = at(step.tile, thread * 4 * PANEL)
@@ -192,7 +200,7 @@ def expand(step, thread, layer):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def contract(step, thread, layer):  # type: ignore[no-untyped-def]
+def contract(step, thread, layer):
     """outputs[pair] = down projection of activations[pair]."""
     starts, pairs, _ = lists(step, thread)
     item = 0
@@ -209,7 +217,7 @@ def contract(step, thread, layer):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def combine(step, base, row):  # type: ignore[no-untyped-def]
+def combine(step, base, row):
     """Add a row's experts, weighted, to the residual stream, in the order of choice."""
     weights, pair = at(step.weights, (base + row) * step.top_k), row * step.top_k
     x = at(step.x, (base + row) * step.hidden_stride)

@@ -4,6 +4,9 @@ As arguments, ninety numbers and addresses would make every compiled function a 
 call would unbox and count references. `step.hidden` or `step.qkv.scales` is one load, typed by the field.
 """
 
+# Numba types what it compiles, from calls; annotations would say nothing to it.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, misc, no-any-return"
+
 from __future__ import annotations
 
 from typing import Any

@@ -5,12 +5,15 @@ between two of them. This module is numba source: it is imported only where the 
 compiled never comes back to Python.
 """
 
+# Numba types what it compiles, from calls; annotations would say nothing to it.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, misc, no-any-return"
+
 from __future__ import annotations
 
 from typing import Any
 
-from pointsman.kernels.cpu_attention import attend, prepare
-from pointsman.kernels.cpu_phases import add, combine, contract, embed, expand, norm, project, route, sort_pairs
+from pointsman.kernels.cpu_attention import attend, fetch_first, prepare
+from pointsman.kernels.cpu_phases import add, combine, contract, embed, expand, judge, norm, project, route, sort_pairs
 from pointsman.kernels.cpu_record import RecordType, reader
 from pointsman.kernels.cpu_table import ALONE, NUM_LOGITS, NUM_ROWS, ROUNDS, STOPPED, step_fields
 from pointsman.kernels.cpu_threads import announce, await_step, meet
@@ -18,7 +21,7 @@ from pointsman.kernels.vector import at, kernel
 
 
 @kernel
-def check(step):  # type: ignore[no-untyped-def]
+def check(step):
     """Find each row's cache slot; returns 0, or 1 + the number of a row that names what does not exist."""
     for row in range(step.control[NUM_ROWS]):
         token, position, lane = step.tokens[row], step.positions[row], step.lanes[row]
@@ -43,7 +46,7 @@ def check(step):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def attention_half(step, thread, layer, num_rows, low, high, base, alone, round):  # type: ignore[no-untyped-def]
+def attention_half(step, thread, layer, num_rows, low, high, base, alone, round):
     """h to projected: queries, keys and values, attention, output projection."""
     threads, control, own = step.num_threads, step.control, at(step.counting, base)
     project(step, thread, step.qkv, layer, step.h, step.hidden_stride, own, step.qkv_out, step.qkv_stride, num_rows)
@@ -52,20 +55,23 @@ def attention_half(step, thread, layer, num_rows, low, high, base, alone, round)
         prepare(step, thread, layer, row, base + row)
     if not alone:
         round = meet(control, threads, round)
-    item = thread
-    while item < num_rows * step.kv_heads:
-        row = item // step.kv_heads
-        attend(step, thread, layer, row, base + row, item % step.kv_heads)
-        item += threads
+    item, items = thread, num_rows * step.kv_heads
+    while item < items:
+        row, group, following = item // step.kv_heads, item % step.kv_heads, item + threads
+        if following < items:
+            fetch_first(step, layer, following // step.kv_heads, following % step.kv_heads)
+        attend(step, thread, layer, row, base + row, group)
+        item = following
     round = meet(control, threads, round)
     project(step, thread, step.o, layer, step.attended, step.attended_stride, step.counting, step.projected, step.hidden_stride, num_rows)
     return meet(control, threads, round)
 
 
 @kernel
-def expert_half(step, thread, layer, num_rows, low, high, base, alone, round):  # type: ignore[no-untyped-def]
+def expert_half(step, thread, layer, num_rows, low, high, base, alone, round):
     """h to outputs: router and experts."""
     threads, control = step.num_threads, step.control
+    judge(step, layer, base + low, high - low)
     for row in range(low, high):
         route(step, layer, base + row, step.slots[row], step.forced[row])
     if not alone:
@@ -78,7 +84,7 @@ def expert_half(step, thread, layer, num_rows, low, high, base, alone, round):  
 
 
 @kernel
-def run_step(step, thread, round):  # type: ignore[no-untyped-def]
+def run_step(step, thread, round):
     """One thread's part of a step; returns the number of the last barrier."""
     num_rows, stride, hidden = step.control[NUM_ROWS], step.hidden_stride, step.hidden
     alone = num_rows <= ALONE

@@ -9,6 +9,9 @@ With 32 registers of sixteen floats (AVX-512) a tile is 64 outputs wide at every
 panel in parts, so that the sums still fit.
 """
 
+# Numba types what it compiles, from calls; annotations would say nothing to it.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, misc, no-any-return"
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

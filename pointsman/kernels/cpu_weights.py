@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,7 +135,8 @@ def pack_weights(
     final = np.zeros(padded(shape.hidden), np.float32)
     final[: shape.hidden] = final_norm
     tables = {"cos": np.ascontiguousarray(cos, np.float32), "sin": np.ascontiguousarray(sin, np.float32)}
-    return CpuWeights(embed=np.ascontiguousarray(embed), final_norm=final, head=pack_linear(head), **norms, **stacks, **tables)
+    packed: dict[str, Any] = norms | stacks | tables
+    return CpuWeights(embed=np.ascontiguousarray(embed), final_norm=final, head=pack_linear(head), **packed)
 
 
 def _stacks(shape: ModelShape, layer: LayerWeights) -> dict[str, PackedLinear]:

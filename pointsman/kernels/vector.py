@@ -11,6 +11,9 @@ e4m3 values are read as their bits stand in a float32, which is 2**-120 of their
 folds that in too.
 """
 
+# Numba types what it compiles, from calls; annotations would say nothing to it.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, misc, no-any-return"
+
 from __future__ import annotations
 
 import operator
@@ -244,6 +247,19 @@ def store_some(context: Any, base: Any, index: Any, value: Any, count: Any) -> A
 
 
 @intrinsic
+def prefetch(context: Any, base: Any, index: Any) -> Any:
+    """Ask for the cache line of base[index]; the address need not be one that may be read."""
+    assert _pointer_to_stored(base), base
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.bitcast(builder.gep(arguments[0], [arguments[1]]), INT8.as_pointer())
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), place, *(ir.Constant(INT32, option) for option in (0, 3, 1)))
+        return context.get_dummy_value()
+
+    return types.void(base, types.int64), generate
+
+
+@intrinsic
 def splat(context: Any, scalar: Any) -> Any:
     """Sixteen times one float32."""
 
@@ -335,7 +351,7 @@ def _power_of_two(context: Any, shifted: Any) -> Any:
 
 
 @kernel
-def exp(x):  # type: ignore[no-untyped-def]
+def exp(x):
     """e**x within 1.2e-7 relative; arguments are held to [-87, 88], NaN stays NaN.
 
     x = n ln 2 + r with |r| <= 0.35, n read off the low bits after adding 1.5 * 2**23; 1 + r + r**2 times a
@@ -355,6 +371,6 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def sigmoid(x):  # type: ignore[no-untyped-def]
+def sigmoid(x):
     """1 / (1 + e**-x)."""
     return splat(1.0) / (splat(1.0) + exp(splat(0.0) - x))
