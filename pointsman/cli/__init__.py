@@ -8,10 +8,14 @@ answered with the nearest known one (exit code 2), what the layers below refuse 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +116,8 @@ def overview() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model writes characters that a terminal may not have
     try:
         code = _run(words)
         sys.stdout.flush()
@@ -136,7 +142,22 @@ def _run(words: Sequence[str]) -> int:
     command = read(words)
     if command.engine.get("trust_remote_code"):
         print("--trust-remote-code has no effect: no code of a checkpoint ever runs", file=sys.stderr)
-    return int(_load(VERBS[command.name].run)(command.engine, command.options))
+    with _interruptible_imports():
+        run = _load(VERBS[command.name].run)
+    return int(run(command.engine, command.options))
+
+
+@contextlib.contextmanager
+def _interruptible_imports() -> Iterator[None]:
+    """While it lasts, Ctrl-C ends the process at once: raised in the middle of a library's import, it may be swallowed there."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _complain(words: Sequence[str], message: str, code: int) -> int:

@@ -185,27 +185,39 @@ def test_ctrl_c_is_quiet():
     assert process.returncode == cli.INTERRUPTED
 
 
+class Person:
+    """Somebody at a terminal."""
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+        self.unread = b""
+
+    def type(self, text):
+        os.write(self.descriptor, text)
+
+    def read_until(self, text):
+        """What is shown up to and with this text; the rest stays for the next time."""
+        while text not in self.unread:
+            self.unread += os.read(self.descriptor, 4096)
+        before, _, self.unread = self.unread.partition(text)
+        return before
+
+
 def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on():
     outer, inner = pty.openpty()
     command = [sys.executable, "-m", "pointsman", "chat", "--load-format", "dummy", "--ignore-eos"]
     with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=os.environ | {"TERM": "xterm"}) as process:
         os.close(inner)
-        seen = read_until(outer, b"> ")
-        os.write(outer, b"hello\n")
-        seen = read_until(outer, b"\x1b[2m")
+        person = Person(outer)
+        person.read_until(b"> ")
+        person.type(b"hello\n")
+        person.read_until(b"\x1b[2m")
         process.send_signal(signal.SIGINT)
-        seen = read_until(outer, b"(broken off, and forgotten)\r\n")
-        assert b"Traceback" not in seen
-        os.write(outer, b"/rest\n")
-        read_until(outer, b"did you mean '/reset'?")
-        read_until(outer, b"> ")
-        os.write(outer, b"\x04")
+        assert b"Traceback" not in person.read_until(b"(broken off, and forgotten)")
+        person.read_until(b"> ")
+        person.type(b"/rest\n")
+        person.read_until(b"did you mean '/reset'?")
+        person.read_until(b"> ")
+        person.type(b"\x04")
         assert process.wait() == 0
     os.close(outer)
-
-
-def read_until(descriptor, text):
-    seen = b""
-    while text not in seen:
-        seen += os.read(descriptor, 4096)
-    return seen
