@@ -95,10 +95,12 @@ class CpuStep:
 
         Rows of one lane may come in any number; what a row attends to must be in the cache or among the rows of this step. A row
         that is `forced` takes the experts that stand at its slot in `routes`. The logits are a view that the next run overwrites.
+        One run at a time: the buffers are the step's own.
 
         Raises:
             ValueError: there are too many rows, or one names something that does not exist.
         """
+        assert self.close.alive, "the step was closed"
         num_rows, num_logits = len(tokens), len(logit_rows)  # type: ignore[arg-type]
         if not 0 < num_rows <= self.max_rows or num_logits > num_rows:
             raise ValueError(f"{num_rows} rows with {num_logits} logits; a step takes 1 to {self.max_rows} rows and at most their logits")

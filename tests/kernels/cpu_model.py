@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,12 +131,15 @@ class Model:
         held = CpuCache(k, v, routes, table)
         return CpuStep(shape, self.weights(), held, max_rows=max_rows, num_threads=num_threads), held
 
-    def forward(self, tokens: NDArray[np.int64], cache: str = "bfloat16") -> tuple[Floats, NDArray[np.int64]]:
-        """Logits [T, vocab] and chosen experts [T, layers, top_k], best first, of one sequence."""
+    def forward(
+        self, tokens: NDArray[np.int64], cache: str = "bfloat16", forced: NDArray[np.integer[Any]] | None = None
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """Logits [T, vocab] and chosen experts [T, layers, top_k], best first, of one sequence, or of one with its experts given."""
         x, routes = self.embed[tokens], []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             x = x + self.attention(layer, rms(x, layer.packed.input_norm, self.shape.epsilon), cache)
-            update, chosen = self.experts(layer, rms(x, layer.packed.post_norm, self.shape.epsilon))
+            given = None if forced is None else forced[:, index].astype(np.int64)
+            update, chosen = self.experts(layer, rms(x, layer.packed.post_norm, self.shape.epsilon), given)
             x = x + update
             routes.append(chosen)
         return rms(x, self.final_norm, self.shape.epsilon) @ self.head.T, np.stack(routes, axis=1)
@@ -161,9 +165,10 @@ class Model:
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
-    def experts(self, layer: Layer, h: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    def experts(self, layer: Layer, h: Floats, given: NDArray[np.int64] | None) -> tuple[Floats, NDArray[np.int64]]:
         scores = 1 / (1 + np.exp(-h @ layer.packed.gate.T.astype(np.float64)))
-        chosen = np.argsort(-(scores + layer.packed.bias), axis=1, kind="stable")[:, : self.shape.top_k]
+        best = np.argsort(-(scores + layer.packed.bias), axis=1, kind="stable")[:, : self.shape.top_k]
+        chosen = best if given is None else given
         weights = np.take_along_axis(scores, chosen, axis=1)
         weights /= weights.sum(1, keepdims=True)
         out = np.zeros_like(h)
