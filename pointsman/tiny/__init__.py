@@ -1,10 +1,8 @@
-"""The bundled checkpoint: a small MiniMax-M2 that was trained for this package. Its card is the README.md beside this file."""
-
-from __future__ import annotations
+"""The bundled checkpoint: a trained MiniMax-M2 of 13 million parameters. README.md in this folder is its card."""
 
 from pathlib import Path
 
 
 def path() -> Path:
-    """The folder of the checkpoint."""
+    """The checkpoint's folder."""
     return Path(__file__).parent
