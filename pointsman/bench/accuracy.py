@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pointsman.bench import arithmetic, tools
-from pointsman.bench.machine import machine
+from pointsman.bench.machine import machine, settle
 from pointsman.bench.options import AccuracyOptions
 from pointsman.engine.llm import LLM
 from pointsman.request import FinishReason, RequestOutput, SamplingParams
@@ -87,6 +87,7 @@ def _evaluate(task: Task, engine: dict[str, Any], options: AccuracyOptions) -> i
     if options.save is not None:
         Path(options.save).touch()  # a path that cannot be written is told before the model loads
     with contextlib.closing(LLM(**engine)) as llm:
+        settle(llm.engine)
         problems = held_out(task, options.num_questions, options.seed)
         graded, seconds = answer(task, llm, problems, options.max_tokens)
         summary = summarize(task, graded, seconds) | {"seed": options.seed, "max_tokens": options.max_tokens} | machine(llm.engine)

@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pointsman.bench.machine import machine
+from pointsman.bench.machine import machine, settle
 from pointsman.bench.options import LatencyOptions
 from pointsman.bench.start_up import measure_start_up
 from pointsman.engine.engine import Engine
@@ -67,11 +67,14 @@ def run(engine: dict[str, Any], options: LatencyOptions) -> int:
     """`pointsman bench latency`; 1 where the check fails."""
     logging.basicConfig(level=options.log_level.upper())
     if options.start_up:
+        with contextlib.closing(LLM(**engine)) as llm:
+            settle(llm.engine)
         return measure_start_up(engine, options.num_warmups, options.num_iters)
     largest = max(options.batch_size)
     engine = {"max_running_requests": max(largest, 64)} | engine
     with contextlib.closing(LLM(**engine)) as llm:
         _refuse(llm.engine, largest, options)
+        settle(llm.engine)
         prompts = _prompt_source(llm.engine, options)
         fault = check(llm.engine, prompts(largest), min(options.output_len, CHECKED_TOKENS))
         if fault is not None:

@@ -1,4 +1,4 @@
-"""What a figure was measured on: without that it means nothing."""
+"""What a figure was measured on: without that it means nothing. And the wait for the step that stays."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,21 @@ import torch
 
 import pointsman
 from pointsman.engine.engine import Engine
+from pointsman.request import Request, SamplingParams
 
 CPU_INFO = Path("/proc/cpuinfo")
+LOOK_SECONDS = 0.5
+
+
+def settle(engine: Engine) -> None:
+    """Wait until the engine runs the step that it will stay with: on a machine's first run another process still compiles it."""
+    if not engine.step_is_final:
+        print("waiting for the compiled step, once for this machine", file=sys.stderr)
+    while not engine.step_is_final:
+        time.sleep(LOOK_SECONDS)
+        engine.add(Request(rid="settle", prompt_token_ids=(0,), sampling=SamplingParams(max_tokens=1)))
+        while engine.has_work:
+            engine.step()
 
 
 def machine(engine: Engine) -> dict[str, Any]:

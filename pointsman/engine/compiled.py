@@ -90,6 +90,7 @@ class CompiledStep:
     """One call into compiled code a step. A row's numbers are the same bits whatever shares the step, in any chunks, on any threads."""
 
     name = "compiled"
+    final = True
 
     def __init__(self, step: CpuStep) -> None:
         self._step = step
@@ -109,6 +110,11 @@ class ChangingStep:
     @property
     def name(self) -> str:
         return self._now.name
+
+    @property
+    def final(self) -> bool:
+        """Whether `name` will stay what it is."""
+        return self._compiler is None
 
     def __call__(self, batch: Batch, lanes: Lanes) -> Tensor:
         if self._compiler is not None and self._compiler.poll() is not None:

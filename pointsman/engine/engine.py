@@ -76,6 +76,11 @@ class Engine:
         """What computes a step just now: `torch` or `compiled`."""
         return self._runner.step_name
 
+    @property
+    def step_is_final(self) -> bool:
+        """Whether that will stay so; it does not while the compiled step is still being made."""
+        return self._runner.step_is_final
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it can never run here, or if its name is taken; QueueFull if it may be taken later."""
         self._check(request)

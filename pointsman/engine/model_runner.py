@@ -33,6 +33,9 @@ class Step(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def final(self) -> bool: ...
+
     def __call__(self, batch: Batch, lanes: Lanes) -> Tensor: ...
 
 
@@ -40,6 +43,7 @@ class TorchStep:
     """The model op by op: runs anywhere, and is the oracle of every faster step."""
 
     name = "torch"
+    final = True
 
     def __init__(self, decoder: Decoder, kv: PagedKV, routes: RouteStore) -> None:
         self._decoder, self._kv, self._routes = decoder, kv, routes
@@ -66,6 +70,10 @@ class ModelRunner:
     @property
     def step_name(self) -> str:
         return self._step.name
+
+    @property
+    def step_is_final(self) -> bool:
+        return self._step.final
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises whatever the model raises: such a fault is the engine's, not a request's."""
