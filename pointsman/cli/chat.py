@@ -56,7 +56,7 @@ class Chat:
             if command == "/system":
                 self.system = rest.strip() or None
         else:
-            raise ValueError(f"unknown command {command!r}{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
+            raise ValueError(f"unknown command {command!r}{nearest(command, COMMANDS) or '; there are ' + ', '.join(COMMANDS)}")
         return True
 
     def _answer(self, text: str) -> None:
