@@ -126,6 +126,10 @@ class PackedLinear:
         values, scales = matrix.values, matrix.scale_NB()
         if form_of(values) != self.form:
             raise ValueError(f"a matrix of {form_of(values)} among ones of {self.form}; all layers must have the same form")
+        if scales.shape[1] != self.blocks:
+            raise ValueError(
+                f"a matrix of {scales.shape[1]} blocks along its inputs among ones of {self.blocks}; all layers must have the same"
+            )
         if self.form == "e4m3" and bool(((values.view(np.uint8) & 0x7F) == 0x7F).any()):
             raise ValueError("an e4m3 matrix holds NaN")
         order = np.arange(len(values)) if order_N is None else order_N

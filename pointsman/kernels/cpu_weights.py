@@ -39,7 +39,7 @@ class ModelShape:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key heads; the second must divide the first")
+            raise ValueError(f"kv_heads is {self.kv_heads}; it must divide the number of heads ({self.heads})")
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
             raise ValueError(f"rotary_dim is {self.rotary_dim}; it must be even and at most head_dim ({self.head_dim})")
         if self.top_k > self.experts or self.experts > 1 << 16:

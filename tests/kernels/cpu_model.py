@@ -99,6 +99,10 @@ class Model:
         wide = np.repeat(np.concatenate(spread).astype(np.float64), columns, axis=1)[:, :inputs]
         return Matrix(bits, scales, self.block, parts), values * wide
 
+    @staticmethod
+    def decode(codes: NDArray[np.generic]) -> Floats:
+        return torch.from_numpy(np.ascontiguousarray(codes)).view(torch.float8_e4m3fn).double().numpy()
+
     def weights(self) -> CpuWeights:
         return pack_weights(
             self.shape,

@@ -16,9 +16,10 @@ from pointsman.kernels.cpu_step import CpuCache, CpuStep, ModelShape
 from pointsman.kernels.cpu_table import SLEEPERS
 from tests.kernels.cpu_model import Model
 
-FP8 = {"attention": "e4m3", "experts": "e4m3", "head": "bfloat16"}, "bfloat16"
-FLOAT32 = {"attention": "float32", "experts": "float32", "head": "float32"}, "float32"
-BFLOAT16 = {"attention": "bfloat16", "experts": "bfloat16", "head": "bfloat16"}, "e4m3"
+Form = tuple[dict[str, Any], str]
+FP8: Form = {"attention": "e4m3", "experts": "e4m3", "head": "bfloat16"}, "bfloat16"
+FLOAT32: Form = {"attention": "float32", "experts": "float32", "head": "float32"}, "float32"
+BFLOAT16: Form = {"attention": "bfloat16", "experts": "bfloat16", "head": "bfloat16"}, "e4m3"
 
 PLAIN = ModelShape(
     vocab=97, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, rotary_dim=16, experts=8, top_k=2, width=64, epsilon=1e-6
@@ -42,7 +43,7 @@ SHAPES = {
 
 # Logits have a size of about 3. float32 sums differ from float64 ones by rounding only. A key or value whose float64 and float32
 # forms lie on both sides of a rounding boundary is stored a step apart: 2**-9 of itself in bfloat16, 2**-4 in e4m3.
-TOLERANCE = {"float32": 5e-5, "bfloat16": 4e-3, "e4m3": 6e-2}
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-3, "e4m3": 3e-2}
 
 
 def chunks(length: int, generator: np.random.Generator, most: int) -> list[range]:
@@ -82,7 +83,7 @@ def prompt(model: Model, length: int, seed: int) -> Any:
 
 @pytest.mark.parametrize("form", [FP8, FLOAT32, BFLOAT16], ids=["fp8", "float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "page_size"), [(name, size) for name, size in zip(SHAPES, (16, 5, 1, 16, 3, 7, 16, 2), strict=True)])
-def test_step_is_the_model(name: str, page_size: int, form: tuple[dict[str, str], str]) -> None:
+def test_step_is_the_model(name: str, page_size: int, form: Form) -> None:
     """Logits within the tolerance and the same experts, up to the first row where a near tie fell the other way."""
     (shape, block), (forms, cache_form) = SHAPES[name], form
     model = Model(shape, block=block, **forms, seed=3)
@@ -97,7 +98,7 @@ def test_step_is_the_model(name: str, page_size: int, form: tuple[dict[str, str]
         rows = len(tokens) if same.all() else int(same.argmin())
         agreed, total = agreed + rows, total + len(tokens)
         np.testing.assert_allclose(got[lane][:rows], logits[:rows], rtol=0, atol=TOLERANCE[cache_form])
-    assert agreed == total if cache_form == "float32" else agreed > 0.5 * total
+    assert agreed == total if cache_form == "float32" else agreed > 0.9 * total
 
 
 def test_long_context_crosses_blocks_of_attention() -> None:
@@ -111,7 +112,7 @@ def test_long_context_crosses_blocks_of_attention() -> None:
 
 @pytest.mark.parametrize("form", [FP8, BFLOAT16], ids=["fp8", "bfloat16"])
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
-def test_rows_do_not_depend_on_company_chunks_or_threads(num_threads: int, form: tuple[dict[str, str], str]) -> None:
+def test_rows_do_not_depend_on_company_chunks_or_threads(num_threads: int, form: Form) -> None:
     """Bit for bit: alone and token by token on one thread, or chunked among others on many (more than there are cores)."""
     model = Model(replace(PLAIN, hidden=192, heads=6, head_dim=48), **form[0], seed=8)
     prompts = {lane: prompt(model, length, lane) for lane, length in ((0, 90), (1, 17), (2, 41), (3, 64))}
