@@ -26,6 +26,10 @@ class QueueFull(ValueError):
     """More is waiting than the engine is set up for; the same request may be taken later."""
 
 
+class RequestFailed(RuntimeError):
+    """The engine gave up on a request and lives on; the message has its name and the reason."""
+
+
 class FinishReason(StrEnum):
     """Why a choice ended: a stop token or string, the token limit, an abort by the client, or a fault of the engine."""
 

@@ -30,7 +30,7 @@ from pointsman.bench.options import LatencyOptions
 from pointsman.bench.start_up import measure_start_up
 from pointsman.engine.engine import Engine
 from pointsman.engine.llm import LLM
-from pointsman.request import ChoiceDelta, Request, SamplingParams
+from pointsman.request import ChoiceDelta, Request, RequestFailed, SamplingParams
 
 CHECKED_TOKENS = 32
 Prompts = list[tuple[int, ...]]
@@ -148,7 +148,7 @@ def _deltas(engine: Engine, prompts: Prompts, params: SamplingParams) -> Iterato
         now = time.perf_counter() - start
         for delta in deltas:
             if delta.error is not None:
-                raise ValueError(f"the engine gave up on a sequence: {delta.error}")
+                raise RequestFailed(f"the engine gave up on a sequence: {delta.error}")
             left -= delta.finish_reason is not None
             yield delta, now
 

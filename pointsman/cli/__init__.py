@@ -22,6 +22,7 @@ from typing import Any
 import pointsman
 from pointsman.cli.flags import UsageError, add_flags, build, new_parser, parse
 from pointsman.config import EngineConfig, flags, nearest
+from pointsman.request import RequestFailed
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(words, str(error), 2)
     except BrokenPipeError:
         return _broken_pipe()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RequestFailed) as error:
         return _complain(words, str(error), 1)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -20,7 +20,7 @@ from pointsman.cli.answer import AnswerPrinter, render
 from pointsman.cli.options import ChatOptions
 from pointsman.config import nearest
 from pointsman.engine.llm import LLM
-from pointsman.request import FinishReason
+from pointsman.request import FinishReason, RequestFailed
 
 COMMANDS = {
     "/help": "what can be typed",
@@ -77,7 +77,7 @@ class Chat:
             print("(broken off, and forgotten)", file=sys.stderr)
             return
         if error is not None:
-            raise ValueError(f"the engine gave up: {error}")
+            raise RequestFailed(f"the engine gave up: {error}")
         if reason is FinishReason.LENGTH:
             print("pointsman chat: cut off at the token limit", file=sys.stderr)
         self.messages = [*asked, {"role": "assistant", "content": printer.content, "reasoning_content": printer.reasoning}]
@@ -119,7 +119,7 @@ def _take_patiently(chat: Chat, line: str) -> bool:
     """As `take`, but a fault is told and the conversation goes on."""
     try:
         return chat.take(line)
-    except ValueError as error:
+    except (ValueError, RequestFailed) as error:
         print(f"pointsman chat: {error}", file=sys.stderr)
         return True
 

@@ -16,11 +16,11 @@ from typing import Any
 from pointsman.cli.answer import AnswerPrinter, render, split
 from pointsman.cli.options import GenerateOptions
 from pointsman.engine.llm import LLM
-from pointsman.request import CompletionOutput, FinishReason, RequestOutput, SamplingParams
+from pointsman.request import CompletionOutput, FinishReason, RequestFailed, RequestOutput, SamplingParams
 
 
 def run(engine: dict[str, Any], options: GenerateOptions) -> int:
-    """Answer the prompt; 1 where the engine gave up on it."""
+    """Answer the prompt. Raises RequestFailed where the engine gave up on it."""
     logging.basicConfig(level=options.log_level.upper())
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt.strip():
@@ -30,11 +30,11 @@ def run(engine: dict[str, Any], options: GenerateOptions) -> int:
         params = options.sampling.params(llm.engine.generation_defaults, n=options.n, logprobs=options.logprobs)
         if options.json:
             print(json.dumps(_report(llm, llm.generate([tokens], params)[0], opened if not options.raw else None), allow_nan=False))
-            return 0
-        if options.n > 1:
+        elif options.n > 1:
             _print_choices(llm.generate([tokens], params)[0].outputs, opened, options)
-            return 0
-        return _stream(llm, tokens, params, opened, options)
+        else:
+            _stream(llm, tokens, params, opened, options)
+    return 0
 
 
 def _prompt(llm: LLM, prompt: str, options: GenerateOptions) -> tuple[list[int], bool]:
@@ -49,7 +49,7 @@ def _prompt(llm: LLM, prompt: str, options: GenerateOptions) -> tuple[list[int],
     return render(llm, [*system, {"role": "user", "content": prompt}])
 
 
-def _stream(llm: LLM, tokens: Sequence[int], params: SamplingParams, opened: bool, options: GenerateOptions) -> int:
+def _stream(llm: LLM, tokens: Sequence[int], params: SamplingParams, opened: bool, options: GenerateOptions) -> None:
     printer = None if options.raw else AnswerPrinter(opened=opened, hide_thinking=options.hide_thinking, stream=sys.stdout)
     reason, error = None, None
     for delta in llm.stream(tokens, params):
@@ -63,11 +63,9 @@ def _stream(llm: LLM, tokens: Sequence[int], params: SamplingParams, opened: boo
     else:
         printer.finish()
     if error is not None:
-        print(f"pointsman generate: the engine gave up: {error}", file=sys.stderr)
-        return 1
+        raise RequestFailed(f"the engine gave up: {error}")
     if reason is FinishReason.LENGTH:
         print("pointsman generate: cut off at the token limit", file=sys.stderr)
-    return 0
 
 
 def _print_choices(outputs: Sequence[CompletionOutput], opened: bool, options: GenerateOptions) -> None:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pointsman.config import engine_config
 from pointsman.engine.engine import Engine
-from pointsman.request import ChoiceDelta, CompletionOutput, Request, RequestOutput, SamplingParams
+from pointsman.request import ChoiceDelta, CompletionOutput, Request, RequestFailed, RequestOutput, SamplingParams
 
 Prompt = str | Sequence[int]
 
@@ -161,9 +161,9 @@ class LLM:
 
 
 def merge(result: RequestOutput, delta: ChoiceDelta) -> None:
-    """Add what a step brought to a result. Raises RuntimeError where the engine gave up on the choice."""
+    """Add what a step brought to a result. Raises RequestFailed where the engine gave up on the choice."""
     if delta.error is not None:
-        raise RuntimeError(f"request {delta.rid} failed: {delta.error}")
+        raise RequestFailed(f"request {delta.rid} failed: {delta.error}")
     output = result.outputs[delta.index]
     output.text += delta.text
     output.token_ids.extend(delta.token_ids)

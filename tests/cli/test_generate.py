@@ -113,6 +113,8 @@ def test_an_answer_that_the_engine_gave_up_on(run):
     llm = ScriptedLLM("3", finish=FinishReason.ERROR, error="logits are not finite")
     assert run(llm, "generate", "x") == (1, "3\n", "pointsman generate: the engine gave up: logits are not finite\n")
     llm = ScriptedLLM("3", finish=FinishReason.ERROR, error="logits are not finite")
+    assert run(llm, "generate", "x", "--json") == (1, "", "pointsman generate: request 0 failed: logits are not finite\n")
+    llm = ScriptedLLM("3", finish=FinishReason.ERROR, error="logits are not finite")
     assert run(llm, "chat", stdin="x\n") == (1, "3\n", "pointsman chat: the engine gave up: logits are not finite\n")
 
 
