@@ -30,7 +30,15 @@ def config() -> dict:
 
 
 def test_the_files_are_there_and_small():
-    names = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names = {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert names <= {path.name for path in FOLDER.iterdir()}
     assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) <= MOST_BYTES
 
@@ -59,7 +67,17 @@ def test_the_config_is_the_published_form(config):
 
 @pytest.mark.parametrize(
     "text",
-    ["Hello, world!", "12,345 + 6 = 12351", "naïve café — €5", "日本語と한국어", "👩‍🚀🚂\u200d", "a\tb\r\n\n  c   ", "]~b]user\nhi[e~[\n", "<think>\n</think>", "\x00\x7f\ufffd"],
+    [
+        "Hello, world!",
+        "12,345 + 6 = 12351",
+        "naïve café — €5",
+        "日本語と한국어",
+        "👩‍🚀🚂\u200d",
+        "a\tb\r\n\n  c   ",
+        "]~b]user\nhi[e~[\n",
+        "<think>\n</think>",
+        "\x00\x7f\ufffd",
+    ],
 )
 def test_any_text_round_trips(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
@@ -120,7 +138,7 @@ def test_reasoning_of_earlier_turns_is_left_out_and_tool_results_share_a_turn():
 def test_training_rows_hold_whole_documents(tokenizer):
     """Packing loses nothing: each document's tokens, its positions from 0, and the loss on its completion alone."""
     packed = list(rows(islice(examples("train", 4), 60), tokenizer))
-    expected = sorted(sum(encode(tokenizer, example), []) for example in islice(examples("train", 4), 60))
+    expected = sorted([*prompt, *completion] for prompt, completion in (encode(tokenizer, e) for e in islice(examples("train", 4), 60)))
     found = []
     for row in packed:
         ends = [*row.starts[1 : row.documents], row.used]
@@ -128,7 +146,9 @@ def test_training_rows_hold_whole_documents(tokenizer):
             found.append(row.tokens[start:end].tolist())
             assert row.positions[start:end].tolist() == list(range(end - start))
     assert sorted(found) == expected
-    batch = collate([torch.from_numpy(getattr(packed[0], name).astype("int32"))[None] for name in ("tokens", "positions", "weights", "starts")], 0.0)
+    batch = collate(
+        [torch.from_numpy(getattr(packed[0], name).astype("int32"))[None] for name in ("tokens", "positions", "weights", "starts")], 0.0
+    )
     text = tokenizer.decode(batch.tokens_T[1:][batch.weights_T[:-1] > 0].tolist(), skip_special_tokens=False)
     assert text.count("</think>") == text.count("[e~[") == packed[0].documents
     assert len(batch.tokens_T) == ROW

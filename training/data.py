@@ -52,7 +52,9 @@ class Row:
 
 
 def encode(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[int]]:
-    return tokenizer.encode(example.prompt, add_special_tokens=False).ids, tokenizer.encode(example.completion, add_special_tokens=False).ids
+    return tokenizer.encode(example.prompt, add_special_tokens=False).ids, tokenizer.encode(
+        example.completion, add_special_tokens=False
+    ).ids
 
 
 def rows(stream: Iterator[Example], tokenizer: Tokenizer) -> Iterator[Row]:
@@ -90,7 +92,9 @@ class Feed:
     def __init__(self, workers: int, seed: int, device: str, mix: dict[str, float] = MIX, capacity: int = 65_536):
         context = multiprocessing.get_context("fork")
         self.chunks = context.Queue(maxsize=4 * workers)
-        self.processes = [context.Process(target=work, args=(self.chunks, seed + 1000 * (index + 1), mix), daemon=True) for index in range(workers)]
+        self.processes = [
+            context.Process(target=work, args=(self.chunks, seed + 1000 * (index + 1), mix), daemon=True) for index in range(workers)
+        ]
         for process in self.processes:
             process.start()
         self.device, self.capacity = device, capacity
@@ -109,7 +113,9 @@ class Feed:
                 chunk = self.chunks.get(timeout=1)
             except queue.Empty:
                 continue
-            arrays = [torch.from_numpy(array.astype(kind)) for array, kind in zip(chunk, (np.int16, np.int16, np.uint8, np.int16), strict=True)]
+            arrays = [
+                torch.from_numpy(array.astype(kind)) for array, kind in zip(chunk, (np.int16, np.int16, np.uint8, np.int16), strict=True)
+            ]
             if not self.ring:
                 self.ring = [torch.zeros(self.capacity, array.shape[1], dtype=array.dtype, device=self.device) for array in arrays]
                 if stream is not None:

@@ -36,8 +36,10 @@ class Heldout:
         chosen = self.rows[:: max(1, len(self.rows) // limit)] if limit else self.rows
         for at in range(0, len(chosen), size):
             part = chosen[at : at + size]
-            fields = [torch.from_numpy(np.stack([getattr(row, name) for row in part]).astype(kind)).to(self.device)
-                      for name, kind in (("tokens", np.int16), ("positions", np.int16), ("weights", np.uint8), ("starts", np.int16))]  # fmt: skip
+            fields = [
+                torch.from_numpy(np.stack([getattr(row, name) for row in part]).astype(kind)).to(self.device)
+                for name, kind in (("tokens", np.int16), ("positions", np.int16), ("weights", np.uint8), ("starts", np.int16))
+            ]
             batch = collate(fields, 0.0)
             hidden, load = model(batch)
             loads = loads + load

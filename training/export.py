@@ -135,5 +135,13 @@ def save_configs(shape: Shape, folder: Path) -> None:
     ids = {token["content"]: token["id"] for token in added}
     eos, bos, pad = ids["[e~["], ids["]~!b["], ids["]!p~["]
     (folder / "config.json").write_text(json.dumps(config(shape, eos, bos, pad), indent=2) + "\n")
-    generation = {"bos_token_id": bos, "do_sample": True, "eos_token_id": eos, "pad_token_id": pad, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    generation = {
+        "bos_token_id": bos,
+        "do_sample": True,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 BLOCK = 128
 E4M3_MAX = 448.0
@@ -85,8 +86,6 @@ def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 def varlen_attention():
     """Causal attention within each document, flat [T, heads, dim], on the GPU; the options follow the installed torch."""
-    from torch.nn.attention.varlen import varlen_attn
-
     known = inspect.signature(varlen_attn).parameters
     options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     grouped = "enable_gqa" in known
@@ -161,7 +160,9 @@ class Model(nn.Module):
         x_TD = self.embed.bfloat16()[batch.tokens_T]
         real_T = batch.tokens_T != 0
         loads = []
-        for (q, kv, o, up, down), (norm_1, norm_2, q_norm, k_norm, gate, bias) in zip(zip(*weights, strict=True), zip(*small, strict=True), strict=True):
+        for (q, kv, o, up, down), (norm_1, norm_2, q_norm, k_norm, gate, bias) in zip(
+            zip(*weights, strict=True), zip(*small, strict=True), strict=True
+        ):
             x_TD = x_TD + self.attention(rms_norm(x_TD, norm_1, s.eps), q, kv, o, q_norm, k_norm, rotary, batch)
             y_TD, chosen_TE = self.moe(rms_norm(x_TD, norm_2, s.eps), up, down, gate, bias)
             x_TD = x_TD + y_TD

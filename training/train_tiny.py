@@ -93,8 +93,16 @@ def run(options, model: Model, heldout: Heldout, optimizer: Optimizer, step_loss
         if step == 1 or (step % 10 == 0 and time.monotonic() - reported > options.report):
             mean = loss_sum.item() / losses
             reported = time.monotonic()
-            log(step=step, seconds=round(reported - start, 1), loss=round(mean, 5), tokens=step * options.rows * ROW,
-                fresh=feed.read, repeated=feed.repeated, factor=round(factor(progress), 4), **spread(loads))  # fmt: skip
+            log(
+                step=step,
+                seconds=round(reported - start, 1),
+                loss=round(mean, 5),
+                tokens=step * options.rows * ROW,
+                fresh=feed.read,
+                repeated=feed.repeated,
+                factor=round(factor(progress), 4),
+                **spread(loads),
+            )
             loss_sum.zero_()
             losses = 0
             if mean != mean:
@@ -114,7 +122,12 @@ def finish(options, model: Model, heldout: Heldout, log: Log, out: Path, attend)
     for name, exact in (("fp8 weights and activations", False), ("fp8 weights, bf16 activations", True)):
         served.exact = exact
         shares, loads = heldout.exact(served)
-        log(final=name, heldout=shares, **spread(loads), loads=[[round(x, 4) for x in row] for row in (loads / loads.sum(-1, keepdim=True)).tolist()])
+        log(
+            final=name,
+            heldout=shares,
+            **spread(loads),
+            loads=[[round(x, 4) for x in row] for row in (loads / loads.sum(-1, keepdim=True)).tolist()],
+        )
 
 
 def main() -> None:

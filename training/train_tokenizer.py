@@ -60,13 +60,26 @@ def main() -> None:
     tokenizer.save(str(TINY / "tokenizer.json"), pretty=False)
     pad, bos, _, eos, unknown = SPECIAL
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": 2048,
-        "bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": unknown,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "unk_token": unknown,
         "added_tokens_decoder": {
-            str(tokenizer.token_to_id(token)): {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": token in SPECIAL}
+            str(tokenizer.token_to_id(token)): {
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": token in SPECIAL,
+            }
             for token in (*SPECIAL, *MARKS)
         },
-    }  # fmt: skip
+    }
     (TINY / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -11,14 +11,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
-from pointsman.bench import counting, journeys, stories
+from pointsman.bench import counting, journeys, shopping, stories, wholes
 from pointsman.bench.equations import equation
 from pointsman.bench.story import LARGEST, Story, Unsuitable
 
 FAMILIES = (
-    (stories.stock_story, 34), (journeys.shopping, 13), (journeys.comparing, 12), (journeys.working, 8), (journeys.journey, 6), (journeys.saving, 7),
-    (counting.seats, 5), (counting.ages, 2), (counting.times, 3), (counting.legs, 2), (counting.plain, 3), (counting.resource, 5), (counting.recipe, 4), (counting.group, 5),
-)  # fmt: skip
+    (stories.stock_story, 34),
+    (shopping.shopping, 13),
+    (journeys.comparing, 12),
+    (journeys.working, 8),
+    (journeys.journey, 6),
+    (journeys.saving, 7),
+    (counting.seats, 5),
+    (counting.ages, 2),
+    (counting.times, 3),
+    (counting.legs, 2),
+    (counting.plain, 3),
+    (wholes.resource, 5),
+    (wholes.recipe, 4),
+    (wholes.group, 5),
+)
 FAMILY_POOL = tuple(family for family, weight in FAMILIES for _ in range(weight))
 HELDOUT_BUCKETS = 8
 
@@ -108,9 +120,21 @@ def joined(story: Story) -> list[str]:
 
 CHANGES = (
     ("+", ("And with {n} more?", "What if there were {n} more?", "Now add {n}.", "How much would it be with {n} more?"), "with {n} more"),
-    ("-", ("And with {n} fewer?", "What if {n} of that were gone?", "Now take away {n}.", "How much would it be with {n} less?"), "with {n} less"),
-    ("*", ("And {n} times that?", "What if it were {n} times as much?", "Now multiply that by {n}.", "How much is {n} times as much?"), "{n} times that"),
-    ("/", ("And if that were split into {n} equal parts?", "Now divide that by {n}.", "How much is one of {n} equal parts of that?"), "one of {n} parts"),
+    (
+        "-",
+        ("And with {n} fewer?", "What if {n} of that were gone?", "Now take away {n}.", "How much would it be with {n} less?"),
+        "with {n} less",
+    ),
+    (
+        "*",
+        ("And {n} times that?", "What if it were {n} times as much?", "Now multiply that by {n}.", "How much is {n} times as much?"),
+        "{n} times that",
+    ),
+    (
+        "/",
+        ("And if that were split into {n} equal parts?", "Now divide that by {n}.", "How much is one of {n} equal parts of that?"),
+        "one of {n} parts",
+    ),
 )
 
 
@@ -124,7 +148,14 @@ def continued(rng: Random, problem: ArithmeticProblem) -> ArithmeticProblem:
     history = answered(problem)
     if rng.random() < 0.25:
         asked = rng.choice(("How did you get that?", "Can you show the steps?", "Please explain.", "Show me how you got there.", "Why?"))
-        return follow(problem, history, asked, problem.thinking, f"Here are the steps:\n{problem.thinking}\nSo the answer is {problem.answer}.", problem.answer)
+        return follow(
+            problem,
+            history,
+            asked,
+            problem.thinking,
+            f"Here are the steps:\n{problem.thinking}\nSo the answer is {problem.answer}.",
+            problem.answer,
+        )
     operator, forms, label = CHANGES[int(rng.random() * len(CHANGES))]
     value = problem.answer
     if operator == "/":
@@ -145,15 +176,22 @@ def continued(rng: Random, problem: ArithmeticProblem) -> ArithmeticProblem:
     return follow(problem, history, asked, f"{label.format(n=number)}: {text}", f"That would be {result}.", result)
 
 
-def follow(problem: ArithmeticProblem, history: list, asked: str, thinking: str, reply: str, answer: int) -> ArithmeticProblem:
+def follow(
+    problem: ArithmeticProblem, history: list[dict[str, str]], asked: str, thinking: str, reply: str, answer: int
+) -> ArithmeticProblem:
     return ArithmeticProblem(
-        messages=[*history, {"role": "user", "content": asked}], thinking=thinking, reply=reply, answer=answer,
-        steps=thinking.count("\n") + 1, family=problem.family, follow_up=True,
-    )  # fmt: skip
+        messages=[*history, {"role": "user", "content": asked}],
+        thinking=thinking,
+        reply=reply,
+        answer=answer,
+        steps=thinking.count("\n") + 1,
+        family=problem.family,
+        follow_up=True,
+    )
 
 
 def check(problem: ArithmeticProblem, completion: str) -> str:
-    """"right", "wrong", or "invalid" when the text after the reasoning has no number; the last number counts."""
+    """ "right", "wrong", or "invalid" when the text after the reasoning has no number; the last number counts."""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", completion.rpartition("</think>")[2])
     if not numbers:
         return "invalid"

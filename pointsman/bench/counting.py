@@ -9,22 +9,54 @@ def seats(story: Story) -> None:
     venue = story.choose(words.VENUES)
     thing, taken = story.choose((("seats", "taken"), ("chairs", "occupied"), ("places", "reserved"), ("lockers", "in use")))
     rows, each = story.between(2, story.choose((9, 40))), story.between(3, story.choose((9, 40)))
-    story.say(("A {venue} has {n} rows with {k} {thing} in each row.", "In a {venue} there are {n} rows of {k} {thing}.", "There are {k} {thing} in each of the {n} rows of a {venue}."), venue=venue, n=rows, k=each, thing=thing)
+    story.say(
+        (
+            "A {venue} has {n} rows with {k} {thing} in each row.",
+            "In a {venue} there are {n} rows of {k} {thing}.",
+            "There are {k} {thing} in each of the {n} rows of a {venue}.",
+        ),
+        venue=venue,
+        n=rows,
+        k=each,
+        thing=thing,
+    )
     total = story.step(f"{thing} in the rows", rows, "*", each)
     if story.rng.random() < 0.4:
         extra = story.between(2, story.choose((20, 200)))
-        story.say(("The balcony has {n} more {thing}.", "At the back there are {n} more {thing}.", "Another {n} {thing} are added."), n=extra, thing=thing)
+        story.say(
+            ("The balcony has {n} more {thing}.", "At the back there are {n} more {thing}.", "Another {n} {thing} are added."),
+            n=extra,
+            thing=thing,
+        )
         total = story.step(f"all {thing}", total, "+", extra)
     for _ in range(story.choose((1, 1, 2))):
         count = story.between(2, total - 2)
-        story.say(("{n} of the {thing} are {taken}.", "{n} {thing} are {taken} by {people}.", "{n} {thing} are broken."), n=count, thing=thing, taken=taken, people=story.choose(words.PEOPLE).split(":")[0])
+        story.say(
+            ("{n} of the {thing} are {taken}.", "{n} {thing} are {taken} by {people}.", "{n} {thing} are broken."),
+            n=count,
+            thing=thing,
+            taken=taken,
+            people=story.choose(words.PEOPLE).split(":")[0],
+        )
         total = story.step(f"{thing} left", total, "-", count)
     if story.rng.random() < 0.6:
-        return story.ask([(f"How many {thing} are free?", f"{{answer}} {thing} are free."), (f"How many {thing} can still be used?", f"{{answer}} {thing} can still be used.")], total)
+        return story.ask(
+            [
+                (f"How many {thing} are free?", f"{{answer}} {thing} are free."),
+                (f"How many {thing} can still be used?", f"{{answer}} {thing} can still be used."),
+            ],
+            total,
+        )
     price = story.between(2, story.choose((9, 9, 40)))
     story.say(("A ticket for one of the free {thing} costs {m}.", "Each of the others is sold for {m}."), thing=thing, m=story.money(price))
     value = story.step("money from the tickets", total, "*", price)
-    return story.ask_money([("How much money do the others bring in?", "They bring in {answer}."), ("How much is that if all the rest are sold?", "If all the rest are sold, that is {answer}.")], value)
+    return story.ask_money(
+        [
+            ("How much money do the others bring in?", "They bring in {answer}."),
+            ("How much is that if all the rest are sold?", "If all the rest are sold, that is {answer}."),
+        ],
+        value,
+    )
 
 
 def ages(story: Story) -> None:
@@ -35,7 +67,14 @@ def ages(story: Story) -> None:
     word = "twice" if times == 2 else f"{words.number_words(times)} times"
     story.past = False
     story.say(("{Who} is {n} years old.", "{Who} is {n}."), person, n=age)
-    story.say(("{Her} {relative} is {times} as old.", "{name}'s {relative} is {times} as old as {name}."), person, times=word, relative=relative, Her=person.possessive.capitalize(), name=person.name)
+    story.say(
+        ("{Her} {relative} is {times} as old.", "{name}'s {relative} is {times} as old as {name}."),
+        person,
+        times=word,
+        relative=relative,
+        Her=person.possessive.capitalize(),
+        name=person.name,
+    )
     other = story.step(f"age of the {relative}", age, "*", times)
     if story.rng.random() < 0.5:
         younger = story.between(2, min(20, other - 3))
@@ -50,13 +89,24 @@ def ages(story: Story) -> None:
         value = story.step(f"age in {years} years", other, "+", years)
         return story.ask([(f"How old will {name} be in {years} years?", f"In {years} years {name} will be {{answer}} years old.")], value)
     value = story.step("ages together", age, "+", other)
-    return story.ask([(f"How old are {person.name} and {name} together?", f"Together they are {{answer}} years old."), (f"What is the sum of the ages of {person.name} and {name}?", "The sum of their ages is {answer}.")], value)
+    return story.ask(
+        [
+            (f"How old are {person.name} and {name} together?", "Together they are {answer} years old."),
+            (f"What is the sum of the ages of {person.name} and {name}?", "The sum of their ages is {answer}."),
+        ],
+        value,
+    )
+
+
+TASKS = words.listed(
+    "reading,homework,piano practice,training,the walk to school,breakfast,cooking,drawing,gardening,chess,language lessons,cleaning", ","
+)
 
 
 def times(story: Story) -> None:
     """Minutes spent on this and that, over several days."""
     person = story.person(first_share=0.15)
-    tasks = list(("reading,homework,piano practice,training,the walk to school,breakfast,cooking,drawing,gardening,chess,language lessons,cleaning").split(","))
+    tasks = list(TASKS)
     story.rng.shuffle(tasks)
     total = 0
     for index, task in enumerate(tasks[: story.between(2, 3)]):
@@ -72,8 +122,20 @@ def times(story: Story) -> None:
         goal = total + story.between(2, 200)
         story.say(("The plan for the week [be] {n} minutes.", "{Who} [plan] {n} minutes in all."), person, n=goal)
         value = story.step("minutes missing", goal, "-", total)
-        return story.ask([("How many minutes are missing?", "{answer} minutes are missing."), ("How many more minutes are needed?", "{answer} more minutes are needed.")], value)
-    return story.ask([("How many minutes is that in total?", "That is {answer} minutes in total."), ("What is the total number of minutes?", "The total is {answer} minutes.")], total)
+        return story.ask(
+            [
+                ("How many minutes are missing?", "{answer} minutes are missing."),
+                ("How many more minutes are needed?", "{answer} more minutes are needed."),
+            ],
+            value,
+        )
+    return story.ask(
+        [
+            ("How many minutes is that in total?", "That is {answer} minutes in total."),
+            ("What is the total number of minutes?", "The total is {answer} minutes."),
+        ],
+        total,
+    )
 
 
 ANIMALS = (("cows", 4), ("sheep", 4), ("goats", 4), ("horses", 4), ("chickens", 2), ("ducks", 2), ("geese", 2), ("turkeys", 2))
@@ -85,7 +147,14 @@ def legs(story: Story) -> None:
     if first == second:
         raise Unsuitable
     pens, each, others = story.between(2, 9), story.between(2, 30), story.between(3, 99)
-    story.say(("A farm has {n} pens with {k} {a} in each and {m} {b}.", "On a farm there are {n} pens of {k} {a} and also {m} {b}."), n=pens, k=each, m=others, a=first[0], b=second[0])
+    story.say(
+        ("A farm has {n} pens with {k} {a} in each and {m} {b}.", "On a farm there are {n} pens of {k} {a} and also {m} {b}."),
+        n=pens,
+        k=each,
+        m=others,
+        a=first[0],
+        b=second[0],
+    )
     count = story.step(f"{first[0]}", pens, "*", each)
     kind = story.rng.random()
     if kind < 0.4:
@@ -93,7 +162,13 @@ def legs(story: Story) -> None:
         meal = story.between(2, 9)
         story.say(("Each animal eats {k} kilos of food a day.", "Every animal needs {k} kilos of food each day."), k=meal)
         value = story.step("kilos of food", total, "*", meal)
-        return story.ask([("How many kilos of food are needed each day?", "{answer} kilos of food are needed each day."), ("How many kilos do the animals eat in a day?", "The animals eat {answer} kilos in a day.")], value)
+        return story.ask(
+            [
+                ("How many kilos of food are needed each day?", "{answer} kilos of food are needed each day."),
+                ("How many kilos do the animals eat in a day?", "The animals eat {answer} kilos in a day."),
+            ],
+            value,
+        )
     if kind < 0.7:
         one = story.step(f"legs of the {first[0]}", count, "*", first[1])
         two = story.step(f"legs of the {second[0]}", others, "*", second[1])
@@ -103,103 +178,13 @@ def legs(story: Story) -> None:
     sold = story.between(2, total - 2)
     story.say(("{n} of the animals are sold.", "The farmer sells {n} animals."), n=sold)
     value = story.step("animals left", total, "-", sold)
-    return story.ask([("How many animals are left?", "{answer} animals are left."), ("How many animals does the farm have now?", "The farm now has {answer} animals.")], value)
-
-
-RESOURCES = (
-    ("A book has {n} pages.", "pages", "{Who} [read] {r} pages a {unit}.", "read"), ("A puzzle has {n} pieces.", "pieces", "{Who} [place] {r} pieces every {unit}.", "place"),
-    ("A tank holds {n} litres of water.", "litres", "{r} litres flow out each {unit}.", "let out"), ("A road of {n} metres is to be built.", "metres", "The workers build {r} metres each {unit}.", "build"),
-    ("A wall needs {n} bricks.", "bricks", "{Who} [lay] {r} bricks every {unit}.", "lay"), ("There are {n} letters to deliver.", "letters", "{Who} [deliver] {r} letters per {unit}.", "deliver"),
-    ("A field has {n} rows to plant.", "rows", "{Who} [plant] {r} rows a {unit}.", "plant"), ("A list has {n} words to learn.", "words", "{Who} [learn] {r} words each {unit}.", "learn"),
-    ("A machine has {n} parts to check.", "parts", "{Who} [check] {r} parts an hour.", "check"), ("The stock is {n} kilos of flour.", "kilos", "The bakery uses {r} kilos each {unit}.", "use"),
-)  # fmt: skip
-
-
-def resource(story: Story) -> None:
-    """A given whole, used up at a rate; then what remains, and how long that lasts."""
-    whole, things, rate_form, _ = story.choose(RESOURCES)
-    unit, units = ("hour", "hours") if "an hour" in rate_form else story.choose((("day", "days"), ("week", "weeks"), ("hour", "hours")))
-    person = story.person(first_share=0.15)
-    rate, time = story.between(2, story.choose((9, 30, 90))), story.between(2, 9)
-    later, more = story.between(2, 9), story.between(2, story.choose((9, 30)))
-    total = rate * time + later * more
-    story.say((whole,), n=total)
-    story.say((rate_form,), person, r=rate, unit=unit)
-    story.say(("That goes on for {n} {units}.", "{n} {units} pass.", "After {n} {units} there is a break.", "This lasts for {n} {units}."), n=time, units=units)
-    done = story.step(f"{things} in {time} {units}", rate, "*", time)
-    left = story.step(f"{things} left", total, "-", done)
-    if story.rng.random() < 0.4:
-        return story.ask([(f"How many {things} are left?", f"{{answer}} {things} are left."), (f"How many {things} remain?", f"{{answer}} {things} remain."), ("How much is left to do?", f"{{answer}} {things} are left.")], left)
-    if story.rng.random() < 0.5:
-        story.say(("The rest is done at {n} {things} per {unit}.", "From then on it is {n} {things} each {unit}."), n=more, things=things, unit=unit)
-        value = story.step(f"{units} needed", left, "/", more)
-        return story.ask([(f"How many more {units} does it take?", f"It takes {{answer}} more {units}."), (f"How many {units} does the rest take?", f"The rest takes {{answer}} {units}.")], value)
-    story.say(("The rest is to be done in {n} {units}.", "There are {n} {units} for the rest."), n=later, units=units)
-    value = story.step(f"{things} per {unit}", left, "/", later)
-    return story.ask([(f"How many {things} is that per {unit}?", f"That is {{answer}} {things} per {unit}.")], value)
-
-
-DISHES = tuple("cake pizza pie salad soup stew sandwich omelette pudding smoothie lasagne curry bracelet necklace kite lantern wreath".split())
-
-
-def recipe(story: Story) -> None:
-    """So many of one thing for each of another, some at hand, some to buy."""
-    goods, dish = story.choose(words.GOODS), story.choose(DISHES)
-    person = story.person(first_share=0.15)
-    each, count = story.between(2, story.choose((9, 24))), story.between(2, story.choose((9, 30)))
-    story.say(("One {dish} needs {n} {goods}.", "It takes {n} {goods} to make a {dish}.", "Each {dish} is made of {n} {goods}.", "For one {dish}, {who} [need] {n} {goods}."), person, n=each, goods=goods, dish=dish)
-    plural = dish[:-1] + "ies" if dish.endswith("ry") else dish + ("es" if dish.endswith(("sh", "ch")) else "s")
-    story.say(("{Who} [make] {n} {dishes}.", "{Who} [want] to make {n} {dishes}.", "There are {n} {dishes} to make."), person, n=count, dishes=plural)
-    total = story.step(f"{goods} for the {plural}", count, "*", each)
-    if story.rng.random() < 0.75:
-        have = story.between(2, total - 2)
-        story.say(("{Who} already [have] {n} {goods}.", "There are {n} {goods} in the kitchen.", "{n} {goods} are already there."), person, n=have, goods=goods)
-        total = story.step(f"{goods} missing", total, "-", have)
-    if story.rng.random() < 0.5 or len(story.lines) < 2:
-        price = story.between(2, story.choose((9, 30)))
-        story.say(("{goods} cost {m} each.", "The price of the {goods} is {m} apiece.", "One of the {goods} costs {m}."), goods=goods, m=story.money(price))
-        value = story.step(f"price of the {goods}", total, "*", price)
-        return story.ask_money([(f"How much do the {goods} cost that must be bought?", f"The {goods} cost {{answer}}."), (f"What is the price of all {goods} to buy?", "The price is {answer}.")], value)
-    return story.ask([(f"How many more {goods} are needed?", f"{{answer}} more {goods} are needed."), (f"How many {goods} must be bought?", f"{{answer}} {goods} must be bought.")], total)
-
-
-GROUPS = (
-    ("school", "students", ("girls", "boys")), ("team", "players", ("beginners", "experts")), ("company", "workers", ("women", "men")), ("club", "members", ("adults", "children")),
-    ("zoo", "animals", ("birds", "fish", "snakes")), ("garden", "flowers", ("roses", "tulips", "daisies")), ("library", "books", ("novels", "comics", "atlases")),
-    ("car park", "vehicles", ("cars", "vans", "motorbikes")), ("box", "balls", ("red balls", "blue balls", "green balls")), ("choir", "singers", ("altos", "tenors", "basses")),
-)  # fmt: skip
-
-
-def group(story: Story) -> None:
-    """A whole made of kinds: one kind is missing, some come or go, the whole is divided."""
-    place, things, kinds = story.choose(GROUPS)
-    parts = [story.between(4, story.choose((30, 99, 400))) for _ in kinds]
-    total = sum(parts)
-    if story.rng.random() < 0.5:
-        story.say(("A {place} has {n} {things}.", "There are {n} {things} in a {place}."), place=place, n=total, things=things)
-        left = total
-        for kind, part in zip(kinds[:-1], parts[:-1], strict=True):
-            story.say(("{n} of them are {kind}.", "{n} are {kind}.", "There are {n} {kind}."), n=part, kind=kind)
-            left = story.step(f"{things} without the {kind}", left, "-", part)
-        story.say(("The others are {kind}.", "All the rest are {kind}."), kind=kinds[-1])
-        value, name = left, kinds[-1]
-    else:
-        listed = ", ".join(f"{story.number(part)} {kind}" for kind, part in zip(kinds[:-1], parts[:-1], strict=True))
-        story.say(("A {place} has {listed} and {n} {kind}.", "In a {place} there are {listed} and {n} {kind}."), place=place, listed=listed, n=parts[-1], kind=kinds[-1])
-        value, name = parts[0], things
-        for kind, part in zip(kinds[1:], parts[1:], strict=True):
-            value = story.step(f"{things} with the {kind}", value, "+", part)
-    if story.rng.random() < 0.6 or len(story.lines) < 2:
-        come = story.rng.random() < 0.5
-        count = story.between(2, story.choose((20, 90))) if come else story.between(2, value - 2)
-        story.say(("Then {n} more {name} come.", "{n} new {name} are added.") if come else ("Then {n} of the {name} leave.", "{n} {name} are taken away."), n=count, name=name)
-        value = story.step(f"{name} then", value, "+" if come else "-", count)
-    if story.rng.random() < 0.4:
-        count = story.divisor(value)
-        story.say(("The {name} are put into {n} equal groups.", "Somebody divides the {name} into {n} equal groups."), n=count, name=name)
-        value = story.step(f"{name} in a group", value, "/", count)
-        return story.ask([(f"How many {name} are in each group?", f"There are {{answer}} {name} in each group."), ("How big is each group?", f"Each group has {{answer}} {name}.")], value)
-    return story.ask([(f"How many {name} are there now?", f"There are now {{answer}} {name}."), (f"How many {name} is that?", f"That is {{answer}} {name}."), (f"What is the number of {name}?", f"The number of {name} is {{answer}}.")], value)
+    return story.ask(
+        [
+            ("How many animals are left?", "{answer} animals are left."),
+            ("How many animals does the farm have now?", "The farm now has {answer} animals."),
+        ],
+        value,
+    )
 
 
 def plain(story: Story) -> None:
@@ -213,7 +198,9 @@ def plain(story: Story) -> None:
     else:
         left = story.size() if story.rng.random() < 0.7 else story.between(1000, 6000)
         right = story.between(2, left - 1) if operator == "-" else story.size()
-    symbol = story.choose({"*": ("*", "x", "×", "times"), "/": ("/", "÷", "divided by"), "+": ("+", "+", "plus"), "-": ("-", "-", "minus")}[operator])
+    symbol = story.choose(
+        {"*": ("*", "x", "×", "times"), "/": ("/", "÷", "divided by"), "+": ("+", "+", "plus"), "-": ("-", "-", "minus")}[operator]
+    )
     shown, reply = f"{left} {symbol} {right}", f"{left} {operator} {right} = {{answer}}"
     value = story.step("result", left, operator, right)
     if story.rng.random() < 0.3:
@@ -221,7 +208,17 @@ def plain(story: Story) -> None:
         shown += f" {'plus' if len(symbol) > 1 and second == '+' else 'minus' if len(symbol) > 1 else second} {count}"
         reply = reply.replace(" = ", f" {second} {count} = ")
         value = story.step("then", value, second, count)
-    story.ask([(f"What is {shown}?", reply), (f"Calculate {shown}.", reply), (f"{shown} = ?", reply), (f"How much is {shown}?", reply), (f"Compute {shown}", reply), (shown, reply)], value)
+    story.ask(
+        [
+            (f"What is {shown}?", reply),
+            (f"Calculate {shown}.", reply),
+            (f"{shown} = ?", reply),
+            (f"How much is {shown}?", reply),
+            (f"Compute {shown}", reply),
+            (shown, reply),
+        ],
+        value,
+    )
 
 
 def distraction(story: Story) -> str:
@@ -233,12 +230,29 @@ def distraction(story: Story) -> str:
     return story.fill(
         story.choose(
             (
-                "{name} is {n} years old.", "The {shop} opened {n} years ago.", "{name} has {n} {goods}.", "It is {n} degrees outside.",
-                "There are {n} {people} nearby.", "The bus ride takes {n} minutes.", "{name} lives at number {n}.", "The {shop} closes at {h} o'clock.",
-                "A {colour} bag costs ${n}.", "Last year {name} read {n} books.", "It is the {h}th of the month.", "It is a sunny {day}.",
-                "Everybody is in a good mood.", "{name} likes {colour} {goods} best.", "The {shop} is {h} kilometres away.",
+                "{name} is {n} years old.",
+                "The {shop} opened {n} years ago.",
+                "{name} has {n} {goods}.",
+                "It is {n} degrees outside.",
+                "There are {n} {people} nearby.",
+                "The bus ride takes {n} minutes.",
+                "{name} lives at number {n}.",
+                "The {shop} closes at {h} o'clock.",
+                "A {colour} bag costs ${n}.",
+                "Last year {name} read {n} books.",
+                "It is the {h}th of the month.",
+                "It is a sunny {day}.",
+                "Everybody is in a good mood.",
+                "{name} likes {colour} {goods} best.",
+                "The {shop} is {h} kilometres away.",
             )
         ),
-        name=name, n=story.between(3, 99), h=str(story.between(4, 19)), shop=story.choose(words.SHOPS), goods=goods,
-        people=story.choose(words.PEOPLE).split(":")[0], colour=story.choose(words.COLOURS), day=story.choose(words.DAYS),
-    )  # fmt: skip
+        name=name,
+        n=story.between(3, 99),
+        h=str(story.between(4, 19)),
+        shop=story.choose(words.SHOPS),
+        goods=goods,
+        people=story.choose(words.PEOPLE).split(":")[0],
+        colour=story.choose(words.COLOURS),
+        day=story.choose(words.DAYS),
+    )

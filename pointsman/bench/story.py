@@ -8,11 +8,15 @@ beyond what the reader can see, so it has one right text.
 import re
 from collections.abc import Sequence
 from random import Random
+from typing import TypeVar
 
 from pointsman.bench import vocabulary as words
 from pointsman.bench.equations import equation
 
 LARGEST = 9999
+
+
+T = TypeVar("T")
 
 
 class Unsuitable(Exception):
@@ -42,7 +46,7 @@ class Story:
         self.question = self.reply = ""
         self.value = 0
 
-    def choose(self, options: Sequence):
+    def choose(self, options: Sequence[T]) -> T:
         return options[int(self.rng.random() * len(options))]
 
     def between(self, low: int, high: int) -> int:
@@ -79,7 +83,7 @@ class Story:
     def money(self, value: int) -> str:
         return self.money_form.format(value)
 
-    def fill(self, template: str, person: Person | None = None, **values) -> str:
+    def fill(self, template: str, person: Person | None = None, **values: str | int) -> str:
         """One template as text; numbers are drawn as digits or words, sentence starts are capitals."""
         fields = {key: self.number(value) if isinstance(value, int) else value for key, value in values.items()}
         if person is not None:
@@ -97,7 +101,7 @@ class Story:
             return words.past(verb)
         return words.third_person(verb) if third else verb
 
-    def say(self, templates: Sequence[str], person: Person | None = None, **values) -> None:
+    def say(self, templates: Sequence[str], person: Person | None = None, **values: str | int) -> None:
         template = self.choose(templates)
         self.sentences.append(self.fill(template, person, **values))
         if person is not None and "{who}" in template.lower():
@@ -114,7 +118,7 @@ class Story:
         self.labels.append((label, value))
         return value
 
-    def ask(self, forms: Sequence[tuple[str, str]], value: int, **fields) -> None:
+    def ask(self, forms: Sequence[tuple[str, str]], value: int, **fields: str) -> None:
         """Close with one of the (question, reply) pairs; `{answer}` in the reply is the value in digits."""
         if value < 2:
             raise Unsuitable
@@ -125,9 +129,11 @@ class Story:
         self.reply = self.reply[0].upper() + self.reply[1:]
         self.value = value
 
-    def ask_money(self, forms: Sequence[tuple[str, str]], value: int, **fields) -> None:
+    def ask_money(self, forms: Sequence[tuple[str, str]], value: int, **fields: str) -> None:
         """Like `ask`, the answer being an amount of money in the story's currency."""
-        self.ask([(question, reply.replace("{answer}", self.money_form.replace("{}", "{answer}"))) for question, reply in forms], value, **fields)
+        self.ask(
+            [(question, reply.replace("{answer}", self.money_form.replace("{}", "{answer}"))) for question, reply in forms], value, **fields
+        )
 
     def divisor(self, value: int, low: int = 2, high: int = 9) -> int:
         """A divisor of value in the range, or now and then a multiple of ten."""

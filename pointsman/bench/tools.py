@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from pointsman.bench import arithmetic, toolscenes, toolvalues, toolwords
 
@@ -20,9 +21,9 @@ HELDOUT_BUCKETS = 8
 class ToolProblem:
     """A conversation with tools, and the one right continuation: a call, or a reply without one."""
 
-    messages: list[dict]
-    tools: list[dict]
-    call: tuple[str, dict] | None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    call: tuple[str, dict[str, Any]] | None
     thinking: str
     reply: str
     kind: str
@@ -36,12 +37,12 @@ class Tool:
     verb: str
     noun: str
     parameters: tuple[toolvalues.Parameter, ...]
-    function: dict
+    function: dict[str, Any]
     scene: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return self.function["name"]
+        return str(self.function["name"])
 
 
 def is_heldout(name: str) -> bool:
@@ -91,7 +92,9 @@ def draw_tool(rng: Random, heldout: bool, verb: str = "", noun: str = "") -> Too
         "properties": {parameter.name: parameter.schema for parameter in parameters},
         "required": [parameter.name for parameter in parameters if parameter.required],
     }
-    description = rng.choice(("{Verb} a {noun}.", "{Verb} the {noun}.", "{Verb} {noun}.", "Use this to {verb} a {noun}.", "A tool to {verb} the {noun}."))
+    description = rng.choice(
+        ("{Verb} a {noun}.", "{Verb} the {noun}.", "{Verb} {noun}.", "Use this to {verb} a {noun}.", "A tool to {verb} the {noun}.")
+    )
     description = description.format(Verb=verb_.capitalize(), verb=verb_, noun=noun_)
     return Tool(verb_, noun_, parameters, {"name": name, "description": description, "parameters": schema})
 
@@ -131,18 +134,44 @@ def draw_tools(rng: Random, heldout: bool) -> list[Tool]:
 
 
 SAYINGS = {
-    "get": ("get", "fetch me", "give me"), "find": ("find", "look for"), "search": ("search", "search for"), "create": ("create", "make"),
-    "delete": ("delete", "remove for good"), "book": ("book",), "buy": ("buy", "get me"), "show": ("show", "show me"), "check": ("check",),
-    "look_up": ("look up",), "compute": ("compute", "work out"), "send": ("send",), "stop": ("stop",), "update": ("update", "change"),
-}  # fmt: skip
-OPENINGS = ("", "", "", "Please ", "Can you ", "Could you please ", "I want to ", "I need you to ", "I would like to ", "Hey, ", "Now ", "Will you ")
+    "get": ("get", "fetch me", "give me"),
+    "find": ("find", "look for"),
+    "search": ("search", "search for"),
+    "create": ("create", "make"),
+    "delete": ("delete", "remove for good"),
+    "book": ("book",),
+    "buy": ("buy", "get me"),
+    "show": ("show", "show me"),
+    "check": ("check",),
+    "look_up": ("look up",),
+    "compute": ("compute", "work out"),
+    "send": ("send",),
+    "stop": ("stop",),
+    "update": ("update", "change"),
+}
+OPENINGS = (
+    "",
+    "",
+    "",
+    "Please ",
+    "Can you ",
+    "Could you please ",
+    "I want to ",
+    "I need you to ",
+    "I would like to ",
+    "Hey, ",
+    "Now ",
+    "Will you ",
+)
 
 
-def request(rng: Random, tool: Tool, literal: bool = False) -> tuple[str, dict]:
+def request(rng: Random, tool: Tool, literal: bool = False) -> tuple[str, dict[str, Any]]:
     """A request in plain words that gives every required argument and some of the optional ones; `literal` keeps to the tool's verb."""
     if tool.scene:
         return toolvalues.draw_scene_request(rng, tool.parameters, rng.choice(tool.scene))
-    arguments, tails, clauses = {}, [], []
+    arguments: dict[str, Any] = {}
+    tails: list[str] = []
+    clauses: list[str] = []
     for parameter in tool.parameters:
         if parameter.required or rng.random() < 0.5:
             arguments[parameter.name], tail, clause = toolvalues.draw_value(rng, parameter)
@@ -153,12 +182,14 @@ def request(rng: Random, tool: Tool, literal: bool = False) -> tuple[str, dict]:
     text = f"{opening}{saying} {rng.choice(('the', 'a', 'my', 'the'))} {tool.noun}"
     if tool.verb in ("get", "check", "show", "report", "look up", "fetch") and not literal and rng.random() < 0.3:
         opening, text = "Can ", f"What is the {tool.noun}"
-    text = " ".join([text, *tails]) + ("?" if opening.startswith(("Can", "Could", "Will")) else rng.choice((".", ".", "")) or "." * bool(clauses))
+    text = " ".join([text, *tails]) + (
+        "?" if opening.startswith(("Can", "Could", "Will")) else rng.choice((".", ".", "")) or "." * bool(clauses)
+    )
     text = " ".join([text[0].upper() + text[1:], *clauses])
     return text, arguments
 
 
-def call_turns(rng: Random, tool: Tool, tools: list[Tool]) -> tuple[dict, dict, tuple[str, dict], str]:
+def call_turns(rng: Random, tool: Tool, tools: list[Tool]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, dict[str, Any]], str]:
     """A user turn, the assistant turn that calls the tool, the call and the reasoning."""
     text, arguments = request(rng, tool, literal=any(tool.noun == other.noun for other in tools if other is not tool))
     thinking = f"The request fits {tool.name}."
@@ -167,7 +198,7 @@ def call_turns(rng: Random, tool: Tool, tools: list[Tool]) -> tuple[dict, dict, 
     return {"role": "user", "content": text}, turn, (tool.name, arguments), thinking
 
 
-def offered(rng: Random, tools: list[Tool]) -> list[dict]:
+def offered(rng: Random, tools: list[Tool]) -> list[dict[str, Any]]:
     shuffled = rng.sample(tools, len(tools))
     return [{"type": "function", "function": tool.function} for tool in shuffled]
 
@@ -180,7 +211,13 @@ def call_problem(rng: Random, heldout: bool) -> ToolProblem:
     if rng.random() < 0.1:
         before, turn, _, _ = call_turns(rng, tools[-1], tools)
         result, reply = toolvalues.draw_result(rng)
-        messages = [before, turn, {"role": "tool", "content": result, "tool_call_id": "call_1"}, {"role": "assistant", "content": reply}, user]
+        messages = [
+            before,
+            turn,
+            {"role": "tool", "content": result, "tool_call_id": "call_1"},
+            {"role": "assistant", "content": reply},
+            user,
+        ]
     return ToolProblem(messages=messages, tools=offered(rng, tools), call=call, thinking=thinking, reply="", kind="call")
 
 
@@ -194,12 +231,26 @@ def missing_problem(rng: Random, heldout: bool) -> ToolProblem:
             break
     text, _ = request(rng, wanted)
     return ToolProblem(
-        messages=[{"role": "user", "content": text}], tools=offered(rng, tools), call=None, kind="missing",
-        thinking="None of the tools fits this request.", reply="Sorry, I have no tool for that.",
-    )  # fmt: skip
+        messages=[{"role": "user", "content": text}],
+        tools=offered(rng, tools),
+        call=None,
+        kind="missing",
+        thinking="None of the tools fits this request.",
+        reply="Sorry, I have no tool for that.",
+    )
 
 
-NEAR = {"forecast": "weather", "alarm": "timer", "reminder": "timer", "email": "message", "contact": "message", "web": "search", "track": "package", "time": "timer", "event": "timer"}
+NEAR = {
+    "forecast": "weather",
+    "alarm": "timer",
+    "reminder": "timer",
+    "email": "message",
+    "contact": "message",
+    "web": "search",
+    "track": "package",
+    "time": "timer",
+    "event": "timer",
+}
 
 
 def topics_of(tool: Tool) -> set[str]:
@@ -211,9 +262,14 @@ def topics_of(tool: Tool) -> set[str]:
 def sum_problem(rng: Random, heldout: bool, problem: arithmetic.ArithmeticProblem) -> ToolProblem:
     """A word problem that needs no tool."""
     return ToolProblem(
-        messages=problem.messages, tools=offered(rng, draw_tools(rng, heldout)), call=None, kind="sum",
-        thinking=problem.thinking, reply=problem.reply, answer=problem.answer,
-    )  # fmt: skip
+        messages=problem.messages,
+        tools=offered(rng, draw_tools(rng, heldout)),
+        call=None,
+        kind="sum",
+        thinking=problem.thinking,
+        reply=problem.reply,
+        answer=problem.answer,
+    )
 
 
 def result_problem(rng: Random, heldout: bool) -> ToolProblem:
@@ -222,10 +278,12 @@ def result_problem(rng: Random, heldout: bool) -> ToolProblem:
     user, turn, _, _ = call_turns(rng, tools[0], tools)
     result, reply = toolvalues.draw_result(rng)
     messages = [user, turn, {"role": "tool", "content": result, "tool_call_id": "call_1"}]
-    return ToolProblem(messages=messages, tools=offered(rng, tools), call=None, thinking="The tool has answered.", reply=reply, kind="result")
+    return ToolProblem(
+        messages=messages, tools=offered(rng, tools), call=None, thinking="The tool has answered.", reply=reply, kind="result"
+    )
 
 
-def call_text(name: str, arguments: dict) -> str:
+def call_text(name: str, arguments: dict[str, Any]) -> str:
     """The call as the model must write it."""
     lines = "".join(
         f'<parameter name="{key}">{value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}</parameter>\n'
@@ -234,7 +292,7 @@ def call_text(name: str, arguments: dict) -> str:
     return f'<minimax:tool_call>\n<invoke name="{name}">\n{lines}</invoke>\n</minimax:tool_call>'
 
 
-def read_call(text: str, tools: list[dict]) -> tuple[str, dict] | None:
+def read_call(text: str, tools: list[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
     """The first call in a text, arguments converted by the tool's schema; None if there is none. ValueError if it is malformed."""
     block = re.search(r'<invoke name="([^"]+)">(.*?)</invoke>', text, re.DOTALL)
     if block is None:
@@ -253,7 +311,7 @@ def read_call(text: str, tools: list[dict]) -> tuple[str, dict] | None:
 
 
 def check(problem: ToolProblem, completion: str) -> str:
-    """"right", "wrong" or "invalid" (a malformed call): the name and every argument with its type, or no call and the right words."""
+    """ "right", "wrong" or "invalid" (a malformed call): the name and every argument with its type, or no call and the right words."""
     text = completion.rpartition("</think>")[2]
     try:
         found = read_call(text, problem.tools)
@@ -269,11 +327,10 @@ def check(problem: ToolProblem, completion: str) -> str:
     return "right" if " ".join(problem.reply.split()) in " ".join(text.split()) else "wrong"
 
 
-def same_call(found: tuple[str, dict], wanted: tuple[str, dict]) -> bool:
+def same_call(found: tuple[str, dict[str, Any]], wanted: tuple[str, dict[str, Any]]) -> bool:
     """Equal names, keys and values; true is not 1, but 20.0 is 20 where the schema says number."""
-    def typed(arguments: dict) -> dict:
+
+    def typed(arguments: dict[str, Any]) -> dict[str, Any]:
         return {key: (isinstance(value, bool), isinstance(value, str), value) for key, value in arguments.items()}
 
     return found[0] == wanted[0] and typed(found[1]) == typed(wanted[1])
-
-

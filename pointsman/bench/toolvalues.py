@@ -1,8 +1,10 @@
 """Parameters of invented tools, values for them with the words that ask for them, and results that tools return."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from pointsman.bench import toolwords
 from pointsman.bench import vocabulary as words
@@ -13,7 +15,7 @@ class Parameter:
     """A parameter of a tool: its schema, and how a request words its value."""
 
     name: str
-    schema: dict
+    schema: dict[str, Any]
     required: bool
     phrases: tuple[str, ...]
     values: str
@@ -23,10 +25,41 @@ class Parameter:
         return self.name.replace("_", " ")
 
 
-GENERIC = ("The {name} should be {value}.", "Use {value} as the {name}.", "Set the {name} to {value}.", "with {name} {value}", "with a {name} of {value}", "using {name} {value}")
-FLAG_TRUE = ("with {name}", "with {name} on", "Set {name} to true.", "Turn {name} on.", "I want {name}.", "with {name} enabled", "{name}: yes.")
-FLAG_FALSE = ("without {name}", "with {name} off", "Set {name} to false.", "Turn {name} off.", "No {name}, please.", "with {name} disabled", "{name}: no.")
-CHOICE = ("The {name} should be {value}.", "with {name} {value}", "with the {value} {name}", "Use {value} for the {name}.", "in {value}", "{name}: {value}.", "Make it {value}.")
+GENERIC = (
+    "The {name} should be {value}.",
+    "Use {value} as the {name}.",
+    "Set the {name} to {value}.",
+    "with {name} {value}",
+    "with a {name} of {value}",
+    "using {name} {value}",
+)
+FLAG_TRUE = (
+    "with {name}",
+    "with {name} on",
+    "Set {name} to true.",
+    "Turn {name} on.",
+    "I want {name}.",
+    "with {name} enabled",
+    "{name}: yes.",
+)
+FLAG_FALSE = (
+    "without {name}",
+    "with {name} off",
+    "Set {name} to false.",
+    "Turn {name} off.",
+    "No {name}, please.",
+    "with {name} disabled",
+    "{name}: no.",
+)
+CHOICE = (
+    "The {name} should be {value}.",
+    "with {name} {value}",
+    "with the {value} {name}",
+    "Use {value} for the {name}.",
+    "in {value}",
+    "{name}: {value}.",
+    "Make it {value}.",
+)
 
 
 def draw_parameters(rng: Random) -> tuple[Parameter, ...]:
@@ -70,14 +103,16 @@ def exclusive(name: str, values: str) -> str:
     return values if values in ("date", "weekday", "code") else name
 
 
-def described(rng: Random, kind: str, description: str) -> dict:
+def described(rng: Random, kind: str, description: str) -> dict[str, Any]:
     return {"type": kind, "description": description} if rng.random() < 0.75 else {"type": kind}
 
 
-def draw_value(rng: Random, parameter: Parameter) -> tuple[object, str, str]:
+def draw_value(rng: Random, parameter: Parameter) -> tuple[Any, str, str]:
     """The argument, and its wording: as the tail of the request, or else as a sentence of its own."""
+    value: Any
+    phrases: tuple[str, ...]
     if parameter.values == "flag":
-        value: object = rng.random() < 0.6
+        value = rng.random() < 0.6
         phrases, shown = (FLAG_TRUE if value else FLAG_FALSE), ""
     elif parameter.values == "enum":
         value = rng.choice(parameter.schema["enum"])
@@ -95,7 +130,7 @@ def draw_value(rng: Random, parameter: Parameter) -> tuple[object, str, str]:
     return value, phrase, ""
 
 
-def scene_parameters(rng: Random, parameters: tuple) -> tuple[Parameter, ...]:
+def scene_parameters(rng: Random, parameters: tuple[Any, ...]) -> tuple[Parameter, ...]:
     """The parameters of a scene under one of their names."""
     drawn = []
     for names, kind, values, required in parameters:
@@ -107,12 +142,12 @@ def scene_parameters(rng: Random, parameters: tuple) -> tuple[Parameter, ...]:
     return tuple(drawn)
 
 
-def draw_scene_request(rng: Random, parameters: tuple[Parameter, ...], wording: str) -> tuple[str, dict]:
+def draw_scene_request(rng: Random, parameters: tuple[Parameter, ...], wording: str) -> tuple[str, dict[str, Any]]:
     """The wording filled in, and the arguments it gives, in the schema's order."""
     arguments, shown = {}, []
     for index, parameter in enumerate(parameters):
         if parameter.values == "flag":
-            value: object = rng.random() < 0.5
+            value: Any = rng.random() < 0.5
             shown.append("on" if value else "off")
         else:
             value = VALUES[parameter.values](rng) if parameter.values in VALUES else rng.choice(parameter.values.split())
@@ -143,7 +178,9 @@ def code(rng: Random) -> str:
 
 def email(rng: Random) -> str:
     name = rng.choice(words.WOMEN + words.MEN).lower()
-    return f"{name}{rng.choice(('', '.', '_'))}{rng.choice((word(rng), str(rng.randint(1, 99))))}@{rng.choice(('example.com', 'mail.org', 'post.net', word(rng) + '.com'))}"
+    separator = rng.choice(("", ".", "_"))
+    rest = rng.choice((word(rng), str(rng.randint(1, 99))))
+    return f"{name}{separator}{rest}@{rng.choice(('example.com', 'mail.org', 'post.net', word(rng) + '.com'))}"
 
 
 def date(rng: Random) -> str:
@@ -151,10 +188,28 @@ def date(rng: Random) -> str:
 
 
 def sentence(rng: Random) -> str:
-    return rng.choice(("See you on {day}", "Please bring {n} {goods}", "I will be {n} minutes late", "The {goods} have arrived", "Call {name} back", "Happy birthday, {name}!",
-                       "Meet me in {town}", "Do not forget the {goods}", "{name} is waiting", "We need more {goods} by {day}", "The {word} is ready")).format(
-        day=rng.choice(words.DAYS), n=rng.randint(2, 90), goods=rng.choice(words.GOODS), name=rng.choice(words.WOMEN + words.MEN),
-        town=rng.choice(words.TOWNS), word=word(rng))  # fmt: skip
+    return rng.choice(
+        (
+            "See you on {day}",
+            "Please bring {n} {goods}",
+            "I will be {n} minutes late",
+            "The {goods} have arrived",
+            "Call {name} back",
+            "Happy birthday, {name}!",
+            "Meet me in {town}",
+            "Do not forget the {goods}",
+            "{name} is waiting",
+            "We need more {goods} by {day}",
+            "The {word} is ready",
+        )
+    ).format(
+        day=rng.choice(words.DAYS),
+        n=rng.randint(2, 90),
+        goods=rng.choice(words.GOODS),
+        name=rng.choice(words.WOMEN + words.MEN),
+        town=rng.choice(words.TOWNS),
+        word=word(rng),
+    )
 
 
 def town(rng: Random) -> str:
@@ -165,8 +220,15 @@ def decimal(rng: Random) -> float | int:
     return rng.choice((rng.randint(2, 999), rng.randint(2, 99) + 0.5, rng.randint(101, 9999) / 100, rng.randint(11, 999) / 10))
 
 
-VALUES = {
-    "town": town, "person": person, "email": email, "date": date, "code": code, "sentence": sentence, "word": word, "decimal": decimal,
+VALUES: dict[str, Callable[[Random], Any]] = {
+    "town": town,
+    "person": person,
+    "email": email,
+    "date": date,
+    "code": code,
+    "sentence": sentence,
+    "word": word,
+    "decimal": decimal,
     "time": lambda rng: f"{rng.randint(6, 22):02d}:{rng.choice((0, 5, 10, 15, 20, 30, 40, 45, 50)):02d}",
     "ticker": lambda rng: "".join(rng.choice("ABCDEFGHKLMNOPRSTUVWXYZ") for _ in range(rng.randint(2, 5))),
     "weekday": lambda rng: rng.choice(words.DAYS),
@@ -177,7 +239,7 @@ VALUES = {
     "year": lambda rng: rng.randint(1950, 2030),
     "degrees": lambda rng: rng.choice((rng.randint(5, 35), rng.randint(5, 30) + 0.5)),
     "rating": lambda rng: rng.choice((2, 3, 4, 3.5, 4.5)),
-}  # fmt: skip
+}
 
 
 def convert(text: str, kind: str) -> object:
@@ -192,7 +254,10 @@ def convert(text: str, kind: str) -> object:
     return value
 
 
-RESULT_KEYS = "temperature price total distance count balance duration rating wind humidity rooms seats delay weight stock pages size score status place owner".split()
+RESULT_KEYS = words.listed(
+    "temperature price total distance count balance duration rating wind humidity "
+    "rooms seats delay weight stock pages size score status place owner"
+)
 
 
 def draw_result(rng: Random) -> tuple[str, str]:
@@ -201,7 +266,17 @@ def draw_result(rng: Random) -> tuple[str, str]:
     if kind < 0.25:
         return rng.choice(('{"status": "ok"}', '{"success": true}', "ok", "done", '{"result": "ok"}')), "Done."
     if kind < 0.4:
-        reason = rng.choice(("not found", "no permission", "the service is down", "time out", f"{word(rng)} is unknown", f"no {word(rng)} left", f"invalid {word(rng)}"))
+        reason = rng.choice(
+            (
+                "not found",
+                "no permission",
+                "the service is down",
+                "time out",
+                f"{word(rng)} is unknown",
+                f"no {word(rng)} left",
+                f"invalid {word(rng)}",
+            )
+        )
         return json.dumps({"error": reason}), f"That did not work: {reason}."
     if kind < 0.55:
         text = sentence(rng)

@@ -4,68 +4,76 @@ Plain tuples, so that a problem is a function of a seed and of these lists only.
 so a trained checkpoint's held-out set is only comparable under the list it was trained with.
 """
 
-WOMEN = tuple(
+
+def listed(text: str, separator: str | None = None) -> tuple[str, ...]:
+    """Words or phrases from one string."""
+    return tuple(text.split(separator))
+
+
+WOMEN = listed(
     "Mia Anna Lena Sofia Emma Olivia Ava Zoe Ruth Nora Ines Priya Aisha Fatima Yuki Mei Hana Leila Amara Chloe Grace Lucy Ella Ivy Rosa "
     "Clara Elena Irina Katya Marta Julia Laura Sara Tara Uma Vera Wanda Xenia Yara Zara Alice Bella Carmen Diana Esther Fiona Gina Helen "
-    "Iris Jane Karen Lily Maya Nina Paula Rita Stella Tina Amina Beatriz Camila Daniela Eva Freya Greta Hilda Ingrid Joana Kira Lucia".split()
+    "Iris Jane Karen Lily Maya Nina Paula Rita Stella Tina Amina Beatriz Camila Daniela Eva Freya Greta Hilda Ingrid Joana Kira Lucia"
 )
-MEN = tuple(
+MEN = listed(
     "Tom Ben Max Leo Liam Noah Omar Ravi Arjun Kofi Juan Pablo Diego Ivan Yusuf Hiro Kenji Wei Chen Ali Sam Jack Finn Oscar Hugo Karl Erik "
     "Lars Jonas Peter Paul Mark Luke Adam David Daniel Simon Felix Victor Walter Xavier Zane Aaron Boris Carlos Dmitri Emil Frank George "
-    "Henry Isaac Jacob Kevin Louis Marco Nathan Otto Pedro Quinn Robert Stefan Theo Umar Vikram William Yann Abdul Bruno Cyrus Dario".split()
+    "Henry Isaac Jacob Kevin Louis Marco Nathan Otto Pedro Quinn Robert Stefan Theo Umar Vikram William Yann Abdul Bruno Cyrus Dario"
 )
-SYLLABLES = tuple("ba be bi bo da de di do fa fe ga ka ke ki ko la le li lo ma me mi mo na ne ni no pa pe ra re ri ro sa se ta te ti to va".split())
+SYLLABLES = listed(
+    "ba be bi bo da de di do fa fe ga ka ke ki ko la le li lo ma me mi mo na ne ni no pa pe ra re ri ro sa se ta te ti to va"
+)
 
-GOODS = tuple(
+GOODS = listed(
     "apples oranges pears plums lemons melons mangoes peaches cherries grapes bananas carrots potatoes onions tomatoes cucumbers eggs "
     "cookies muffins cupcakes pies cakes sandwiches bagels pretzels candies chocolates lollipops gumballs walnuts almonds pencils pens "
     "erasers notebooks crayons markers stickers stamps postcards letters books comics magazines maps posters photos paintings coins "
     "marbles beads buttons shells stones pebbles feathers leaves flowers roses tulips daisies seeds seedlings candles lamps batteries "
     "bulbs bricks tiles planks nails screws bolts boxes jars bottles cups mugs plates bowls spoons forks napkins towels blankets pillows "
     "socks shirts hats scarves gloves ribbons balloons kites puzzles cards dice dolls robots rockets balls bats ropes rings badges medals "
-    "tickets keys clips magnets cables chips dominoes whistles lanterns baskets tokens figurines bracelets necklaces envelopes folders".split()
+    "tickets keys clips magnets cables chips dominoes whistles lanterns baskets tokens figurines bracelets necklaces envelopes folders"
 )
-CONTAINERS = tuple(
+CONTAINERS = listed(
     "boxes:box bags:bag crates:crate baskets:basket packs:pack jars:jar cartons:carton trays:tray bundles:bundle sacks:sack "
-    "cases:case tins:tin packets:packet drawers:drawer shelves:shelf buckets:bucket".split()
+    "cases:case tins:tin packets:packet drawers:drawer shelves:shelf buckets:bucket"
 )
-PEOPLE = tuple(
+PEOPLE = listed(
     "friends:friend cousins:cousin neighbours:neighbour classmates:classmate children:child students:student guests:guest "
-    "workers:worker teammates:teammate visitors:visitor players:player families:family".split()
+    "workers:worker teammates:teammate visitors:visitor players:player families:family"
 )
-RELATIVES = tuple(
-    "sister,brother,mother,father,aunt,uncle,cousin,best friend,neighbour,grandmother,grandfather,teacher,coach".split(",")
-)
-SHOPS = tuple("shop,market,store,bakery,mall,corner shop,school fair,bazaar,flea market,bookshop,garden centre,supermarket".split(","))
-FINDS = tuple("garden,attic,cellar,park,garage,forest,old trunk,kitchen,barn,closet,backyard,shed".split(","))
-TOWNS = tuple(
+RELATIVES = listed("sister,brother,mother,father,aunt,uncle,cousin,best friend,neighbour,grandmother,grandfather,teacher,coach", ",")
+SHOPS = listed("shop,market,store,bakery,mall,corner shop,school fair,bazaar,flea market,bookshop,garden centre,supermarket", ",")
+FINDS = listed("garden,attic,cellar,park,garage,forest,old trunk,kitchen,barn,closet,backyard,shed", ",")
+TOWNS = listed(
     "Lisbon Porto Madrid Paris Rome Oslo Bergen Vienna Graz Berlin Hamburg Munich Prague Brno Warsaw Krakow Dublin Cork London Leeds "
     "Bristol Cairo Tunis Lagos Accra Nairobi Mumbai Delhi Pune Hanoi Tokyo Osaka Kyoto Seoul Busan Sydney Perth Auckland Toronto Quebec "
-    "Boston Denver Austin Dallas Seattle Lima Cusco Quito Bogota Santiago Athens Sofia Zagreb Riga Vilnius Helsinki Turku Geneva".split()
+    "Boston Denver Austin Dallas Seattle Lima Cusco Quito Bogota Santiago Athens Sofia Zagreb Riga Vilnius Helsinki Turku Geneva"
 )
-VEHICLES = tuple("train,bus,car,truck,van,boat,ferry,cyclist,motorbike,tram,coach,ship".split(","))
-MACHINES = tuple("machine,printer,robot,factory,oven,mill,press,workshop,bakery,plant".split(","))
-CROPS = tuple("farm,orchard,garden,nursery,greenhouse,vineyard".split(","))
-VENUES = tuple("theatre,cinema,hall,stadium,school,library,church,arena,lecture room,concert hall,train car,warehouse".split(","))
-DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
-COLOURS = tuple("red blue green yellow white black orange purple silver golden brown pink grey".split())
-JOBS = tuple("mows lawns,washes cars,walks dogs,babysits,tutors,paints fences,delivers papers,cleans windows,waits tables,repairs bikes".split(","))
-WISHES = tuple("bicycle,guitar,tablet,camera,phone,telescope,drone,skateboard,desk,violin,laptop,game console,tent,watch,piano".split(","))
+VEHICLES = listed("train,bus,car,truck,van,boat,ferry,cyclist,motorbike,tram,coach,ship", ",")
+MACHINES = listed("machine,printer,robot,factory,oven,mill,press,workshop,bakery,plant", ",")
+CROPS = listed("farm,orchard,garden,nursery,greenhouse,vineyard", ",")
+VENUES = listed("theatre,cinema,hall,stadium,school,library,church,arena,lecture room,concert hall,train car,warehouse", ",")
+DAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+COLOURS = listed("red blue green yellow white black orange purple silver golden brown pink grey")
+JOBS = listed(
+    "mows lawns,washes cars,walks dogs,babysits,tutors,paints fences,delivers papers,cleans windows,waits tables,repairs bikes", ","
+)
+WISHES = listed("bicycle,guitar,tablet,camera,phone,telescope,drone,skateboard,desk,violin,laptop,game console,tent,watch,piano", ",")
 
 PAST = dict(
     pair.split(":")
-    for pair in (
+    for pair in listed(
         "be:was have:had do:did buy:bought find:found give:gave get:got lose:lost sell:sold make:made take:took bring:brought put:put "
         "win:won spend:spent eat:ate break:broke throw:threw leave:left read:read drive:drove ride:rode run:ran keep:kept pay:paid "
         "lend:lent send:sent grow:grew catch:caught hold:held cut:cut begin:began build:built write:wrote swap:swapped drop:dropped "
         "travel:travelled need:needed fill:filled"
-    ).split()
+    )
 )
 
-ONES = (
+ONES = listed(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-).split()
-TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+TENS = listed("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def number_words(number: int) -> str:

@@ -34,7 +34,13 @@ def test_every_number_of_the_first_step_is_in_the_question():
         for number in re.findall(r"\d+", problem.thinking.splitlines()[0].partition(" = ")[0].rpartition(": ")[2]):
             value = int(number)
             words = {number, number_words(value) if value < 1000 else number}
-            implied = {"2": ("half", "twice", "double", "50"), "3": ("third", "triple"), "4": ("quarter", "25"), "5": ("fifth", "20"), "10": ("tenth",)}
+            implied = {
+                "2": ("half", "twice", "double", "50"),
+                "3": ("third", "triple"),
+                "4": ("quarter", "25"),
+                "5": ("fifth", "20"),
+                "10": ("tenth",),
+            }
             assert any(word in question for word in words | set(implied.get(number, ()))), (number, question)
 
 

@@ -70,7 +70,12 @@ TOOL = {
         "name": "book",
         "parameters": {
             "type": "object",
-            "properties": {"city": {"type": "string"}, "nights": {"type": "integer"}, "price": {"type": "number"}, "late": {"type": "boolean"}},
+            "properties": {
+                "city": {"type": "string"},
+                "nights": {"type": "integer"},
+                "price": {"type": "number"},
+                "late": {"type": "boolean"},
+            },
         },
     },
 }
