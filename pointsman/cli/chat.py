@@ -113,6 +113,9 @@ def _typed() -> Iterator[str]:
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print()
+            raise
 
 
 def _take_patiently(chat: Chat, line: str) -> bool:

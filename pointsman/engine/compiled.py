@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy.typing as npt
@@ -104,7 +106,7 @@ class ChangingStep:
 
     def __init__(self, now: TorchStep, compiler: subprocess.Popen[str], make: Callable[[], CompiledStep]) -> None:
         self._now: Step = now
-        self._compiler: subprocess.Popen[str] | None = compiler
+        self._compiled: Future[str | None] | None = _wait_aside(compiler)
         self._make = make
 
     @property
@@ -114,18 +116,30 @@ class ChangingStep:
     @property
     def final(self) -> bool:
         """Whether `name` will stay what it is."""
-        return self._compiler is None
+        return self._compiled is None
 
     def __call__(self, batch: Batch, lanes: Lanes) -> Tensor:
-        if self._compiler is not None and self._compiler.poll() is not None:
-            _, errors = self._compiler.communicate()
-            if self._compiler.returncode:
+        if self._compiled is not None and self._compiled.done():
+            errors = self._compiled.result()
+            if errors is not None:
                 logger.warning("compiling the CPU step failed; the torch step, several times slower, goes on serving: %s", errors[-2000:])
             else:
                 logger.info("CPU step: compiled from here on")
                 self._now = self._make()
-            self._compiler = None
+            self._compiled = None
         return self._now(batch, lanes)
+
+
+def _wait_aside(compiler: subprocess.Popen[str]) -> Future[str | None]:
+    """The compiler's complaint, or None. A thread waits: an engine may end first, and the step is stored all the same."""
+    done: Future[str | None] = Future()
+
+    def wait() -> None:
+        _, errors = compiler.communicate()
+        done.set_result(errors if compiler.returncode else None)
+
+    threading.Thread(target=wait, name="compiler", daemon=True).start()
+    return done
 
 
 def _shape(architecture: Architecture) -> ModelShape:

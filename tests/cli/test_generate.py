@@ -205,7 +205,18 @@ class Person:
         return before
 
 
-def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on():
+def ctrl_d(person, process):
+    person.type(b"\x04")
+    assert process.wait() == 0
+
+
+def ctrl_c(person, process):
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == cli.INTERRUPTED
+
+
+@pytest.mark.parametrize("leave", [ctrl_d, ctrl_c])
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(leave):
     outer, inner = pty.openpty()
     command = [sys.executable, "-m", "pointsman", "chat", "--load-format", "dummy", "--ignore-eos"]
     with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=os.environ | {"TERM": "xterm"}) as process:
@@ -220,6 +231,5 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on():
         person.type(b"/rest\n")
         person.read_until(b"did you mean '/reset'?")
         person.read_until(b"> ")
-        person.type(b"\x04")
-        assert process.wait() == 0
+        leave(person, process)
     os.close(outer)
