@@ -14,7 +14,23 @@ import numpy as np
 
 from pointsman.kernels.cpu_table import ATTENTION_BLOCK as BLOCK
 from pointsman.kernels.cpu_tile import score_tile, value_tile
-from pointsman.kernels.vector import at, exp, fma, kernel, larger, largest, load, load_some, prefetch, root, splat, store, store_some, total
+from pointsman.kernels.vector import (
+    at,
+    exp,
+    fma,
+    kernel,
+    larger,
+    largest,
+    load,
+    load_some,
+    prefetch,
+    root,
+    splat,
+    store,
+    store_some,
+    total,
+    whole,
+)
 
 LOWEST = np.float32(-3.0e38)
 
@@ -44,7 +60,7 @@ def inverse_rms(source, width, epsilon):
 
 
 @kernel
-def prepare(step, thread, layer, row, own_row):
+def prepare(step, thread, layer, row):
     """Norm queries and keys over all heads, turn them, keep the queries, and put keys and values into the cache."""
     dim, half, position = step.head_dim, step.half_rotary, step.positions[row]
     queries = at(step.qkv_out, row * step.qkv_stride)
@@ -54,7 +70,7 @@ def prepare(step, thread, layer, row, own_row):
     factor = splat(scale * inverse_rms(queries, step.heads * dim, step.epsilon))
     weight = at(step.q_norm, layer * step.heads * dim)
     for head in range(step.heads):
-        target = at(step.queries, (own_row * step.heads + head) * step.head_stride)
+        target = at(step.queries, (row * step.heads + head) * step.head_stride)
         rotate(at(queries, head * dim), at(weight, head * dim), factor, cos, sin, half, dim, target)
     factor = splat(inverse_rms(keys, step.kv_heads * dim, step.epsilon))
     weight, turned = at(step.k_norm, layer * step.kv_heads * dim), at(step.turned, thread * step.head_stride)
@@ -71,16 +87,16 @@ def prepare(step, thread, layer, row, own_row):
 def fetch_first(step, layer, row, group):
     """Ask for what `attend` will read first, while something else is still being computed."""
     pages = at(step.page_table, step.lanes[row] * step.max_pages)
-    place, run = _run(step, layer, group, pages, 0, step.positions[row] + 1)
+    place, run = _run(step, layer, group, pages, whole(0), step.positions[row] + 1)
     _fetch(step.cache_k, place, run * step.head_dim)
 
 
 @kernel
-def attend(step, thread, layer, row, own_row, group):
+def attend(step, thread, layer, row, group):
     """One row, one key head, all of its query heads."""
     heads = step.heads // step.kv_heads
     stride, length = step.head_stride, step.positions[row] + 1
-    q = at(step.queries, (own_row * step.heads + group * heads) * stride)
+    q = at(step.queries, (row * step.heads + group * heads) * stride)
     probabilities, sums = at(step.probabilities, thread * heads * BLOCK), at(step.sums, thread * heads * stride)
     highest, weight = at(step.highest, thread * heads), at(step.weight, thread * heads)
     for head in range(heads):

@@ -1,9 +1,4 @@
-"""The phases of a step on a CPU, each over the share of one thread.
-
-Two kinds of phase alternate. Row phases (norms, rotary, router, sums of experts) take whole rows: with many rows each thread takes
-its own, with few every thread computes all of them for itself, which is cheaper than meeting once more. `base` is where a thread's
-rows start in the buffers of row phases: zero where they are shared. Matrix phases share out panels of 64 outputs; they read what
-row phases wrote and write buffers that all threads see.
+"""What the phases of a step on a CPU do: norms, router and expert sums by rows, matrices by panels of 64 outputs.
 
 Where weights or cache are e4m3, read as 2**-120 of their values, what multiplies them is kept times 2**60 and the stored scales have
 the other 2**60 (`lift`): then no product leaves the normal range of float32. A power of two changes no digit.
@@ -17,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from pointsman.kernels.cpu_tile import PANEL, panel_tile
-from pointsman.kernels.vector import at, fma, kernel, load, load_some, root, sigmoid, splat, store, store_some, total
+from pointsman.kernels.vector import at, fma, kernel, load, load_some, root, sigmoid, splat, store, store_some, total, whole
 
 ROW_BLOCK = 64
 ACTIVATIONS = PANEL // 2
@@ -78,14 +73,17 @@ def multiply(linear, index, panel, x, x_stride, x_rows, y, y_stride, y_rows, num
 
 
 @kernel
-def project(step, thread, linear, index, x, x_stride, x_rows, y, y_stride, num_rows):
-    """y = matrix `index` times x, this thread's share of the panels and blocks of rows."""
-    item, items = thread, linear.panels * ((num_rows + ROW_BLOCK - 1) // ROW_BLOCK)
-    while item < items:
-        panel, row = item % linear.panels, item // linear.panels * ROW_BLOCK
-        height = min(ROW_BLOCK, num_rows - row)
-        multiply(linear, index, panel, x, x_stride, at(x_rows, row), at(y, panel * PANEL), y_stride, at(step.counting, row), height)
-        item += step.num_threads
+def panels(linear, num_rows):
+    """Items of a product: panels times blocks of rows."""
+    return linear.panels * ((num_rows + ROW_BLOCK - 1) // ROW_BLOCK)
+
+
+@kernel
+def project(step, linear, index, item, x, x_stride, y, y_stride, num_rows):
+    """y = matrix `index` times x, one panel and block of rows of it."""
+    panel, row = item % linear.panels, item // linear.panels * ROW_BLOCK
+    height, rows = min(ROW_BLOCK, num_rows - row), at(step.counting, row)
+    multiply(linear, index, panel, x, x_stride, rows, at(y, panel * PANEL), y_stride, rows, height)
 
 
 @kernel
@@ -141,88 +139,62 @@ def choose(scores, bias, chosen, experts, top_k):
 
 
 @kernel
-def sort_pairs(step, thread, base, num_rows):
-    """List the (row, choice) pairs of each expert, in the order of rows, for this thread's own use."""
-    starts, pairs, sources = lists(step, thread)
+def sort_pairs(step, num_rows, wanted_only):
+    """List the (row, choice) pairs of each expert in the order of rows, and the experts that have any; returns their number."""
+    starts, top_k = step.starts, step.top_k
     for expert in range(step.experts + 1):
         starts[expert] = 0
-    num_pairs = num_rows * step.top_k
-    chosen = at(step.chosen, base * step.top_k)
-    for pair in range(num_pairs):
-        starts[chosen[pair] + 1] += 1
+    for pair in range(num_rows * top_k):
+        if step.wanted[pair // top_k] or not wanted_only:
+            starts[step.chosen[pair] + 1] += 1
+    num_active = 0
     for expert in range(step.experts):
+        if starts[expert + 1]:
+            step.active[num_active] = expert
+            num_active += 1
         starts[expert + 1] += starts[expert]
-    for pair in range(num_pairs):
-        expert = chosen[pair]
-        place = starts[expert]
-        starts[expert] += 1
-        pairs[place] = pair
-        sources[place] = base + pair // step.top_k
+    for pair in range(num_rows * top_k):
+        if step.wanted[pair // top_k] or not wanted_only:
+            expert = step.chosen[pair]
+            step.pairs[starts[expert]], step.sources[starts[expert]] = pair, pair // top_k
+            starts[expert] += 1
     for expert in range(step.experts, 0, -1):
         starts[expert] = starts[expert - 1]
     starts[0] = 0
+    return num_active
 
 
 @kernel
-def lists(step, thread):
-    """This thread's starts [experts + 1], pairs and source rows."""
-    size = step.max_rows * step.top_k
-    return (
-        at(step.starts, thread * (step.experts + 1)),
-        at(step.pairs, thread * size),
-        at(step.sources, thread * size),
-    )
+def expand(step, thread, layer, item):
+    """activations[pair] = silu(gate) * up, one panel of one expert: 32 gate outputs and their 32 ups."""
+    expert, panel = step.active[item // step.gate_up.panels], item % step.gate_up.panels
+    index, tile = layer * step.experts + expert, at(step.tile, thread * 4 * PANEL)
+    for place in range(step.starts[expert], step.starts[expert + 1], 4):
+        height = min(4, step.starts[expert + 1] - place)
+        multiply(step.gate_up, index, panel, step.h, step.hidden_stride, at(step.sources, place), tile, whole(PANEL), step.counting, height)
+        for row in range(height):
+            target = step.pairs[place + row] * step.width_stride + panel * ACTIVATIONS
+            for i in range(0, ACTIVATIONS, 16):
+                gate, up = load(tile, row * PANEL + i), load(tile, row * PANEL + ACTIVATIONS + i)
+                store(step.activations, target + i, gate * sigmoid(gate) * up * splat(step.lift_experts))
 
 
 @kernel
-def expand(step, thread, layer):
-    """activations[pair] = silu(gate) * up. A panel holds 32 gate outputs and their 32 ups."""
-    starts, pairs, sources = lists(step, thread)
-    tile = at(step.tile, thread * 4 * PANEL)
-    item = 0
-    for expert in range(step.experts):
-        first, last = starts[expert], starts[expert + 1]
-        if first == last:
-            continue
-        for panel in range(step.gate_up.panels):
-            item += 1
-            if item % step.num_threads != thread:
-                continue
-            for place in range(first, last, 4):
-                height, rows = min(4, last - place), at(sources, place)
-                index = layer * step.experts + expert
-                multiply(step.gate_up, index, panel, step.h, step.hidden_stride, rows, tile, PANEL, step.counting, height)
-                for row in range(height):
-                    target = pairs[place + row] * step.width_stride + panel * ACTIVATIONS
-                    for i in range(0, ACTIVATIONS, 16):
-                        gate, up = load(tile, row * PANEL + i), load(tile, row * PANEL + ACTIVATIONS + i)
-                        store(step.activations, target + i, gate * sigmoid(gate) * up * splat(step.lift_experts))
+def contract(step, layer, item):
+    """outputs[pair] = down projection of activations[pair], one panel of one expert."""
+    expert, panel = step.active[item // step.down.panels], item % step.down.panels
+    first, last = step.starts[expert], step.starts[expert + 1]
+    rows, y = at(step.pairs, first), at(step.outputs, panel * PANEL)
+    index, activations, stride = layer * step.experts + expert, step.activations, step.width_stride
+    multiply(step.down, index, panel, activations, stride, rows, y, step.hidden_stride, rows, last - first)
 
 
 @kernel
-def contract(step, thread, layer):
-    """outputs[pair] = down projection of activations[pair]."""
-    starts, pairs, _ = lists(step, thread)
-    item = 0
-    for expert in range(step.experts):
-        first, last = starts[expert], starts[expert + 1]
-        if first == last:
-            continue
-        index = layer * step.experts + expert
-        for panel in range(step.down.panels):
-            item += 1
-            if item % step.num_threads == thread:
-                rows, y = at(pairs, first), at(step.outputs, panel * PANEL)
-                multiply(step.down, index, panel, step.activations, step.width_stride, rows, y, step.hidden_stride, rows, last - first)
-
-
-@kernel
-def combine(step, base, row):
-    """Add a row's experts, weighted, to the residual stream, in the order of choice."""
-    weights, pair = at(step.weights, (base + row) * step.top_k), row * step.top_k
-    x = at(step.x, (base + row) * step.hidden_stride)
+def combine(step, row, target):
+    """target = a row of the residual stream and its experts, weighted, in the order of choice."""
+    weights, pair, x = at(step.weights, row * step.top_k), row * step.top_k, at(step.x, row * step.hidden_stride)
     for i in range(0, step.hidden_stride, 16):
         value = load(x, i)
         for k in range(step.top_k):
             value = fma(splat(weights[k]), load(step.outputs, (pair + k) * step.hidden_stride + i), value)
-        store(x, i, value)
+        store(target, i, value)

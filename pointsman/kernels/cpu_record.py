@@ -9,6 +9,7 @@ call would unbox and count references. `step.hidden` or `step.qkv.scales` is one
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from llvmlite import ir
@@ -32,7 +33,7 @@ class RecordType(types.Type):
             self.fields[name] = _numba_type(kind)
             self.offsets[name] = self.words
             self.words += self.fields[name].words if isinstance(kind, dict) else 1
-        super().__init__(name=f"Record({fields})")
+        super().__init__(name=f"Record{hashlib.sha256(str(fields).encode()).hexdigest()[:12]}")
 
 
 def _numba_type(kind: Any) -> Any:

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pointsman.kernels.cpu_object import Kinds, StepThread, is_cached, load, start_compiling
 from pointsman.kernels.cpu_pack import PackedLinear, aligned, form_of
-from pointsman.kernels.cpu_table import ALONE, ATTENTION_BLOCK, CONTROL_WORDS, NUM_LOGITS, NUM_ROWS, step_fields, table
+from pointsman.kernels.cpu_table import ATTENTION_BLOCK, CONTROL_WORDS, MOST_ITEMS, NUM_LOGITS, NUM_ROWS, THREADS, step_fields, table
 from pointsman.kernels.cpu_weights import CpuWeights, LayerWeights, ModelShape, pack_weights, padded
 
 __all__ = [
@@ -72,6 +72,11 @@ class CpuStep:
         if max_rows < 1 or num_threads < 1:
             raise ValueError(f"max_rows is {max_rows} and num_threads {num_threads}; both must be at least 1")
         _check_cache(shape, cache)
+        items = max(max_rows * shape.kv_heads, -(-max_rows // 64) * padded(max(shape.vocab, shape.hidden)), shape.experts * shape.width)
+        if items > MOST_ITEMS:
+            raise ValueError(
+                f"max_rows is {max_rows}; for this model that makes up to {items} parts of a step, and {MOST_ITEMS} is the most"
+            )
         self.max_rows, self.num_threads, self._vocab = max_rows, num_threads, shape.vocab
         kinds = kinds_of(weights, cache)
         self._run = load(kinds)
@@ -149,30 +154,30 @@ def _check_cache(shape: ModelShape, cache: CpuCache) -> None:
 def _numbers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, NDArray[np.int64]]:
     """Integer buffers by name."""
     pairs = max_rows * shape.top_k
-    sizes = dict.fromkeys(("tokens", "positions", "lanes", "slots", "forced", "logit_rows"), max_rows)
-    sizes |= {"control": CONTROL_WORDS, "chosen": _own_rows(max_rows, num_threads) * shape.top_k}
-    sizes |= {"starts": num_threads * (shape.experts + 1), "pairs": num_threads * pairs, "sources": num_threads * pairs}
-    counting = np.arange(_own_rows(max_rows, num_threads) + 4)
-    return {name: np.zeros(size, np.int64) for name, size in sizes.items()} | {"counting": counting}
+    sizes = dict.fromkeys(("tokens", "positions", "lanes", "slots", "forced", "logit_rows", "wanted"), max_rows)
+    sizes |= dict.fromkeys(("chosen", "pairs", "sources"), pairs) | dict.fromkeys(("starts", "active"), shape.experts + 1)
+    numbers = {name: aligned((size,), np.dtype(np.int64)) for name, size in (sizes | {"control": CONTROL_WORDS}).items()}
+    numbers["control"][THREADS] = num_threads
+    return numbers | {"counting": np.arange(max_rows + 4)}
 
 
 def _buffers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, NDArray[np.float32]]:
     """Float buffers by name. Zero where padding is read; memory that is never touched is never taken."""
-    own, hidden, head = _own_rows(max_rows, num_threads), padded(shape.hidden), padded(shape.head_dim, 16)
+    hidden, head = padded(shape.hidden), padded(shape.head_dim, 16)
     group = num_threads * (shape.heads // shape.kv_heads)
     channels = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    sizes = {"x": (own, hidden), "h": (own, hidden), "scores": (own, padded(shape.experts)), "weights": (own, shape.top_k)}
-    sizes |= {"queries": (own, shape.heads * head), "turned": (num_threads, head), "qkv_out": (max_rows, padded(channels))}
-    sizes |= {"attended": (max_rows, shape.heads * shape.head_dim), "projected": (max_rows, hidden)}
+    sizes = {"x": (max_rows, hidden), "h": (max_rows, hidden), "projected": (max_rows, hidden), "weights": (max_rows, shape.top_k)}
+    sizes |= {
+        "scores": (max_rows, padded(shape.experts)),
+        "queries": (max_rows, shape.heads * head),
+        "turned": (num_threads, head),
+        "qkv_out": (max_rows, padded(channels)),
+    }
+    sizes |= {"attended": (max_rows, shape.heads * shape.head_dim)}
     sizes |= {"activations": (max_rows * shape.top_k, padded(shape.width, 32)), "outputs": (max_rows * shape.top_k, hidden)}
     sizes |= {"logits": (max_rows, padded(shape.vocab)), "tile": (num_threads, 4 * 64), "probabilities": (group, ATTENTION_BLOCK)}
     sizes |= {"sums": (group, head), "highest": (group, 1), "weight": (group, 1)}
     return {name: aligned(size, np.dtype(np.float32)) for name, size in sizes.items()}
-
-
-def _own_rows(max_rows: int, num_threads: int) -> int:
-    """Rows of buffers that are shared in large steps, and each thread's own in small ones."""
-    return max(max_rows, ALONE * num_threads)
 
 
 def _settings(

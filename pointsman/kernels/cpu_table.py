@@ -18,12 +18,17 @@ from pointsman.kernels.cpu_pack import FORMS
 
 Fields = dict[str, Any]
 
-# Words of the control block, each on a cache line of its own.
-STEPS, ARRIVED, ROUNDS, SLEEPERS, NUM_ROWS, NUM_LOGITS, STOPPED = range(0, 56, 8)
+# Words of the control block, each on a cache line of its own. A step's sizes have two places, for even and odd steps, so that a
+# thread that comes late to a step can tell by the number of steps whether what it read was still that step's.
+STEPS, WORK, UNDONE, SLEEPERS, STOPPED, THREADS, NUM_ROWS, NUM_LOGITS = range(0, 64, 8)
 CONTROL_WORDS = 64
 
-# With at most this many rows, every thread computes the row phases of all of them; with more, each takes its share.
-ALONE = 4
+# The word of work is the phase's number and, in its low bits, the items not yet taken.
+ITEM_BITS = 20
+MOST_ITEMS = (1 << ITEM_BITS) - 1
+
+# With at most this many rows, whoever ends the phase before does the row phases of all of them on the spot.
+ALONE = 2
 # Positions that attention scores at a time.
 ATTENTION_BLOCK = 256
 
@@ -37,7 +42,7 @@ WEIGHTS = "input_norm post_norm q_norm k_norm final_norm bias cos sin embed32"
 BUFFERS = """
     x h scores weights queries turned qkv_out attended projected activations outputs logits tile probabilities sums highest weight
 """
-NUMBERS = "control tokens positions lanes slots forced logit_rows counting chosen starts pairs sources"
+NUMBERS = "control tokens positions lanes slots forced logit_rows wanted counting chosen starts pairs sources active"
 
 
 def linear_fields(form: str) -> Fields:

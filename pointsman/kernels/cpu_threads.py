@@ -1,13 +1,15 @@
-"""How the threads of a compiled step meet, wait and sleep.
+"""How the threads of a compiled step share its work, wait and sleep.
 
-All threads live in compiled code. Within a step they meet at barriers: each adds one to a counter that only ever grows and spins
-until the counter reaches what this round calls for. A thread that has spun for long gives its core away between looks
-(sched_yield), so more threads than cores, or a busy machine, cost time and nothing else. Between steps the helping threads look
-for the next step in the same way for a while, then sleep in a read of a pipe, into which the next step writes a byte for each
-sleeper. There is no lock, and Python's interpreter lock is not held.
+A step is a sequence of phases, and a phase a number of items. One word holds which phase is open and how many of its items nobody
+has taken yet; a thread takes some by comparing and swapping that word, and who finishes a phase's last item opens the next. So no thread
+waits for another as such, only for items in hand: one that the machine has put to sleep, or that was never woken, leaves its
+share to the others and later finds the phases it missed closed. A thread that finds nothing to take spins, and after a while
+gives its core away between looks (sched_yield), so more threads than cores cost time and nothing else.
 
-A sleeper announces itself before it looks for the last time, and the step is announced before sleepers are counted; so one of the
-two sees the other. A byte too many in the pipe only ends some later sleep early.
+Between steps the helping threads look for the next step in the same way for a while, then sleep in a read of a pipe, into which
+the next step writes a byte for each sleeper. There is no lock, and Python's interpreter lock is not held. A sleeper announces
+itself before it looks for the last time, and the step is announced before sleepers are counted; so one of the two sees the other.
+A byte too many in the pipe only ends some later sleep early.
 """
 
 # Numba types what it compiles, from calls; annotations would say nothing to it.
@@ -23,7 +25,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pointsman.kernels.cpu_table import ARRIVED, SLEEPERS, STEPS
+from pointsman.kernels.cpu_table import ITEM_BITS, MOST_ITEMS, SLEEPERS, STEPS, THREADS, UNDONE, WORK
 from pointsman.kernels.vector import INT8, INT32, INT64, call, kernel
 
 SPINS = 2000
@@ -45,6 +47,17 @@ def _atomic(operation: str) -> Any:
 
 atomic_add = _atomic("add")
 atomic_swap = _atomic("xchg")
+
+
+@intrinsic
+def compare_and_swap(context: Any, control: Any, index: Any, expected: Any, value: Any) -> Any:
+    """Replace the word if it is as expected; whether it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.gep(arguments[0], [arguments[1]])
+        return builder.extract_value(builder.cmpxchg(place, arguments[2], arguments[3], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(CONTROL, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -101,19 +114,40 @@ write_byte = _through_pipe("write")
 
 
 @kernel
-def meet(control, num_threads, round):
-    """Wait until every thread has come to this barrier; returns the round's number, for the next one."""
-    round += 1
-    if num_threads > 1:
-        atomic_add(control, ARRIVED, 1)
-        spins = 0
-        while atomic_read(control, ARRIVED) < round * num_threads:
+def take(control, phase, most):
+    """Take items of a phase: (first, count), once it is open; count is 0 when none are left or the phase is past.
+
+    Everyone takes a share of what is left, so that nobody holds much when the phase runs out, and at most `most`.
+    """
+    spins = 0
+    while True:
+        word = atomic_read(control, WORK)
+        if word >> ITEM_BITS < phase:
             spins += 1
             if spins < SPINS:
                 breathe()
             else:
                 give_way()
-    return round
+            continue
+        left = word & MOST_ITEMS
+        if word >> ITEM_BITS > phase or left == 0:
+            return 0, 0
+        count = min((left + control[THREADS] - 1) // control[THREADS], most)
+        if compare_and_swap(control, WORK, word, word - count):
+            return left - count, count
+
+
+@kernel
+def put(control, phase, items):
+    """Open a phase; everything written before is visible to who takes its items."""
+    control[UNDONE] = items
+    atomic_swap(control, WORK, phase << ITEM_BITS | items)
+
+
+@kernel
+def finish(control, count):
+    """Hand in taken items; true for whoever hands in the last of the phase, who then sees what all others wrote."""
+    return atomic_add(control, UNDONE, -count) == count
 
 
 @kernel
@@ -126,7 +160,7 @@ def announce(control, pipe):
 
 @kernel
 def await_step(control, pipe, seen):
-    """Wait until more than `seen` steps were announced; returns their number."""
+    """Wait until other than `seen` steps were announced; returns their number."""
     spins = 0
     while atomic_read(control, STEPS) == seen:
         spins += 1
@@ -139,4 +173,4 @@ def await_step(control, pipe, seen):
             if atomic_read(control, STEPS) == seen:
                 read_byte(pipe)
             spins = 0
-    return seen + 1
+    return atomic_read(control, STEPS)

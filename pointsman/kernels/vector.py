@@ -179,6 +179,14 @@ def pointer(context: Any, address: Any, sample: Any) -> Any:
 
 
 @intrinsic
+def whole(context: Any, number: Any) -> Any:
+    """The number as int64. A literal in a call has a type of its own, for which the function called is compiled once more."""
+    return types.int64(number), lambda context, builder, signature, arguments: context.cast(
+        builder, arguments[0], signature.args[0], types.int64
+    )
+
+
+@intrinsic
 def at(context: Any, base: Any, index: Any) -> Any:
     """The pointer `index` elements on."""
 
