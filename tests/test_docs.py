@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import figures
 from pointsman import cli, tiny
 from pointsman.config import EngineConfig, flags
 
@@ -114,6 +115,12 @@ def test_the_layers_of_the_architecture_are_those_of_the_linter():
     layers = [[name for name in re.findall(r"\w+", line) if name in present] for line in contract.splitlines()]
     block = next(block for block in blocks(ROOT / "docs" / "architecture.md", "text") if block.startswith("cli\n"))
     assert [re.findall(r"\w+", line) for line in block.splitlines()] == [layer for layer in layers if layer]
+
+
+@pytest.mark.skipif(figures.kept().keys() != figures.COMMANDS.keys(), reason="not everything has been measured")
+def test_the_figures_are_those_that_were_measured():
+    for path, text in figures.documents(figures.kept()).items():
+        assert path.read_text() == text
 
 
 @pytest.mark.skipif(not list(tiny.path().glob("*.safetensors")), reason="the bundled checkpoint is not there")
