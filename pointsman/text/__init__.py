@@ -1,8 +1,9 @@
 """Between text and token ids: tokenizer, chat template, incremental detokenizer, stop strings."""
 
+from pointsman.text.chat_prompt import ChatPrompt, chat_prompt
 from pointsman.text.detokenizer import Detokenizer
 from pointsman.text.stops import StopStrings
 from pointsman.text.template import ChatTemplate
 from pointsman.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "Detokenizer", "StopStrings", "Tokenizer"]
+__all__ = ["ChatPrompt", "ChatTemplate", "Detokenizer", "StopStrings", "Tokenizer", "chat_prompt"]

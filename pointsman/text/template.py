@@ -81,7 +81,7 @@ class ChatTemplate:
         taken = sorted(self._reserved & kwargs.keys())
         if taken:
             raise ValueError(f"{taken[0]!r} cannot be set as a variable of the chat template")
-        prepared = [_prepare(index, message) for index, message in enumerate(messages)]
+        prepared = [prepare(index, message) for index, message in enumerate(messages)]
         if continue_final_message:
             _mark_end(prepared)
         variables = self._special_tokens | kwargs
@@ -162,8 +162,8 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.exceptions.TemplateRuntimeError(message)
 
 
-def _prepare(index: int, message: Message) -> dict[str, Any]:
-    """A copy with content as one text and arguments of tool calls as objects."""
+def prepare(index: int, message: Message) -> dict[str, Any]:
+    """A copy of a message with content as one text and arguments of tool calls as objects; of such a copy, the same again."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"messages[{index}] must be an object with a role")
     prepared = dict(message)

@@ -9,6 +9,7 @@ The end-of-text ids come from `generation_config.json` before `config.json`: in 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ class Tokenizer:
         vocab_size: tokens with a text, added ones included. The model may have more rows, as padding; those decode to nothing.
         eos_ids: ids that end the text; empty where the checkpoint names none.
         special_ids: ids that `skip_special_tokens` leaves out.
+        special_texts: the texts of those.
         special_tokens: names as in tokenizer_config.json (`bos_token`, ...) to texts, which chat templates see as variables.
         chat_template: None where the checkpoint has none.
         folder: where it was read from, None where it was made in memory.
@@ -52,7 +54,10 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_ids = eos_ids
-        self.special_ids = frozenset(token for token, added in backend.get_added_tokens_decoder().items() if added.special)
+        special = {added.content: token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+        self._special = special
+        self.special_ids = frozenset(special.values())
+        self.special_texts = frozenset(special)
         self.special_tokens = special_tokens or {}
         self.chat_template = chat_template
         self.folder = folder
@@ -80,12 +85,28 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. A rendered chat already has its special tokens: encode it without adding any."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the text has a lone surrogate at {error.start}, which is no character") from error
+        _check_characters(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is special: what looks like a special token is spelt out. Raises ValueError as `encode`."""
+        _check_characters(text)
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        if not self.special_ids.isdisjoint(ids):
+            raise ValueError("the text has the name of a special token, which this tokenizer cannot spell out")
+        return ids
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """A copy for `encode_plain`: the setting belongs to a tokenizer, and other threads may be using this one."""
+        copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
+    def special_id(self, text: str) -> int:
+        """The id of a special token."""
+        return self._special[text]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing."""
@@ -115,6 +136,13 @@ class Tokenizer:
         """The id of the token with exactly this text (of an added token, such as `</think>`), or None."""
         found: int | None = self._backend.token_to_id(text)
         return found
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has a lone surrogate at {error.start}, which is no character") from error
 
 
 def _byte_alphabet() -> dict[str, int]:
