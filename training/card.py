@@ -1,6 +1,6 @@
 """Measures the exported checkpoint on held-out problems and writes the tables of its card between the marks in README.md.
 
-    python -m training.card --count 400
+python -m training.card --count 400
 """
 
 import argparse

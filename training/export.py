@@ -106,27 +106,22 @@ def load(path: Path, shape: Shape, **options) -> Model:
 
 
 def save_master(model: Model, folder: Path) -> None:
-    """The fp32 weights in files of less than 16 MiB, so that training can go on from them."""
+    """The weights to go on training from: matrices in bf16, which keeps the files small, and the router in fp32."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    parts: list[dict[str, Tensor]] = [{}]
-    for name, value in state.items():
-        for index, piece in enumerate(value.split(max(1, value.shape[0] // 3 or 1)) if value.numel() > 3_000_000 else [value]):
-            if sum(t.numel() for t in parts[-1].values()) + piece.numel() > 3_900_000:
-                parts.append({})
-            parts[-1][f"{name}.{index}"] = piece.contiguous()
-    for index, part in enumerate(parts):
-        save_file(part, str(folder / f"master-{index}.safetensors"))
+    exact = ("gate", "bias")
+    state = {
+        name: value.detach().cpu().to(torch.float32 if name in exact else torch.bfloat16) for name, value in model.state_dict().items()
+    }
+    halves = {"up_proj"}, set(state) - {"up_proj"}
+    for index, names in enumerate(halves):
+        save_file({name: state[name].contiguous() for name in sorted(names)}, str(folder / f"master-{index}.safetensors"))
 
 
 def load_master(model: Model, folder: Path) -> None:
     """The inverse of `save_master`."""
-    pieces = {name: value for path in sorted(folder.glob("master-*.safetensors")) for name, value in load_file(str(path)).items()}
-    state = {}
-    for name in model.state_dict():
-        found = sorted((key for key in pieces if key.rpartition(".")[0] == name), key=lambda key: int(key.rpartition(".")[2]))
-        state[name] = torch.cat([pieces[key] for key in found])
-    model.load_state_dict(state)
+    model.load_state_dict(
+        {name: value.float() for path in sorted(folder.glob("master-*.safetensors")) for name, value in load_file(str(path)).items()}
+    )
 
 
 def save_configs(shape: Shape, folder: Path) -> None:

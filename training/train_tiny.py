@@ -1,8 +1,9 @@
 """Trains the bundled checkpoint on one GPU for a given time and exports it.
 
-    python -m training.train_tiny --seconds 1260 --out OUT
+    python -m training.train_tiny --seconds 480 --out OUT
 
-The learning rate is a function of the share of the time that has passed, so that the time decides and not a step count.
+The learning rate is a function of the share of the time that has passed, so that the time decides and not a step count. A long run
+can be cut into parts of its schedule (`--part 0 0.5`, then `--resume OUT --part 0.5 1`), each with its results on disk.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def mix_of(path: str | None) -> dict[str, float]:
 
 def train(options: argparse.Namespace) -> None:
     device, out = options.device, Path(options.out)
-    feed = Feed(options.workers, options.seed, device, mix_of(options.mix))
+    feed = Feed(options.workers, options.seed + round(97 * options.part[0]), device, mix_of(options.mix))
     log = Log(out / "log.jsonl")
     torch.manual_seed(options.seed)
     attend = varlen_attention() if options.attention == "varlen" else masked_attention
@@ -82,10 +83,12 @@ def run(options, model: Model, heldout: Heldout, optimizer: Optimizer, step_loss
     reported = evaluated = start
     loss_sum, losses = torch.zeros((), device=options.device), 0
     while (elapsed := time.monotonic() - start) < options.seconds:
-        progress = elapsed / options.seconds
+        begin, end = options.part
+        progress = begin + (end - begin) * elapsed / options.seconds
+        rate = factor(progress) * min(1.0, (step + 1) / 50)  # the optimizers' averages start anew in every part
         loss, load = step_loss(feed.batch(options.rows, options.prompt_weight * (progress < 0.6)))
         loss.backward()
-        optimizer.step(factor(progress))
+        optimizer.step(rate)
         balance(model, load, 1e-3 * min(1.0, 2.5 * (1 - progress)) if progress < 0.98 else 0.0)
         loads.mul_(0.95).add_(load)
         loss_sum += loss.detach()
@@ -100,7 +103,7 @@ def run(options, model: Model, heldout: Heldout, optimizer: Optimizer, step_loss
                 tokens=step * options.rows * ROW,
                 fresh=feed.read,
                 repeated=feed.repeated,
-                factor=round(factor(progress), 4),
+                factor=round(rate, 4),
                 **spread(loads),
             )
             loss_sum.zero_()
@@ -140,6 +143,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--attention", choices=("varlen", "masked"), default="varlen", help="varlen needs a GPU")
     parser.add_argument("--resume", help="folder of master weights to go on from")
+    parser.add_argument("--part", type=float, nargs=2, default=(0.0, 1.0), metavar=("BEGIN", "END"), help="part of the schedule to run")
     parser.add_argument("--mix", help="shares of the kinds as JSON")
     parser.add_argument("--heldout", type=int, default=2000, help="held-out problems of each kind")
     parser.add_argument("--prompt-weight", type=float, default=0.05)
