@@ -64,6 +64,7 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string at the end of the text.
         skip_special_tokens: leave special tokens out of the text.
         return_routed_experts: return the experts each fed token used, [rows, layers, top_k].
+        routed_experts_start: leave out the rows of positions before this one; at most the length of the prompt.
 
     Raises:
         ValueError: a value is out of range; the message names it and the range.
@@ -89,6 +90,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_routed_experts: bool = False
+    routed_experts_start: int = 0
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -107,6 +109,9 @@ class SamplingParams:
             _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         _whole("min_tokens", self.min_tokens, 0, 1 << 30)
         _whole("top_k", self.top_k, 0, MAX_TOP_K)
+        _whole("routed_experts_start", self.routed_experts_start, 0, 1 << 30)
+        if self.routed_experts_start and not self.return_routed_experts:
+            raise ValueError(f"routed_experts_start is {self.routed_experts_start}; it needs return_routed_experts")
         if self.seed is not None:
             _whole("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         for name in ("logprobs", "prompt_logprobs"):
@@ -175,6 +180,8 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise ValueError("the prompt is empty; it must have at least one token")
+        if (start := self.sampling.routed_experts_start) > len(self.prompt_token_ids):
+            raise ValueError(f"routed_experts_start is {start}; it must be at most {len(self.prompt_token_ids)}, the length of the prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +195,7 @@ class Logprob:
 
 @dataclass(kw_only=True, slots=True)
 class CompletionOutput:
-    """One choice. `routed_experts` is a numpy array [prompt + output - 1, layers, top_k] when asked for."""
+    """One choice. `routed_experts` is a numpy array [prompt + output - 1 - start, layers, top_k] when asked for."""
 
     index: int
     text: str = ""
@@ -226,7 +233,9 @@ class ChoiceDelta:
         text: whole characters only; text that may still become a stop string is held back.
         token_ids: the tokens of this step; `logprobs` has one entry for each, when asked for.
         prompt_logprobs: with the first delta of a request that asked: one entry for each prompt token, None for the first.
-        routed_experts: with the last delta, when asked for: a numpy array [prompt + output - 1, layers, top_k].
+        routed_experts: with the last delta, when asked for and the engine has not given up on the choice: a numpy array
+            [prompt + output - 1 - start, layers, top_k].
+        routed_experts_missing: half-open ranges of its rows that are not known, because the choice was aborted before.
         error: why the engine gave up on this choice, with finish reason ERROR.
     """
 
@@ -241,4 +250,26 @@ class ChoiceDelta:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     routed_experts: Any = None
+    routed_experts_missing: list[tuple[int, int]] = field(default_factory=list)
     error: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineStats:
+    """What the engine is doing now, and what it has done since it started.
+
+    Attributes:
+        num_running: sequences that have a lane.
+        num_waiting: sequences that wait for one.
+        cache_usage: share of the cache that sequences hold; pages that are only cached do not count.
+        num_preemptions: how often a running sequence had to give its pages to others.
+        num_steps: steps whose results are in.
+        expert_load: a numpy array [layers, experts] of int64: how many tokens used each expert.
+    """
+
+    num_running: int
+    num_waiting: int
+    cache_usage: float
+    num_preemptions: int
+    num_steps: int
+    expert_load: Any

@@ -29,6 +29,7 @@ from pointsman.models.decoder import Decoder
 from pointsman.models.loader import load_model
 from pointsman.models.parameters import Parameters
 from pointsman.moe.capture import RouteStore
+from pointsman.moe.load import ExpertLoad
 from pointsman.scheduler import Scheduler
 from pointsman.text import ChatTemplate, Tokenizer
 
@@ -199,7 +200,8 @@ def _runner(config: EngineConfig, decoder: Decoder, cache: CacheSize, context_le
         vocab_size=architecture.vocab_size,
         eos_token_ids=eos_ids,
     )
-    return ModelRunner(choose_step(config, decoder, kv, routes, lanes), lanes, routes)
+    load = ExpertLoad(routes, architecture.num_experts)
+    return ModelRunner(choose_step(config, decoder, kv, routes, lanes), lanes, routes, load)
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pointsman.config import EngineConfig
 from pointsman.engine.build import Parts, build
 from pointsman.engine.executor import Executor, Inline, Pending, Threaded
-from pointsman.request import ChoiceDelta, FinishReason, Logprob, QueueFull, Request
+from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, QueueFull, Request
 from pointsman.scheduler import Advance, Sequence
 from pointsman.step import StepPlan
 from pointsman.text import Detokenizer, StopStrings
@@ -44,6 +44,7 @@ class Engine:
         generation_defaults: sampling values the checkpoint advises.
         choices: flag name to what "auto" became.
         num_preemptions: how often a running sequence had to give its pages to others.
+        num_steps: steps whose results are in.
     """
 
     def __init__(self, config: EngineConfig, *, progress: bool | None = None) -> None:
@@ -66,6 +67,7 @@ class Engine:
         self._live: dict[str, int] = {}
         self._in_flight: tuple[StepPlan, Pending] | None = None
         self.num_preemptions = 0
+        self.num_steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -126,12 +128,15 @@ class Engine:
         plan, pending = self._in_flight
         result = pending.result()
         self._in_flight = None
+        self.num_steps += 1
         self._submit(ahead)
         return self._deliver(self.scheduler.commit(plan, result))
 
     def _submit(self, plan: StepPlan | None) -> None:
         if plan is not None:
-            self.num_preemptions += len(self.scheduler.preempted)
+            if self.scheduler.preempted:
+                self.num_preemptions += len(self.scheduler.preempted)
+                self._runner.load.settle()
             self._in_flight = (plan, self._executor.submit(plan))
 
     def _deliver(self, advances: list[Advance]) -> list[ChoiceDelta]:
@@ -204,12 +209,27 @@ class Engine:
     def _close(self, sequence: Sequence, delta: ChoiceDelta) -> None:
         """Fill in the last delta of a choice. The routing rows are read before the next plan can give its pages away."""
         delta.finish_reason, delta.stop_reason = sequence.finish_reason, sequence.stop_reason
-        if sequence.request.sampling.return_routed_experts and delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-            delta.routed_experts = self._runner.routing(sequence.pages, len(sequence.tokens) - 1)
+        self._runner.load.settle()
+        sampling = sequence.request.sampling
+        if sampling.return_routed_experts and delta.finish_reason is not FinishReason.ERROR:
+            start = sampling.routed_experts_start
+            end = max(len(sequence.tokens) - 1, start)
+            delta.routed_experts, delta.routed_experts_missing = self._runner.routing(sequence.pages, start, end, sequence.num_computed)
         del self._choices[sequence.number]
         self._live[sequence.request.rid] -= 1
         if not self._live[sequence.request.rid]:
             del self._live[sequence.request.rid]
+
+    def stats(self) -> EngineStats:
+        """What it is doing. Counts the rows that are not counted yet, so not for every step."""
+        return EngineStats(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            cache_usage=self.scheduler.usage,
+            num_preemptions=self.num_preemptions,
+            num_steps=self.num_steps,
+            expert_load=self._runner.load.counts_LE(),
+        )
 
     def close(self) -> None:
         """Wait for the step in flight and end the threads."""

@@ -20,7 +20,9 @@ from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.decoder import Decoder
 from pointsman.moe.capture import RouteStore
+from pointsman.moe.load import ExpertLoad
 from pointsman.request import Logprob
+from pointsman.routed_experts import fill_missing
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.logprobs import prompt_logprobs
 from pointsman.sampling.sampler import sample
@@ -62,10 +64,15 @@ class TorchStep:
 
 
 class ModelRunner:
-    """Executes plans, one at a time and in order."""
+    """Executes plans, one at a time and in order.
 
-    def __init__(self, step: Step, lanes: Lanes, routes: RouteStore) -> None:
+    Attributes:
+        load: how often each expert was used.
+    """
+
+    def __init__(self, step: Step, lanes: Lanes, routes: RouteStore, load: ExpertLoad) -> None:
         self._step, self._lanes, self._routes = step, lanes, routes
+        self.load = load
 
     @property
     def step_name(self) -> str:
@@ -78,7 +85,9 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises whatever the model raises: such a fault is the engine's, not a request's."""
         batch = self._lanes.lay_out(plan)
+        self.load.before_step()
         logits_RV = self._step(batch, self._lanes)
+        self.load.after_step(batch.slots_T)
         return StepResult(plan.index, self._sample(plan, batch, logits_RV), self._score_prompts(batch, logits_RV))
 
     def _sample(self, plan: StepPlan, batch: Batch, logits_RV: Tensor) -> tuple[Sampled, ...]:
@@ -111,10 +120,19 @@ class ModelRunner:
             for rows in batch.prompts
         }
 
-    def routing(self, pages: list[int], num_rows: int) -> npt.NDArray[np.integer[Any]]:
-        """The experts of a sequence's first rows, [rows, layers, top_k], copied out of the slots of its pages."""
-        positions = np.arange(num_rows)
+    def routing(self, pages: list[int], start: int, end: int, num_known: int) -> tuple[npt.NDArray[np.integer[Any]], list[tuple[int, int]]]:
+        """The experts of a sequence's positions from start to end, and which of these rows are missing.
+
+        Rows [end - start, layers, top_k] are copied out of the slots of the pages; positions from num_known on were never computed.
+        """
+        positions = np.arange(start, max(start, min(end, num_known)))
         page_size = self._lanes.page_size
         slots = np.asarray(pages, np.int64)[positions // page_size] * page_size + positions % page_size
-        rows: npt.NDArray[np.integer[Any]] = self._routes.gather(torch.from_numpy(slots)).numpy()
-        return rows
+        known: npt.NDArray[np.integer[Any]] = self._routes.gather(torch.from_numpy(slots)).numpy()
+        if len(known) == end - start:
+            return known, []
+        rows = np.empty((end - start, *known.shape[1:]), known.dtype)
+        missing = [(len(known), len(rows))]
+        rows[: len(known)] = known
+        fill_missing(rows, missing)
+        return rows, missing

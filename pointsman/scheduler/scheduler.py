@@ -338,6 +338,7 @@ class Scheduler:
             self._leave(sequence)
         else:
             self._queue.remove(sequence)
+            sequence.pages, sequence.num_computed = [], 0  # if it had any, they may be others' by now
         self._queue.release(sequence)
         siblings = self._requests[sequence.request.rid]
         siblings.remove(sequence)
