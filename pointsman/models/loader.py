@@ -177,7 +177,8 @@ def _bar(progress: bool | None, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on stderr; yields what to call for each tensor."""
     shown = sys.stderr.isatty() if progress is None else progress
     columns = (TextColumn("loading weights"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=console.is_terminal, disable=not shown) as bar:
         task = bar.add_task("weights", total=total)
         yield lambda: bar.advance(task)
 

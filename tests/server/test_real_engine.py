@@ -25,7 +25,7 @@ def client() -> Iterator[httpx.Client]:
 
 
 def ask(client: httpx.Client, **fields: Any) -> dict[str, Any]:
-    response = client.post("/v1/chat/completions", json={"messages": TURNS, "max_tokens": 12, "temperature": 0, **fields})
+    response = client.post("/v1/chat/completions", json={"messages": TURNS, "max_tokens": 12, "temperature": 0} | fields)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -72,6 +72,7 @@ def test_the_bundled_checkpoint_thinks_and_answers() -> None:
     with start_server({}, program=None) as server:
         server.wait_ready()
         with server.client() as client:
-            choice = ask(client, max_tokens=400)["choices"][0]
+            question = {"role": "user", "content": "What is 17 + 25?"}
+            choice = ask(client, messages=[question], max_tokens=400)["choices"][0]
     assert choice["finish_reason"] == "stop"
-    assert choice["message"]["reasoning_content"] and "7" in choice["message"]["content"]
+    assert "17 + 25" in choice["message"]["reasoning_content"] and "42" in choice["message"]["content"]
