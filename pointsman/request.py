@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from pointsman.grammar import Grammar
+
 MAX_CHOICES = 128
 MAX_LOGPROBS = 64
 MAX_STOPS = 64
@@ -59,6 +61,8 @@ class SamplingParams:
         stop: strings that end the text.
         stop_token_ids: token ids that end the text, besides the model's own.
         ignore_eos: go on past the model's end-of-text tokens.
+        grammar: what the text must look like (`pointsman.grammar`); it then ends when that is complete, and only a stop string or
+            the token limit can end it before. Where nothing but the end can follow, min_tokens and ignore_eos give way.
         logprobs: return the log-probability of each generated token and of this many of the likeliest.
         prompt_logprobs: the same for the prompt's tokens.
         include_stop_str_in_output: keep the stop string at the end of the text.
@@ -85,6 +89,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
@@ -101,6 +106,8 @@ class SamplingParams:
         self._check_counts()
         self._check_numbers()
         self._check_stops()
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ValueError(f"grammar is {self.grammar!r:.80}; it must be a pointsman.grammar.Grammar or None")
 
     def _check_counts(self) -> None:
         _whole("n", self.n, 1, MAX_CHOICES)
