@@ -1,8 +1,9 @@
-"""Causal attention of single rows over the paged cache, many query heads to one key head.
+"""Causal attention over the paged cache, many query heads to one key head.
 
-A row is a unit of its own: positions are walked in blocks of a fixed length, page by page, with a running maximum and sum, so its
-result depends on its position and on nothing else in the step. The heads that share a key head are done together, so that each
-key and value is read and widened once for all of them.
+The queries that share keys are done together: the heads of a key head, and rows of one lane that follow each other (up to sixteen
+queries). Keys are turned into panels of 64 positions once for all of them, and scores and outputs are products with panels. Yet a
+row is a unit of its own: positions are walked in blocks of a fixed length with a running maximum and sum, every sum in the order
+of channels or positions, so that its result depends on its position alone and not on which rows it was grouped with.
 """
 
 # Numba types what it compiles, from calls; annotations would say nothing to it.
@@ -13,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from pointsman.kernels.cpu_table import ATTENTION_BLOCK as BLOCK
-from pointsman.kernels.cpu_tile import score_tile, value_tile
+from pointsman.kernels.cpu_table import QUERIES
+from pointsman.kernels.cpu_tile import PANEL, panel_tile, turn_tile, value_tile
 from pointsman.kernels.vector import (
     at,
     exp,
@@ -84,98 +86,125 @@ def prepare(step, thread, layer, row):
 
 
 @kernel
-def fetch_first(step, layer, row, group):
-    """Ask for what `attend` will read first, while something else is still being computed."""
-    pages = at(step.page_table, step.lanes[row] * step.max_pages)
-    place, run = _run(step, layer, group, pages, whole(0), step.positions[row] + 1)
-    _fetch(step.cache_k, place, run * step.head_dim)
+def group_rows(step, num_rows):
+    """Mark where groups of rows begin that attend together: of one lane, at positions that follow each other; returns their number."""
+    most, num_groups = max(1, QUERIES // (step.heads // step.kv_heads)), 0
+    for row in range(num_rows):
+        begins = row == 0 or row - step.groups[num_groups - 1] == most
+        if not begins:
+            begins = step.lanes[row] != step.lanes[row - 1] or step.positions[row] != step.positions[row - 1] + 1
+        if begins:
+            step.groups[num_groups] = row
+            num_groups += 1
+    step.groups[num_groups] = num_rows
+    return num_groups
 
 
 @kernel
-def attend(step, thread, layer, row, group):
-    """One row, one key head, all of its query heads."""
-    heads = step.heads // step.kv_heads
-    stride, length = step.head_stride, step.positions[row] + 1
-    q = at(step.queries, (row * step.heads + group * heads) * stride)
-    probabilities, sums = at(step.probabilities, thread * heads * BLOCK), at(step.sums, thread * heads * stride)
-    highest, weight = at(step.highest, thread * heads), at(step.weight, thread * heads)
-    for head in range(heads):
-        highest[head], weight[head] = LOWEST, np.float32(0)
+def fetch_first(step, layer, item):
+    """Ask for the keys of an item's first panel, while something else is still being computed."""
+    first, key_head = step.groups[item // step.kv_heads], item % step.kv_heads
+    position, end = whole(0), min(whole(PANEL), step.positions[first] + 1)
+    while position < end:
+        place, run = locate(step, layer, key_head, step.lanes[first], position, end)
+        for i in range(place, place + run * step.head_dim, 32):
+            prefetch(step.cache_k, i)
+        position += run
+
+
+@kernel
+def attend(step, thread, layer, item):
+    """One group of rows and one key head."""
+    first, last, key_head = step.groups[item // step.kv_heads], step.groups[item // step.kv_heads + 1], item % step.kv_heads
+    heads, stride = step.heads // step.kv_heads, step.head_stride
+    num_queries, longest = (last - first) * heads, step.positions[last - 1] + 1
+    members, places = at(step.members, thread * step.most_queries), at(step.places, thread * (BLOCK + PANEL))
+    scores, sums = at(step.scratch_scores, thread * step.most_queries * BLOCK), at(step.sums, thread * step.most_queries * stride)
+    highest, weight = at(step.highest, thread * step.most_queries), at(step.weight, thread * step.most_queries)
+    for query in range(num_queries):
+        members[query] = (first + query // heads) * step.heads + key_head * heads + query % heads
+        highest[query], weight[query] = LOWEST, np.float32(0)
         for i in range(0, stride, 16):
-            store(sums, head * stride + i, splat(np.float32(0)))
-    pages = at(step.page_table, step.lanes[row] * step.max_pages)
-    for start in range(0, length, BLOCK):
-        count = min(BLOCK, length - start)
-        end, position = start + count, start
-        while position < end:
-            place, run = _run(step, layer, group, pages, position, end)
-            if position + run < length:
-                after, size = _run(step, layer, group, pages, position + run, length)
-                _fetch(step.cache_k, after, size * step.head_dim)
-            _fetch(step.cache_v, place, run * step.head_dim)
-            _score(step, at(step.cache_k, place), run, q, heads, at(probabilities, position - start))
-            position += run
-        for head in range(heads):
-            _normalize(step, at(probabilities, head * BLOCK), count, at(highest, head), at(weight, head), at(sums, head * stride))
-        position = start
-        while position < end:
-            place, run = _run(step, layer, group, pages, position, end)
-            _gather(step, at(step.cache_v, place), run, at(probabilities, position - start), heads, sums)
-            position += run
-    for head in range(heads):
-        target = at(step.attended, row * step.attended_stride + (group * heads + head) * step.head_dim)
-        factor = splat(step.cache_lift * step.lift_attention / weight[head])
+            store(sums, query * stride + i, splat(np.float32(0)))
+    for start in range(0, longest, BLOCK):
+        end = min(start + BLOCK, longest)
+        find(step, layer, key_head, step.lanes[first], start, end, places)
+        score(step, thread, places, end - start, members, num_queries, scores)
+        for query in range(num_queries):
+            count = min(end, step.positions[first + query // heads] + 1) - start
+            if count > 0:
+                normalize(step, at(scores, query * BLOCK), count, at(highest, query), at(weight, query), at(sums, query * stride))
+        gather(step, first, last, start, end, places, scores, sums)
+    for query in range(num_queries):
+        row = first + query // heads
+        target = at(step.attended, row * step.attended_stride + (key_head * heads + query % heads) * step.head_dim)
+        factor = splat(step.cache_lift * step.lift_attention / weight[query])
         for i in range(0, step.head_dim, 16):
-            store_some(target, i, load(sums, head * stride + i) * factor, step.head_dim - i)
+            store_some(target, i, load(sums, query * stride + i) * factor, step.head_dim - i)
 
 
 @kernel
-def _run(step, layer, group, pages, position, end):
-    """Where a position lies in the cache, and how many from it on lie there side by side."""
+def locate(step, layer, key_head, lane, position, end):
+    """Where a position lies in the cache, and how many from it on, before `end`, lie there side by side."""
     offset = position % step.page_size
-    page = np.int64(pages[position // step.page_size])
-    head = (layer * step.num_pages + page) * step.kv_heads + group
+    page = np.int64(step.page_table[lane * step.max_pages + position // step.page_size])
+    head = (layer * step.num_pages + page) * step.kv_heads + key_head
     return (head * step.page_size + offset) * step.head_dim, min(step.page_size - offset, end - position)
 
 
 @kernel
-def _fetch(base, place, size):
-    """Ask for a stretch of the cache ahead of its use; pages lie anywhere, so no hardware guesses where the next one is."""
-    for i in range(place, place + size, 32):
-        prefetch(base, i)
+def find(step, layer, key_head, lane, start, end, places):
+    """places[p] = where position start + p lies; behind the last, the last again, so that whole panels can be read."""
+    position = start
+    while position < end:
+        place, run = locate(step, layer, key_head, lane, position, end)
+        for p in range(run):
+            places[position - start + p] = place + p * step.head_dim
+        position += run
+    for p in range(end - start, (end - start + 15) // 16 * 16):
+        places[p] = places[end - start - 1]
 
 
 @kernel
-def _score(step, keys, run, q, heads, scores):
-    """scores[head, p] = q[head] . keys[p], in tiles of four keys and four heads."""
-    dim, stride = step.head_dim, step.head_stride
-    for p in range(0, run - 3, 4):
-        k, s = at(keys, p * dim), at(scores, p)
-        for head in range(0, heads - 3, 4):
-            score_tile(4, 4, k, dim, dim, at(q, head * stride), stride, at(s, head * BLOCK), BLOCK)
-        head = heads // 4 * 4
-        if heads & 2:
-            score_tile(2, 4, k, dim, dim, at(q, head * stride), stride, at(s, head * BLOCK), BLOCK)
-            head += 2
-        if heads & 1:
-            score_tile(1, 4, k, dim, dim, at(q, head * stride), stride, at(s, head * BLOCK), BLOCK)
-    for p in range(run // 4 * 4, run):
-        for head in range(heads):
-            score_tile(1, 1, at(keys, p * dim), dim, dim, at(q, head * stride), stride, at(scores, p + head * BLOCK), BLOCK)
+def score(step, thread, places, count, members, num_queries, scores):
+    """scores[query, p] = query . key p for `count` keys, panel by panel."""
+    dim, panel = step.head_dim, at(step.key_panel, thread * step.panel_size)
+    for p in range(0, count, PANEL):
+        for i in range(p, min(p + PANEL, count), 16):
+            turn_tile(step.cache_k, step.cache_v, at(places, i), dim, at(panel, i - p))
+        small = count - p <= PANEL // 2
+        for query in range(0, num_queries, 4):
+            height, x_rows, y = min(4, num_queries - query), at(members, query), at(scores, query * BLOCK + p)
+            score_rows(step, height, small, panel, dim, x_rows, y)
 
 
 @kernel
-def _normalize(step, scores, count, highest, weight, sums):
+def score_rows(step, height, small, panel, dim, x_rows, y):
+    """Up to four queries times a panel of keys, or its first half."""
+    q, stride, lift, rows = step.queries, step.head_stride, step.lifts, step.counting
+    if height == 4:
+        if small:
+            panel_tile(4, 32, panel, dim, q, stride, x_rows, lift, True, y, BLOCK, rows)
+        else:
+            panel_tile(4, 64, panel, dim, q, stride, x_rows, lift, True, y, BLOCK, rows)
+    elif height == 3:
+        panel_tile(3, 64, panel, dim, q, stride, x_rows, lift, True, y, BLOCK, rows)
+    elif height == 2:
+        panel_tile(2, 64, panel, dim, q, stride, x_rows, lift, True, y, BLOCK, rows)
+    else:
+        panel_tile(1, 64, panel, dim, q, stride, x_rows, lift, True, y, BLOCK, rows)
+
+
+@kernel
+def normalize(step, scores, count, highest, weight, sums):
     """Turn a block's scores into unnormed probabilities under the new maximum, and bring what was summed so far under it."""
     for p in range(count, (count + 15) // 16 * 16):
         scores[p] = LOWEST
-    lift, most = splat(step.cache_lift), splat(LOWEST)
+    most = splat(LOWEST)
     for p in range(0, count, 16):
-        score = larger(splat(LOWEST), load(scores, p) * lift)
-        store(scores, p, score)
-        most = larger(most, score)
+        most = larger(most, load(scores, p))
     before, now = highest[0], max(highest[0], largest(most))
-    part = splat(np.float32(0))
+    part, lift = splat(np.float32(0)), splat(step.cache_lift)
     for p in range(0, count, 16):
         probability = exp(load(scores, p) - splat(now))
         part = part + probability
@@ -191,21 +220,32 @@ def _normalize(step, scores, count, highest, weight, sums):
 
 
 @kernel
-def _gather(step, values, run, probabilities, heads, sums):
-    """sums[head] += probabilities[head, p] * values[p], in tiles of up to four heads and 64 channels."""
+def gather(step, first, last, start, end, places, scores, sums):
+    """sums[query] += probabilities[query, p] * value p: positions that all rows see for all queries, then the others row by row."""
+    heads, common = step.heads // step.kv_heads, max(start, min(end, step.positions[first] + 1))
+    weigh(step, places, common - start, scores, (last - first) * heads, sums)
+    for row in range(first + 1, last):
+        query, rest = (row - first) * heads, min(end, step.positions[row] + 1) - common
+        weigh(step, at(places, common - start), rest, at(scores, query * BLOCK + common - start), heads, at(sums, query * step.head_stride))
+
+
+@kernel
+def weigh(step, places, count, probabilities, num_queries, sums):
+    """sums[query] += probabilities[query, p] * value p for p < count, in tiles of up to four queries and 64 channels."""
     dim, stride = step.head_dim, step.head_stride
-    for head in range(0, heads, 4):
-        height, p, y = min(4, heads - head), at(probabilities, head * BLOCK), at(sums, head * stride)
+    for query in range(0, num_queries, 4):
+        height, p, y = min(4, num_queries - query), at(probabilities, query * BLOCK), at(sums, query * stride)
         for i in range(0, dim - 63, 64):
-            v, target = at(values, i), at(y, i)
+            v, target = at(step.cache_v, i), at(y, i)
             if height == 4:
-                value_tile(4, 64, v, dim, run, p, BLOCK, target, stride, 64)
+                value_tile(4, 64, v, places, count, p, BLOCK, target, stride, 64)
             elif height == 3:
-                value_tile(3, 64, v, dim, run, p, BLOCK, target, stride, 64)
+                value_tile(3, 64, v, places, count, p, BLOCK, target, stride, 64)
             elif height == 2:
-                value_tile(2, 64, v, dim, run, p, BLOCK, target, stride, 64)
+                value_tile(2, 64, v, places, count, p, BLOCK, target, stride, 64)
             else:
-                value_tile(1, 64, v, dim, run, p, BLOCK, target, stride, 64)
+                value_tile(1, 64, v, places, count, p, BLOCK, target, stride, 64)
         for i in range(dim // 64 * 64, dim, 16):
+            v, channels = at(step.cache_v, i), min(16, dim - i)
             for row in range(height):
-                value_tile(1, 16, at(values, i), dim, run, at(p, row * BLOCK), BLOCK, at(y, row * stride + i), stride, min(16, dim - i))
+                value_tile(1, 16, v, places, count, at(p, row * BLOCK), BLOCK, at(y, row * stride + i), stride, channels)

@@ -63,13 +63,13 @@ def multiply(linear, index, panel, x, x_stride, x_rows, y, y_stride, y_rows, num
             scale = at(linear.scales, (panel * linear.blocks + block) * PANEL)
             first = block == 0
             if height == 4:
-                panel_tile(4, w, depth, at(x, k), x_stride, x_row, scale, first, y, y_stride, y_row)
+                panel_tile(4, 64, w, depth, at(x, k), x_stride, x_row, scale, first, y, y_stride, y_row)
             elif height == 3:
-                panel_tile(3, w, depth, at(x, k), x_stride, x_row, scale, first, y, y_stride, y_row)
+                panel_tile(3, 64, w, depth, at(x, k), x_stride, x_row, scale, first, y, y_stride, y_row)
             elif height == 2:
-                panel_tile(2, w, depth, at(x, k), x_stride, x_row, scale, first, y, y_stride, y_row)
+                panel_tile(2, 64, w, depth, at(x, k), x_stride, x_row, scale, first, y, y_stride, y_row)
             else:
-                panel_tile(1, w, depth, at(x, k), x_stride, x_row, scale, first, y, y_stride, y_row)
+                panel_tile(1, 64, w, depth, at(x, k), x_stride, x_row, scale, first, y, y_stride, y_row)
 
 
 @kernel

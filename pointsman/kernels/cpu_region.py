@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pointsman.kernels.cpu_attention import attend, fetch_first, prepare
+from pointsman.kernels.cpu_attention import attend, fetch_first, group_rows, prepare
 from pointsman.kernels.cpu_phases import add, combine, contract, embed, expand, judge, norm, panels, project, route, sort_pairs
 from pointsman.kernels.cpu_record import RecordType, reader
-from pointsman.kernels.cpu_table import ALONE, NUM_LOGITS, NUM_ROWS, STEPS, STOPPED, step_fields
+from pointsman.kernels.cpu_table import ALONE, NUM_GROUPS, NUM_LOGITS, NUM_ROWS, STEPS, STOPPED, step_fields
 from pointsman.kernels.cpu_threads import announce, atomic_read, await_step, finish, put, take
 from pointsman.kernels.vector import at, kernel, whole
 
@@ -35,7 +35,7 @@ MOST_TAKEN = 4
 
 @kernel
 def check(step):
-    """Find each row's cache slot; returns 0, or 1 + the number of a row that names what does not exist."""
+    """Find each row's cache slot and what rows attend together; returns 0, or 1 + the number of a row that names what does not exist."""
     for row in range(step.control[NUM_ROWS]):
         step.wanted[row] = 0
         token, position, lane = step.tokens[row], step.positions[row], step.lanes[row]
@@ -57,6 +57,7 @@ def check(step):
         if not 0 <= step.logit_rows[i] < step.control[NUM_ROWS]:
             return i + 1
         step.wanted[step.logit_rows[i]] = 1
+    step.control[NUM_GROUPS] = group_rows(step, step.control[NUM_ROWS])
     return 0
 
 
@@ -93,15 +94,17 @@ def work_on_rows(step, thread, kind, layer, first, count):
 
 @kernel
 def work_on_panels(step, thread, kind, layer, num_rows, first, count):
-    """Items of a matrix phase, or of attention, whose items are pairs of a row and a key head."""
+    """Items of a matrix phase, or of attention, whose items are a group of rows and a key head each."""
     stride = step.hidden_stride
+    if kind == ATTEND:
+        fetch_first(step, layer, first)
     for item in range(first, first + count):
         if kind == QKV:
             project(step, step.qkv, layer, item, step.h, stride, step.qkv_out, step.qkv_stride, num_rows)
         elif kind == ATTEND:
             if item + 1 < first + count:
-                fetch_first(step, layer, (item + 1) // step.kv_heads, (item + 1) % step.kv_heads)
-            attend(step, thread, layer, item // step.kv_heads, item % step.kv_heads)
+                fetch_first(step, layer, item + 1)
+            attend(step, thread, layer, item)
         elif kind == OUTPUT:
             project(step, step.o, layer, item, step.attended, step.attended_stride, step.projected, stride, num_rows)
         elif kind == EXPAND:
@@ -118,7 +121,7 @@ def items_of(step, kind, num_rows, num_logits, num_active):
     if kind == QKV:
         return panels(step.qkv, num_rows)
     if kind == ATTEND:
-        return num_rows * step.kv_heads
+        return step.control[NUM_GROUPS] * step.kv_heads
     if kind == OUTPUT:
         return panels(step.o, num_rows)
     if kind == EXPAND:

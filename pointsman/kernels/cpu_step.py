@@ -23,7 +23,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from pointsman.kernels.cpu_object import Kinds, StepThread, is_cached, load, start_compiling
 from pointsman.kernels.cpu_pack import PackedLinear, aligned, form_of
-from pointsman.kernels.cpu_table import ATTENTION_BLOCK, CONTROL_WORDS, MOST_ITEMS, NUM_LOGITS, NUM_ROWS, THREADS, step_fields, table
+from pointsman.kernels.cpu_table import (
+    ATTENTION_BLOCK,
+    CONTROL_WORDS,
+    MOST_ITEMS,
+    NUM_LOGITS,
+    NUM_ROWS,
+    QUERIES,
+    THREADS,
+    step_fields,
+    table,
+)
 from pointsman.kernels.cpu_weights import CpuWeights, LayerWeights, ModelShape, pack_weights, padded
 
 __all__ = [
@@ -155,6 +165,7 @@ def _numbers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, ND
     """Integer buffers by name."""
     pairs = max_rows * shape.top_k
     sizes = dict.fromkeys(("tokens", "positions", "lanes", "slots", "forced", "logit_rows", "wanted"), max_rows)
+    sizes |= {"groups": max_rows + 1, "members": num_threads * _queries(shape), "places": num_threads * (ATTENTION_BLOCK + 64)}
     sizes |= dict.fromkeys(("chosen", "pairs", "sources"), pairs) | dict.fromkeys(("starts", "active"), shape.experts + 1)
     numbers = {name: aligned((size,), np.dtype(np.int64)) for name, size in (sizes | {"control": CONTROL_WORDS}).items()}
     numbers["control"][THREADS] = num_threads
@@ -164,7 +175,7 @@ def _numbers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, ND
 def _buffers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, NDArray[np.float32]]:
     """Float buffers by name. Zero where padding is read; memory that is never touched is never taken."""
     hidden, head = padded(shape.hidden), padded(shape.head_dim, 16)
-    group = num_threads * (shape.heads // shape.kv_heads)
+    queries = num_threads * _queries(shape)
     channels = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     sizes = {"x": (max_rows, hidden), "h": (max_rows, hidden), "projected": (max_rows, hidden), "weights": (max_rows, shape.top_k)}
     sizes |= {
@@ -175,20 +186,36 @@ def _buffers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, ND
     }
     sizes |= {"attended": (max_rows, shape.heads * shape.head_dim)}
     sizes |= {"activations": (max_rows * shape.top_k, padded(shape.width, 32)), "outputs": (max_rows * shape.top_k, hidden)}
-    sizes |= {"logits": (max_rows, padded(shape.vocab)), "tile": (num_threads, 4 * 64), "probabilities": (group, ATTENTION_BLOCK)}
-    sizes |= {"sums": (group, head), "highest": (group, 1), "weight": (group, 1)}
+    sizes |= {
+        "logits": (max_rows, padded(shape.vocab)),
+        "tile": (num_threads, 4 * 64),
+        "key_panel": (num_threads * padded(shape.head_dim), 64),
+    }
+    sizes |= {"scratch_scores": (queries, ATTENTION_BLOCK), "sums": (queries, head), "highest": (queries, 1), "weight": (queries, 1)}
     return {name: aligned(size, np.dtype(np.float32)) for name, size in sizes.items()}
+
+
+def _queries(shape: ModelShape) -> int:
+    """Most queries that attend together: the heads of a key head, of several rows if they are few."""
+    return max(QUERIES, shape.heads // shape.kv_heads)
 
 
 def _settings(
     shape: ModelShape, weights: CpuWeights, cache: CpuCache, max_rows: int, num_threads: int, pipe: tuple[int, int]
 ) -> dict[str, Any]:
     """Sizes, weights and cache, as the table names them."""
+    lift = 2.0**60 if cache.k.dtype == np.uint8 else 1.0
     wide, bfloat16 = cache.routes.dtype == np.uint16, weights.embed.dtype == np.uint16
     none = {dtype: np.zeros(0, dtype) for dtype in (np.uint8, np.uint16, np.float32)}
     names = ("hidden", "layers", "heads", "kv_heads", "head_dim", "experts", "top_k", "vocab", "epsilon")
     values: dict[str, Any] = {name: getattr(shape, name) for name in names}
-    values |= {"num_threads": num_threads, "max_rows": max_rows, "half_rotary": shape.rotary_dim // 2}
+    values |= {
+        "num_threads": num_threads,
+        "max_rows": max_rows,
+        "most_queries": _queries(shape),
+        "panel_size": padded(shape.head_dim) * 64,
+        "half_rotary": shape.rotary_dim // 2,
+    }
     values |= {"hidden_stride": padded(shape.hidden), "head_stride": padded(shape.head_dim, 16), "expert_stride": padded(shape.experts)}
     values |= {
         "width_stride": padded(shape.width, 32),
@@ -205,7 +232,7 @@ def _settings(
         "routes8": none[np.uint8] if wide else cache.routes,
     }
     values |= {"embed_bfloat16": bfloat16, "embed16": weights.embed if bfloat16 else none[np.uint16]}
-    values |= {"embed32": none[np.float32] if bfloat16 else weights.embed, "cache_lift": 2.0**60 if cache.k.dtype == np.uint8 else 1.0}
+    values |= {"embed32": none[np.float32] if bfloat16 else weights.embed, "cache_lift": lift, "lifts": np.full(64, lift, np.float32)}
     values |= {"lift_attention": weights.qkv.lift, "lift_experts": weights.gate_up.lift, "lift_head": weights.head.lift}
     values |= {name: getattr(weights, name) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "final_norm", "bias", "cos", "sin")}
     return values | {name: _linear(getattr(weights, name)) for name in ("qkv", "o", "gate", "gate_up", "down", "head")}

@@ -20,8 +20,8 @@ Fields = dict[str, Any]
 
 # Words of the control block, each on a cache line of its own. A step's sizes have two places, for even and odd steps, so that a
 # thread that comes late to a step can tell by the number of steps whether what it read was still that step's.
-STEPS, WORK, UNDONE, SLEEPERS, STOPPED, THREADS, NUM_ROWS, NUM_LOGITS = range(0, 64, 8)
-CONTROL_WORDS = 64
+STEPS, WORK, UNDONE, SLEEPERS, STOPPED, THREADS, NUM_ROWS, NUM_LOGITS, NUM_GROUPS = range(0, 72, 8)
+CONTROL_WORDS = 72
 
 # The word of work is the phase's number and, in its low bits, the items not yet taken.
 ITEM_BITS = 20
@@ -29,20 +29,22 @@ MOST_ITEMS = (1 << ITEM_BITS) - 1
 
 # With at most this many rows, whoever ends the phase before does the row phases of all of them on the spot.
 ALONE = 2
-# Positions that attention scores at a time.
+# Positions that attention scores at a time, and queries that it takes together if they are of several rows.
 ATTENTION_BLOCK = 256
+QUERIES = 16
 
 INTS = """
     num_threads max_rows hidden hidden_stride layers heads kv_heads head_dim head_stride half_rotary experts expert_stride top_k
     width_stride vocab logits_stride qkv_stride attended_stride num_pages page_size max_pages num_lanes max_positions
-    embed_bfloat16 wide_routes pipe_in pipe_out
+    embed_bfloat16 wide_routes most_queries panel_size pipe_in pipe_out
 """
 FLOATS = "epsilon lift_attention lift_experts lift_head cache_lift"
 WEIGHTS = "input_norm post_norm q_norm k_norm final_norm bias cos sin embed32"
 BUFFERS = """
-    x h scores weights queries turned qkv_out attended projected activations outputs logits tile probabilities sums highest weight
+    x h scores weights queries turned qkv_out attended projected activations outputs logits tile
+    key_panel lifts scratch_scores sums highest weight
 """
-NUMBERS = "control tokens positions lanes slots forced logit_rows wanted counting chosen starts pairs sources active"
+NUMBERS = "control tokens positions lanes slots forced logit_rows wanted counting chosen starts pairs sources active groups members places"
 
 
 def linear_fields(form: str) -> Fields:

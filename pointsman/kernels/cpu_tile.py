@@ -1,10 +1,10 @@
-"""The three inner loops of a step on a CPU: weights times activations, queries times keys, probabilities times values.
+"""The inner loops of a step on a CPU: panels times rows, probabilities times values, and the turning of keys into panels.
 
-Every loop holds its sums in registers and adds to each in one fixed order: over k one after the other where an output has its own
-lane (weights, values), over sixteen partial sums and then their tree where a lane is a channel (keys). How many rows a tile takes
-changes which loads are shared, never the order of one sum; so a row's result is the same bits whatever rows run beside it.
+Every sum is held in a register lane of its own and added to in one fixed order, over k one after the other. How many rows a tile takes
+changes which loads are shared, never the order of a sum; so a row's result is the same bits whatever rows run beside it.
 
-Weights lie in panels of 64 outputs, [panel][k][64]: one step of k reads one line of 64 and multiplies it into up to four rows.
+Weights lie in panels of 64 outputs, [panel][k][64]: one step of k reads one line of 64 and multiplies it into up to four rows. Keys are
+turned into such panels too, of 64 positions, [channel][64], so that scores are one more product with a panel.
 With 32 registers of sixteen floats (AVX-512) a tile is 64 outputs wide at every height; with narrower registers it walks the
 panel in parts, so that the sums still fit.
 """
@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pointsman.kernels.vector import FLOAT, INT32, INT64, VECTOR, WIDTH, floats, fused, read, spread
+from pointsman.kernels.vector import INT8, INT32, INT64, VECTOR, WIDTH, call, floats, fused, read, read_words, split_words, spread
 
 PANEL = 64
 MOST_ROWS = 4
@@ -66,6 +66,7 @@ def _index(value: int) -> Any:
 def panel_tile(
     context: Any,
     rows: Any,
+    columns: Any,
     w: Any,
     num_k: Any,
     x: Any,
@@ -79,14 +80,15 @@ def panel_tile(
 ) -> Any:
     """y[y_rows[r], :64] = (0 if first else y[y_rows[r], :64]) + scale[:64] * sum over k of w[k, :64] * x[x_rows[r], k], r < rows.
 
-    `rows` is a literal from 1 to 4; x_rows and y_rows hold int64 row numbers; scale has 64 float32.
+    `rows` is a literal from 1 to 4; x_rows and y_rows hold int64 row numbers; scale has 64 float32. With the literal 32 for
+    `columns`, the first half of the panel.
     """
-    num_rows = rows.literal_value
+    num_rows, vectors = rows.literal_value, columns.literal_value // WIDTH
     pointer = types.CPointer(types.int64)
     real = types.CPointer(types.float32)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, w, num_k, x, x_stride, x_rows, scale, first, y, y_stride, y_rows = arguments
+        _, _, w, num_k, x, x_stride, x_rows, scale, first, y, y_stride, y_rows = arguments
 
         def row(base: Any, stride: Any, numbers: Any, r: int) -> Any:
             return _step(builder, base, (builder.load(_step(builder, numbers, r)), stride))
@@ -94,7 +96,7 @@ def panel_tile(
         inputs = [row(x, x_stride, x_rows, r) for r in range(num_rows)]
         outputs = [row(y, y_stride, y_rows, r) for r in range(num_rows)]
         zero = floats(0.0)
-        for part in _parts(context, num_rows, PANEL // WIDTH):
+        for part in _parts(context, num_rows, vectors):
             sums = _sums(
                 builder,
                 num_k,
@@ -111,98 +113,97 @@ def panel_tile(
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(rows, w, i64, real, i64, pointer, real, types.boolean, real, i64, pointer), generate
+    return types.void(rows, columns, w, i64, real, i64, pointer, real, types.boolean, real, i64, pointer), generate
 
 
 @intrinsic(prefer_literal=True)
 def value_tile(
-    context: Any, rows: Any, columns: Any, v: Any, v_stride: Any, num_k: Any, p: Any, p_stride: Any, y: Any, y_stride: Any, count: Any
+    context: Any, rows: Any, columns: Any, v: Any, places: Any, num_k: Any, p: Any, p_stride: Any, y: Any, y_stride: Any, count: Any
 ) -> Any:
-    """y[r, :columns] += sum over k of p[r, k] * v[k, :columns] for r < rows; k outermost, in its order.
+    """y[r, :columns] += sum over k of p[r, k] * v[places[k] + (0 .. columns)] for r < rows; k outermost, in its order.
 
     `rows` is a literal from 1 to 4, `columns` a literal 64 or 16. With 16, only the first `count` of them are read from v and
     the rest are zero; y has all sixteen.
     """
     num_rows, vectors = rows.literal_value, columns.literal_value // WIDTH
-    real, i64 = types.CPointer(types.float32), types.int64
+    real, whole, i64 = types.CPointer(types.float32), types.CPointer(types.int64), types.int64
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, _, v, v_stride, num_k, p, p_stride, y, y_stride, count = arguments
+        _, _, v, places, num_k, p, p_stride, y, y_stride, count = arguments
         limit = count if vectors == 1 else None
         for part in _parts(context, num_rows, vectors):
-            places = [
+            targets = [
                 builder.bitcast(_step(builder, y, (y_stride, _index(r)), WIDTH * i), VECTOR.as_pointer())
                 for r in range(num_rows)
                 for i in part
             ]
+
+            def weights(k: Any, part: range = part) -> list[Any]:
+                row = _step(builder, v, builder.load(_step(builder, places, k)))
+                return [read(builder, _step(builder, row, WIDTH * i), limit) for i in part]
+
             sums = _sums(
                 builder,
                 num_k,
-                [builder.load(place, align=4) for place in places],
-                lambda k, part=part: [read(builder, _step(builder, v, (k, v_stride), WIDTH * i), limit) for i in part],
+                [builder.load(target, align=4) for target in targets],
+                weights,
                 lambda k: [builder.load(_step(builder, p, (p_stride, _index(r)), k)) for r in range(num_rows)],
             )
-            for value, place in zip(sums, places, strict=True):
-                builder.store(value, place, align=4)
+            for value, target in zip(sums, targets, strict=True):
+                builder.store(value, target, align=4)
         return context.get_dummy_value()
 
-    return types.void(rows, columns, v, i64, i64, real, i64, real, i64, i64), generate
+    return types.void(rows, columns, v, whole, i64, real, i64, real, i64, i64), generate
 
 
-@intrinsic(prefer_literal=True)
-def score_tile(
-    context: Any, rows: Any, keys: Any, k: Any, k_stride: Any, dim: Any, q: Any, q_stride: Any, scores: Any, scores_stride: Any
-) -> Any:
-    """scores[r, p] = sum over d of q[r, d] * k[p, d] for r < rows, p < keys (literals: 1, 2 or 4 rows; 1 or 4 keys).
+@intrinsic
+def turn_tile(context: Any, k: Any, v: Any, places: Any, dim: Any, panel: Any) -> Any:
+    """panel[d, p] = k[places[p] + d] for p < 16, d < dim; channels that pad `dim` to 64 may be written too, with zeros.
 
-    Rows of q are padded with zeros to sixteen; of k nothing beyond `dim` is read.
+    Words of 32 bits are turned, as stored: one channel of float32, two of bfloat16, four of e4m3, which are told apart after that.
+    On the way what comes next is asked for, because pages lie anywhere and no hardware guesses where: the values of the same
+    positions, and the keys of those a panel on. Addresses behind the last position may be anything.
     """
-    num_rows, num_keys = rows.literal_value, keys.literal_value
-    real, i64 = types.CPointer(types.float32), types.int64
+    bits = {types.float32: 32, types.uint16: 16, types.uint8: 8}[k.dtype]
+    channels = 32 // bits * WIDTH
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, _, k, k_stride, dim, q, q_stride, scores, scores_stride = arguments
-        cells = [cgutils.alloca_once_value(builder, floats(0.0)) for _ in range(num_rows * num_keys)]
+        k, v, places, dim, panel = arguments
+        keys = [_step(builder, k, builder.load(_step(builder, places, p))) for p in range(WIDTH)]
 
-        def multiply(d: Any, limit: Any) -> None:
-            key = [read(builder, _step(builder, k, (k_stride, _index(p)), d), limit) for p in range(num_keys)]
-            for r in range(num_rows):
-                query = read(builder, _step(builder, q, (q_stride, _index(r)), d))
-                for p in range(num_keys):
-                    cell = cells[r * num_keys + p]
-                    builder.store(fused(builder, query, key[p], builder.load(cell)), cell)
+        def fetch(base: Any, index: int, d: Any) -> None:
+            place = builder.bitcast(_step(builder, base, builder.load(_step(builder, places, index)), d), INT8.as_pointer())
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), place, *(ir.Constant(INT32, option) for option in (0, 3, 1)))
 
-        whole = builder.and_(dim, _index(-WIDTH))
-        with cgutils.for_range_slice(builder, _index(0), whole, _index(WIDTH)) as (d, _count):
-            multiply(d, None)
-        with builder.if_then(builder.icmp_signed("<", whole, dim)):
-            multiply(whole, builder.sub(dim, whole))
-        sums = _lane_sums(builder, [builder.load(cell) for cell in cells])
-        for r in range(num_rows):
-            lanes = ir.Constant(ir.VectorType(INT32, num_keys), list(range(r * num_keys, (r + 1) * num_keys)))
-            place = _step(builder, scores, (scores_stride, _index(r)))
-            place = builder.bitcast(place, ir.VectorType(FLOAT, num_keys).as_pointer())
-            builder.store(builder.shuffle_vector(sums, sums, lanes), place, align=4)
+        def turn(d: Any, limit: Any) -> None:
+            for p in range(WIDTH):
+                fetch(v, p, d)
+                fetch(k, p + PANEL, d)
+            for i, word in enumerate(_transposed(builder, [read_words(builder, _step(builder, key, d), limit) for key in keys])):
+                for j, vector in enumerate(split_words(builder, word, bits)):
+                    place = _step(builder, panel, (builder.add(d, _index(i * (32 // bits) + j)), _index(PANEL)))
+                    builder.store(vector, builder.bitcast(place, VECTOR.as_pointer()), align=4)
+
+        full = builder.and_(dim, _index(-channels))
+        with cgutils.for_range_slice(builder, _index(0), full, _index(channels)) as (d, _count):
+            turn(d, None)
+        with builder.if_then(builder.icmp_signed("<", full, dim)):
+            turn(full, builder.sub(dim, full))
         return context.get_dummy_value()
 
-    return types.void(rows, keys, k, i64, i64, real, i64, real, i64), generate
+    real, whole = types.CPointer(types.float32), types.CPointer(types.int64)
+    return types.void(k, k, whole, types.int64, real), generate
 
 
-def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
-    """A vector whose lane i is the sum of the lanes of vectors[i]; their number is a power of two up to 16.
-
-    Two vectors are merged by adding their halves, quarters, ... crosswise: half of the result belongs to each, and so on down.
-    """
-    half = WIDTH // 2
-    while half >= len(vectors):
-        turned = ir.Constant(ir.VectorType(INT32, WIDTH), [lane ^ half for lane in range(WIDTH)])
-        vectors = [builder.fadd(vector, builder.shuffle_vector(vector, vector, turned)) for vector in vectors]
-        half //= 2
-    while half:
-        near = [lane + WIDTH - half if lane & half else lane for lane in range(WIDTH)]
-        far = [lane + WIDTH if lane & half else lane + half for lane in range(WIDTH)]
-        near, far = (ir.Constant(ir.VectorType(INT32, WIDTH), lanes) for lanes in (near, far))
-        pairs = zip(vectors[:half], vectors[half:], strict=True)
-        vectors = [builder.fadd(builder.shuffle_vector(a, b, near), builder.shuffle_vector(a, b, far)) for a, b in pairs]
-        half //= 2
-    return vectors[0]
+def _transposed(builder: Any, vectors: list[Any]) -> list[Any]:
+    """Vectors exchanged in halves, quarters, ...: at each distance, lanes with that bit change places with vectors with that bit."""
+    for half in (8, 4, 2, 1):
+        near, far = (
+            ir.Constant(ir.VectorType(INT32, WIDTH), [(lane ^ half) + WIDTH if lane & half else lane for lane in range(WIDTH)]),
+            ir.Constant(ir.VectorType(INT32, WIDTH), [lane + WIDTH if lane & half else lane ^ half for lane in range(WIDTH)]),
+        )
+        for i in range(WIDTH):
+            if not i & half:
+                a, b = vectors[i], vectors[i + half]
+                vectors[i], vectors[i + half] = builder.shuffle_vector(a, b, near), builder.shuffle_vector(a, b, far)
+    return vectors

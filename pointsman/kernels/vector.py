@@ -33,7 +33,8 @@ E4M3_MAX = 448.0
 kernel = njit(error_model="numpy")
 
 FLOAT, INT8, INT16, INT32, INT64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-STORED = {types.float32: FLOAT, types.uint16: INT16, types.uint8: INT8}
+STORED = (types.float32, types.uint16, types.uint8)
+BITS = {FLOAT: 32, INT16: 16, INT8: 8}
 
 
 class LanesType(types.Type):
@@ -81,45 +82,63 @@ def spread(builder: Any, scalar: Any) -> Any:
     return builder.shuffle_vector(one, one, integers(builder, 0))
 
 
-def first_lanes(builder: Any, count: Any) -> Any:
+def first_lanes(builder: Any, count: Any, width: int = WIDTH) -> Any:
     """A mask of the first `count` lanes."""
-    wide = builder.insert_element(
-        ir.Constant(ir.VectorType(INT32, WIDTH), ir.Undefined), builder.trunc(count, INT32), ir.Constant(INT32, 0)
-    )
-    wide = builder.shuffle_vector(wide, wide, integers(builder, 0))
-    return builder.icmp_signed("<", ir.Constant(ir.VectorType(INT32, WIDTH), list(range(WIDTH))), wide)
+    vector = ir.VectorType(INT32, width)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), builder.trunc(count, INT32), ir.Constant(INT32, 0))
+    wide = builder.shuffle_vector(one, one, ir.Constant(vector, [0] * width))
+    return builder.icmp_signed("<", ir.Constant(vector, list(range(width))), wide)
+
+
+def read_stored(builder: Any, pointer: Any, count: Any, width: int) -> Any:
+    """Load `width` elements as they are stored; with a count, that many of them and zeros."""
+    element = pointer.type.pointee
+    bits = BITS[element]
+    vector = ir.VectorType(element, width)
+    place = builder.bitcast(pointer, vector.as_pointer())
+    if count is None:
+        return builder.load(place, align=bits // 8)
+    name = f"llvm.masked.load.v{width}{'f' if element == FLOAT else 'i'}{bits}.p0"
+    return call(builder, name, vector, place, ir.Constant(INT32, bits // 8), first_lanes(builder, count, width), ir.Constant(vector, None))
 
 
 def read(builder: Any, pointer: Any, count: Any = None) -> Any:
     """Load sixteen stored elements, or `count` of them and zeros, and widen them to float32."""
-    element = pointer.type.pointee
-    bits = {FLOAT: 32, INT16: 16, INT8: 8}[element]
-    vector = ir.VectorType(element, WIDTH)
-    place = builder.bitcast(pointer, vector.as_pointer())
-    if count is None:
-        raw = builder.load(place, align=bits // 8)
-    else:
-        name = f"llvm.masked.load.v16{'f' if element == FLOAT else 'i'}{bits}.p0"
-        empty = ir.Constant(vector, None)
-        raw = call(builder, name, vector, place, ir.Constant(INT32, bits // 8), first_lanes(builder, count), empty)
-    return widen(builder, raw, bits)
-
-
-def widen(builder: Any, raw: Any, bits: int) -> Any:
-    """Sixteen stored elements of 8, 16 or 32 bits as float32."""
-    wide = ir.VectorType(INT32, WIDTH)
+    raw, wide = read_stored(builder, pointer, count, WIDTH), ir.VectorType(INT32, WIDTH)
+    bits = BITS[pointer.type.pointee]
     if bits == 32:
         return raw
     if bits == 16:
         return builder.bitcast(builder.shl(builder.zext(raw, wide), integers(builder, 16)), VECTOR)
-    moved = builder.shl(builder.sext(raw, wide), integers(builder, 20))
+    return _from_e4m3(builder, builder.shl(builder.sext(raw, wide), integers(builder, 20)))
+
+
+def _from_e4m3(builder: Any, moved: Any) -> Any:
+    """Keep the sign and the seven bits that follow at the exponent's low end."""
     return builder.bitcast(builder.and_(moved, integers(builder, 0x87F00000)), VECTOR)
+
+
+def read_words(builder: Any, pointer: Any, count: Any = None) -> Any:
+    """Load sixteen words of 32 bits, each of one, two or four stored elements; with a count of elements, those and zeros."""
+    raw = read_stored(builder, pointer, count, WIDTH * 32 // BITS[pointer.type.pointee])
+    return builder.bitcast(raw, ir.VectorType(INT32, WIDTH))
+
+
+def split_words(builder: Any, words: Any, bits: int) -> list[Any]:
+    """The elements of words as float32: first the first of each, then the second, ..."""
+    if bits == 32:
+        return [builder.bitcast(words, VECTOR)]
+    if bits == 16:
+        low, high = builder.shl(words, integers(builder, 16)), builder.and_(words, integers(builder, 0xFFFF0000))
+        return [builder.bitcast(low, VECTOR), builder.bitcast(high, VECTOR)]
+    tops = [builder.shl(words, integers(builder, left)) for left in (24, 16, 8, 0)]
+    return [_from_e4m3(builder, builder.ashr(top, integers(builder, 4))) for top in tops]
 
 
 def write(builder: Any, value: Any, pointer: Any, count: Any = None) -> None:
     """Round sixteen floats to the stored form and store them, or the first `count` of them."""
     element = pointer.type.pointee
-    bits = {FLOAT: 32, INT16: 16, INT8: 8}[element]
+    bits = BITS[element]
     vector = ir.VectorType(element, WIDTH)
     place = builder.bitcast(pointer, vector.as_pointer())
     value = {32: lambda _, v: v, 16: _to_bfloat16, 8: _to_e4m3}[bits](builder, value)

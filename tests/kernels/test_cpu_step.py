@@ -5,6 +5,7 @@ Three combinations of stored forms are used, so that a machine without compiled 
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pointsman.kernels import cpu_step
 from pointsman.kernels.cpu_step import CpuCache, CpuStep, ModelShape
 from pointsman.kernels.cpu_table import SLEEPERS
 from tests.kernels.cpu_model import Model
@@ -44,6 +46,9 @@ SHAPES = {
 # Logits have a size of about 3. float32 sums differ from float64 ones by rounding only. A key or value whose float64 and float32
 # forms lie on both sides of a rounding boundary is stored a step apart: 2**-9 of itself in bfloat16, 2**-4 in e4m3.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-3, "e4m3": 3e-2}
+
+
+GUARD = 1 << 14
 
 
 def chunks(length: int, generator: np.random.Generator, most: int) -> list[range]:
@@ -141,6 +146,29 @@ def test_nothing_else_is_written() -> None:
     for array, old in zip((cache.k, cache.v), before[:2], strict=True):
         assert (array[:, page, :, offset] == old[:, page, :, offset]).all()
     assert (cache.routes[free] == before[2][free]).all()
+
+
+@pytest.mark.parametrize("form", [FP8, FLOAT32, BFLOAT16], ids=["fp8", "float32", "bfloat16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_buffers_are_not_overrun(name: str, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer of a step lies between stretches that stay as they were."""
+    (shape, block), (forms, cache_form) = SHAPES[name], form
+    guards = []
+
+    def guarded(size: tuple[int, ...], dtype: Any) -> Any:
+        memory = np.full(math.prod(size) * dtype.itemsize + 2 * GUARD, 0xA5, np.uint8)
+        first = GUARD - memory.ctypes.data % 64
+        inside = memory[first : first + math.prod(size) * dtype.itemsize]
+        inside[:] = 0
+        guards.extend((memory[:first], memory[first + len(inside) :]))
+        return inside.view(dtype).reshape(size)
+
+    model = Model(shape, block=block, **forms)
+    monkeypatch.setattr(cpu_step, "aligned", guarded)
+    step, _ = model.step(cache_form, lanes=2, page_size=5, pages=20, max_rows=20, num_threads=2)
+    feed(step, {0: prompt(model, 90, 1), 1: prompt(model, 33, 2)}, most=20)
+    step.close()
+    assert len(guards) > 40 and all((guard == 0xA5).all() for guard in guards)
 
 
 def test_equal_scores_go_to_the_lower_expert() -> None:
