@@ -174,8 +174,12 @@ def test_what_is_printed_does_not_depend_on_how_the_text_came(pieces, opened, hi
     assert shown[0].endswith("\n")
 
 
+# A fast step ends its answer before anybody can interrupt it.
+SLOWLY = ("--load-format", "dummy", "--ignore-eos", "--cpu-step", "torch")
+
+
 def started(*words):
-    command = [sys.executable, "-m", "pointsman", *words, "--load-format", "dummy", "--ignore-eos"]
+    command = [sys.executable, "-m", "pointsman", *words, *SLOWLY]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -218,7 +222,7 @@ def ctrl_c(person, process):
 @pytest.mark.parametrize("leave", [ctrl_d, ctrl_c])
 def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(leave):
     outer, inner = pty.openpty()
-    command = [sys.executable, "-m", "pointsman", "chat", "--load-format", "dummy", "--ignore-eos"]
+    command = [sys.executable, "-m", "pointsman", "chat", *SLOWLY]
     with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=os.environ | {"TERM": "xterm"}) as process:
         os.close(inner)
         person = Person(outer)
