@@ -1,6 +1,6 @@
 """Speed of the compiled step on this machine: tokens a second of decoding and of prefill, without an engine around it.
 
-    python benchmarks/cpu_step.py [--attention e4m3] [--experts e4m3] [--head bfloat16] [--cache bfloat16] [--threads 2] [--vocab 4096]
+    python -m benchmarks.cpu_step [--attention e4m3] [--experts e4m3] [--head bfloat16] [--cache bfloat16] [--threads 2] [--vocab 4096]
 
 The model is random, of the size of the bundled checkpoint. Decoding walks contexts from 100 to 200 tokens; each figure is the best of
 several runs, because whatever else the machine does only ever makes one slower.

@@ -27,6 +27,7 @@ import llvmlite.binding as llvm
 FORMS = ("float32", "bfloat16", "e4m3")
 SYMBOL = "pointsman_step"
 SOURCES = (
+    "instruction",
     "vector",
     "cpu_tile",
     "cpu_record",

@@ -82,11 +82,8 @@ class CpuStep:
         if max_rows < 1 or num_threads < 1:
             raise ValueError(f"max_rows is {max_rows} and num_threads {num_threads}; both must be at least 1")
         _check_cache(shape, cache)
-        items = max(max_rows * shape.kv_heads, -(-max_rows // 64) * padded(max(shape.vocab, shape.hidden)), shape.experts * shape.width)
-        if items > MOST_ITEMS:
-            raise ValueError(
-                f"max_rows is {max_rows}; for this model that makes up to {items} parts of a step, and {MOST_ITEMS} is the most"
-            )
+        if _most_items(shape, max_rows) > MOST_ITEMS:
+            raise ValueError(f"max_rows is {max_rows}; a step of this model would have more than {MOST_ITEMS} parts in one phase")
         self.max_rows, self.num_threads, self._vocab = max_rows, num_threads, shape.vocab
         kinds = kinds_of(weights, cache)
         self._run = load(kinds)
@@ -145,6 +142,13 @@ def _stop(run: StepThread, table: NDArray[np.int64], threads: list[threading.Thr
             thread.join()
         for end in pipe:
             os.close(end)
+
+
+def _most_items(shape: ModelShape, max_rows: int) -> int:
+    """A bound on what threads can take in one phase: rows, panels times blocks of rows, or panels times experts."""
+    channels = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    widest = padded(max(shape.vocab, shape.hidden, channels)) // 64
+    return max(max_rows * shape.kv_heads, -(-max_rows // 64) * widest, shape.experts * (max(shape.width, shape.hidden) // 32 + 1))
 
 
 def _check_cache(shape: ModelShape, cache: CpuCache) -> None:

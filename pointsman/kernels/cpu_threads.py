@@ -26,7 +26,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pointsman.kernels.cpu_table import ITEM_BITS, MOST_ITEMS, SLEEPERS, STEPS, THREADS, UNDONE, WORK
-from pointsman.kernels.vector import INT8, INT32, INT64, call, kernel
+from pointsman.kernels.instruction import INT8, INT32, INT64, call
+from pointsman.kernels.vector import kernel
 
 SPINS = 2000
 YIELDS = 2000

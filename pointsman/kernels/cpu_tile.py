@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pointsman.kernels.vector import INT8, INT32, INT64, VECTOR, WIDTH, call, floats, fused, read, read_words, split_words, spread
+from pointsman.kernels.instruction import INT8, INT32, INT64, VECTOR, WIDTH, call, floats, fused, read, read_words, split_words, spread
 
 PANEL = 64
 MOST_ROWS = 4

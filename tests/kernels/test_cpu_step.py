@@ -281,6 +281,8 @@ def test_wrong_arrays_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="it must be"):
             CpuStep(model.shape, weights, wrong, max_rows=8, num_threads=1)
+    with pytest.raises(ValueError, match="more than 1048575 parts"):
+        CpuStep(model.shape, weights, cache, max_rows=1 << 20, num_threads=1)
     for sizes in ({"max_rows": 0, "num_threads": 1}, {"max_rows": 1, "num_threads": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             CpuStep(model.shape, weights, cache, **sizes)

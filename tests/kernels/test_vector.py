@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pointsman.kernels.vector import E4M3_READ, exp, kernel, load_some, pointer, sigmoid, store_some
+from pointsman.kernels.instruction import E4M3_READ
+from pointsman.kernels.vector import exp, kernel, load_some, pointer, sigmoid, store_some
 
 REAL = np.float32(0)
 
