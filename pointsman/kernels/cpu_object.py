@@ -150,6 +150,7 @@ def _store(content: bytes, kinds: Kinds) -> Path:
             place.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
                 file.write(content)
+            os.chmod(file.name, 0o644)
             os.replace(file.name, place)
         except OSError as error:
             errors.append(f"{place.parent}: {error.strerror}")
