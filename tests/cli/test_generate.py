@@ -216,6 +216,7 @@ def ctrl_d(person, process):
 
 def ctrl_c(person, process):
     process.send_signal(signal.SIGINT)
+    person.type(b" ")  # a signal that comes just before readline waits is seen with the next key only
     assert process.wait() == cli.INTERRUPTED
 
 
