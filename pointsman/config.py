@@ -121,11 +121,25 @@ class ServerConfig:
     host: str = flag("127.0.0.1", "address to listen on")
     port: int = flag(30000, "port to listen on", low=0, high=65535)
     api_key: str | None = flag(None, "clients must send it as a bearer token", secret=True)
+    admin_api_key: str | None = flag(None, "key for admin routes (default: the API key; without one, this machine alone)", secret=True)
+    cors_origin: tuple[str, ...] = flag((), "origin whose pages may ask from a browser; may be given several times, * is all")
+    request_timeout: float = flag(3600.0, "seconds a request may take, waiting included", low=0.1, high=1e6)
+    drain_timeout: float = flag(20.0, "seconds that running answers may take when the server is asked to end", low=0, high=1e6)
+    watchdog_timeout: float = flag(300.0, "seconds in one step after which the engine counts as stuck and the server ends", low=1, high=1e6)
     reasoning_parser: str | None = flag(
-        None, "splits thinking from the answer (default: what the checkpoint calls for)", choices=("minimax", "none")
+        None,
+        "tells thinking from the answer (default: what the checkpoint calls for)",
+        choices=("minimax", "minimax-append-think", "none"),
     )
-    tool_call_parser: str | None = flag(None, "form of the model's tool calls", choices=("minimax-m2",))
+    tool_call_parser: str | None = flag(
+        None, "form of the model's tool calls (default: what the checkpoint calls for)", choices=("minimax-m2", "none")
+    )
     log_level: str = flag("info", "how much to log", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        for name in ("api_key", "admin_api_key"):
+            if getattr(self, name) == "":
+                raise ValueError(f"--{name.replace('_', '-')} is empty; leave it out, or give a key")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 
 from pointsman.engine.llm import LLM
-from pointsman.server.parsers import OPEN, Part, ReasoningParser
+from pointsman.server.events import ContentDelta, Event, Message, ReasoningDelta
+from pointsman.server.output import OutputParser, parse_output
+from pointsman.server.tags import THINK_OPEN
 
 TAIL_TOKENS = 8
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -32,7 +34,7 @@ class AnswerPrinter:
     def __init__(self, *, opened: bool, hide_thinking: bool, stream: TextIO) -> None:
         self.reasoning = ""
         self.content = ""
-        self._parser = ReasoningParser(opened=opened)
+        self._parser = OutputParser("minimax", None, opened=opened)
         self._hide_thinking = hide_thinking
         console = Console(file=stream)
         self._terminal = console.is_terminal
@@ -41,7 +43,7 @@ class AnswerPrinter:
         self._stream = stream
 
     def feed(self, text: str) -> None:
-        self._show(self._parser.feed(text))
+        self._show(self._parser.push(text))
 
     def finish(self) -> None:
         """Print what was kept back, and end the line."""
@@ -50,14 +52,17 @@ class AnswerPrinter:
         if not shown.endswith("\n"):
             self._write("\n")
 
-    def _show(self, part: Part) -> None:
-        if part.reasoning and not self._hide_thinking:
-            self._write(part.reasoning, dim=True)
-        if part.content and not self.content and self.reasoning + part.reasoning and not self._hide_thinking:
-            self._write("\n\n")
-        self._write(part.content)
-        self.reasoning += part.reasoning
-        self.content += part.content
+    def _show(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if isinstance(event, ReasoningDelta):
+                self.reasoning += event.text
+                if not self._hide_thinking:
+                    self._write(event.text, dim=True)
+            elif isinstance(event, ContentDelta):
+                if not self.content and self.reasoning and not self._hide_thinking:
+                    self._write("\n\n")
+                self.content += event.text
+                self._write(event.text)
 
     def _write(self, text: str, *, dim: bool = False) -> None:
         if not text:
@@ -73,11 +78,9 @@ def render(llm: LLM, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], 
     tokens = llm.render(messages)
     assert llm.engine.tokenizer is not None
     tail = llm.engine.tokenizer.decode(tokens[-TAIL_TOKENS:], skip_special_tokens=False)
-    return tokens, tail.rstrip().endswith(OPEN)
+    return tokens, tail.rstrip().endswith(THINK_OPEN)
 
 
-def split(text: str, *, opened: bool) -> Part:
+def split(text: str, *, opened: bool) -> Message:
     """A whole answer in its two parts."""
-    parser = ReasoningParser(opened=opened)
-    first, last = parser.feed(text), parser.finish()
-    return Part(first.reasoning + last.reasoning, first.content + last.content)
+    return parse_output(text, "minimax", None, opened=opened)

@@ -1,211 +1,190 @@
 """The routes. A handler reads the body, has it understood, submits it, and writes what comes back.
 
-A request that streams is answered only when its first piece is there, so that what the engine refuses is still a plain error with
-its own status. While it waits and while it writes, the client is listened to: one that goes away takes its request with it.
+The table of routes is the whole surface of the server: what it does not list does not exist, and who may ask follows from it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import pointsman
 from pointsman.config import EngineConfig, ServerConfig
-from pointsman.request import ChoiceDelta
-from pointsman.server.answers import Answer
-from pointsman.server.bridge import Bridge, Stream
+from pointsman.server import native, openapi, reading
+from pointsman.server.access import OPEN_ROUTES, Access
+from pointsman.server.bridge import Bridge
+from pointsman.server.errors import ApiError
+from pointsman.server.native import GenerateRequest
+from pointsman.server.openapi import Route
 from pointsman.server.prompts import ServedModel
-from pointsman.server.protocol import MAX_BODY_BYTES, ApiError, ChatRequest, CompletionRequest, parse
+from pointsman.server.protocol import AbortRequest, ChatRequest, CompletionRequest, FlushRequest
+from pointsman.server.responses import Answer, BodyReader, ClientGone, error_response, json_response, respond
+from pointsman.server.texts import (
+    DetokenizeRequest,
+    ParseFunctionCallRequest,
+    SeparateReasoningRequest,
+    TokenizeRequest,
+    detokenize,
+    parse_function_call,
+    separate_reasoning,
+    tokenize,
+)
 
-log = logging.getLogger(__name__)
-
-OPEN_ROUTES = ("/health", "/ready")
 LONG_BODY_BYTES = 16 << 10
-RETRY_SECONDS = "1"
 CLIENT_GONE = 499
 
-T = TypeVar("T")
-
-
-class ClientGone(Exception):
-    """The client has closed the connection; nobody reads the answer."""
+Form = TypeVar("Form", bound=msgspec.Struct)
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(bridge: Bridge, server: ServerConfig, engine: EngineConfig) -> FastAPI:
     """The application for one engine."""
-    app = FastAPI(title="Pointsman", version=pointsman.__version__, openapi_url=None, docs_url=None, redoc_url=None)
-    if server.api_key is not None:
-        app.add_middleware(KeyCheck, key=server.api_key)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    routes = Routes(bridge, server, engine).table()
+    for route, handler in routes.items():
+        app.add_api_route(route.path, handler, methods=list(route.methods))
+    app.add_middleware(Access, server=server, admin_routes={route.path for route in routes if route.admin})
+    if server.cors_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(server.cors_origin), allow_methods=["GET", "POST"], allow_headers=["*"], max_age=3600
+        )
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _fault)
-    _add_health(app, bridge)
-    _add_models(app, bridge, engine)
-    _add_completions(app, bridge)
     return app
 
 
-def _add_health(app: FastAPI, bridge: Bridge) -> None:
-    async def health() -> Response:
-        bridge.served()
-        return Response(status_code=200)
+class Routes:
+    """The handlers, over one engine."""
 
-    for path in OPEN_ROUTES:
-        app.add_api_route(path, health, methods=["GET", "HEAD"])
+    def __init__(self, bridge: Bridge, server: ServerConfig, engine: EngineConfig) -> None:
+        self._bridge = bridge
+        self._engine = engine
+        self._seconds = server.request_timeout
+        self._bodies = BodyReader()
 
+    def table(self) -> dict[Route, Handler]:
+        """Every route and who answers it."""
+        table: dict[Route, Handler] = {
+            Route("/v1/chat/completions", "Answer a conversation", ChatRequest, "ChatCompletion", "ChatCompletionChunk"): self._chat,
+            Route("/v1/completions", "Continue texts", CompletionRequest, "Completion", "Completion"): self._complete,
+            Route("/v1/models", "The model that is served", None, "ModelList"): self._models,
+            Route("/v1/models/{name:path}", "A model by its name", None, "Model"): self._model,
+            Route("/generate", "Continue texts, in SGLang's form", GenerateRequest, "Generated", "GeneratedItem"): self._generate,
+            Route("/server_info", "What runs here", None, "ServerInfo"): self._server_info,
+            Route("/flush_cache", "Forget cached prefixes", FlushRequest, "Flushed", admin=True, optional=True): self._flush_cache,
+            Route("/abort_request", "End requests that run", AbortRequest, "Aborted", admin=True): self._abort_request,
+        }
+        table |= self._texts()
+        table |= {Route(path, "Whether requests would be answered", None, None, head=True): self._health for path in OPEN_ROUTES}
+        table[Route("/openapi.json", "This document", None, "Document")] = self._document
+        self._described = openapi.document(list(table))
+        return table
 
-def _add_models(app: FastAPI, bridge: Bridge, engine: EngineConfig) -> None:
-    def card(model: ServedModel) -> dict[str, Any]:
+    def _texts(self) -> dict[Route, Handler]:
+        """The routes that need no step of the engine."""
         return {
-            "id": model.info.name,
-            "object": "model",
-            "created": model.loaded,
-            "owned_by": "pointsman",
-            "max_model_len": model.info.context_length,
+            Route("/tokenize", "The tokens of texts or of a conversation", TokenizeRequest, "Tokens"): self._text(
+                TokenizeRequest, tokenize
+            ),
+            Route("/detokenize", "The text of tokens", DetokenizeRequest, "Texts"): self._text(DetokenizeRequest, detokenize),
+            Route("/parse_function_call", "The tool calls in a text", ParseFunctionCallRequest, "FunctionCalls"): self._text(
+                ParseFunctionCallRequest, parse_function_call
+            ),
+            Route("/separate_reasoning", "The thinking in a text", SeparateReasoningRequest, "Reasoning"): self._text(
+                SeparateReasoningRequest, separate_reasoning
+            ),
         }
 
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return _json({"object": "list", "data": [card(bridge.served())]})
+    async def _health(self, http: Request) -> Response:
+        self._bridge.served()
+        return Response(status_code=200)
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        served = bridge.served()
-        served.check_name(name)
-        return _json(card(served))
+    async def _models(self, http: Request) -> Response:
+        return json_response({"object": "list", "data": [_card(self._bridge.served())]})
 
-    @app.get("/server_info")
-    async def server_info() -> Response:
-        info = msgspec.to_builtins(bridge.served().info)
-        return _json({"version": pointsman.__version__, "model": info, "engine": msgspec.to_builtins(engine), "running": bridge.running})
+    async def _model(self, http: Request) -> Response:
+        served = self._bridge.served()
+        served.check_name(http.path_params["name"])
+        return json_response(_card(served))
 
+    async def _server_info(self, http: Request) -> Response:
+        info = msgspec.to_builtins(self._bridge.served().info)
+        engine = msgspec.to_builtins(self._engine)
+        return json_response({"version": pointsman.__version__, "model": info, "engine": engine, "running": self._bridge.running})
 
-def _add_completions(app: FastAPI, bridge: Bridge) -> None:
-    @app.post("/v1/chat/completions")
-    async def chat(http: Request) -> Response:
-        served = bridge.served()
-        body = await _body(http)
-        request = parse(body, ChatRequest)
-        answer = await _aside(len(body), served.chat, request, f"chatcmpl-{uuid.uuid4().hex}")
-        return await _respond(http, bridge, answer)
+    async def _document(self, http: Request) -> Response:
+        return json_response(self._described)
 
-    @app.post("/v1/completions")
-    async def completions(http: Request) -> Response:
-        served = bridge.served()
-        body = await _body(http)
-        request = parse(body, CompletionRequest)
-        answer = await _aside(len(body), served.complete, request, f"cmpl-{uuid.uuid4().hex}")
-        return await _respond(http, bridge, answer)
+    async def _chat(self, http: Request) -> Response:
+        def prepare(plain: dict[str, Any]) -> Answer:
+            return self._bridge.served().chat(reading.convert(plain, ChatRequest), f"chatcmpl-{uuid.uuid4().hex}")
 
+        return await self._answer(http, prepare)
 
-async def _aside(size: int, prepare: Callable[..., T], *arguments: Any) -> T:
-    """Run what takes time in proportion to the body: a long one in a thread, so that other streams go on."""
-    if size > LONG_BODY_BYTES:
-        return await asyncio.to_thread(prepare, *arguments)
-    return prepare(*arguments)
+    async def _complete(self, http: Request) -> Response:
+        def prepare(plain: dict[str, Any]) -> Answer:
+            return self._bridge.served().complete(reading.convert(plain, CompletionRequest), f"cmpl-{uuid.uuid4().hex}")
 
+        return await self._answer(http, prepare)
 
-async def _body(http: Request) -> bytes:
-    """The body, if it is JSON and not too long. The type is insisted on because a web page of anyone may post the others to us."""
-    kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"the content type is {kind[:80]!r}; it must be 'application/json'")
-    body = bytearray()
-    async for part in http.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
-    return bytes(body)
+    async def _generate(self, http: Request) -> Response:
+        def prepare(plain: dict[str, Any]) -> Answer:
+            return self._bridge.served().generate(reading.convert(plain, GenerateRequest, native.NO_EFFECT), uuid.uuid4().hex)
 
+        return await self._answer(http, prepare)
 
-async def _respond(http: Request, bridge: Bridge, answer: Answer) -> Response:
-    stream = bridge.submit(answer.requests)
-    handed_over = False
-    try:
-        if not answer.stream:
-            return _json(await _unless_gone(http.receive, _collect(stream, answer)))
-        first = await _unless_gone(http.receive, anext(stream))
-        handed_over = True
-        return EventStream(stream, answer, first)
-    finally:
-        if not handed_over:
-            stream.close()
+    async def _answer(self, http: Request, prepare: Callable[[dict[str, Any]], Answer]) -> Response:
+        self._bridge.served()
+        body = await self._bodies.read(http)
+        answer = await _aside(body, lambda: prepare(reading.decode(body)))
+        return await respond(http, self._bridge, answer, self._seconds)
 
+    def _text(self, form: type[Form], answer: Callable[[ServedModel, Form], dict[str, Any]]) -> Handler:
+        """A handler of what needs no step."""
 
-async def _collect(stream: Stream, answer: Answer) -> dict[str, Any]:
-    async for deltas in stream:
-        for delta in deltas:
-            answer.take(delta)
-    return answer.whole()
+        async def handle(http: Request) -> Response:
+            served = self._bridge.served()
+            body = await self._bodies.read(http)
+            return json_response(await _aside(body, lambda: answer(served, reading.convert(reading.decode(body), form, {}))))
+
+        return handle
+
+    async def _flush_cache(self, http: Request) -> Response:
+        body = await self._bodies.read(http, optional=True)
+        reading.convert(reading.decode(body) if body else {}, FlushRequest, {})
+        await self._bridge.flush_cache()
+        return json_response({"flushed": True})
+
+    async def _abort_request(self, http: Request) -> Response:
+        request = reading.convert(reading.decode(await self._bodies.read(http)), AbortRequest, {})
+        if bool(request.abort_all) == (request.rid is not None):
+            raise ApiError(400, "give rid, or abort_all true, and not both", param="rid")
+        return json_response({"aborted": self._bridge.abort_named(request.rid)})
 
 
-class EventStream(Response):
-    """An answer as server-sent events. It owns the stream from here on, and closes it however it ends."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, stream: Stream, answer: Answer, first: list[ChoiceDelta]) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._stream = stream
-        self._answer = answer
-        self._first = first
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._stream:
-            await _unless_gone(receive, self._write(send))
-
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for events in self._events():
-            await send({"type": "http.response.body", "body": events, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _events(self) -> AsyncIterator[bytes]:
-        """Events, those that are there at the same time in one piece."""
-        yield self._chunks(self._first)
-        try:
-            async for deltas in self._stream:
-                yield self._chunks(deltas)
-        except ApiError as error:
-            yield _event(error.body())
-            return
-        last = self._answer.last()
-        yield (_event(last) if last else b"") + b"data: [DONE]\n\n"
-
-    def _chunks(self, deltas: list[ChoiceDelta]) -> bytes:
-        return b"".join(_event(chunk) for delta in deltas if (chunk := self._answer.take(delta)) is not None)
+def _card(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.info.name,
+        "object": "model",
+        "created": model.loaded,
+        "owned_by": "pointsman",
+        "max_model_len": model.info.context_length,
+    }
 
 
-async def _unless_gone(receive: Receive, work: Awaitable[T] | Coroutine[Any, Any, T]) -> T:
-    """Do this work as long as the client is there. Raises ClientGone, with the work cancelled, when it goes."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnect(receive))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        task.cancel()
-        watch.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _aside(body: bytes, work: Callable[[], Any]) -> Any:
+    """Do what takes time in proportion to the body: for a long one in a thread, so that other streams go on."""
+    return await asyncio.to_thread(work) if len(body) > LONG_BODY_BYTES else work()
 
 
 class Ending:
@@ -223,37 +202,16 @@ class Ending:
                 raise
 
 
-class KeyCheck:
-    """Lets a request through that brings the key, on every route but those that only tell whether the server lives."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app = app
-        self._digest = _digest(f"Bearer {key}".encode())
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_ROUTES:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(_digest(given), self._digest):
-                error = ApiError(401, "a valid API key is needed: send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
-                await _error(error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _digest(text: bytes) -> bytes:
-    """Of equal length for all texts, so that comparing two takes the same time."""
-    return hashlib.sha256(text).digest()
-
-
 async def _api_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _error(error)
+    return error_response(error)
 
 
 async def _http_error(http: Request, error: Exception) -> Response:
     """What the framework itself refuses: an unknown route, a method that a route does not have."""
     assert isinstance(error, HTTPException)
-    return _error(ApiError(error.status_code, f"{http.method} {http.url.path[:200]}: {error.detail}"))
+    text = f"{http.method} {http.url.path[:200]}: {error.detail}"
+    return error_response(ApiError(error.status_code, text, headers=dict(error.headers or {})))
 
 
 async def _client_gone(http: Request, error: Exception) -> Response:
@@ -262,17 +220,4 @@ async def _client_gone(http: Request, error: Exception) -> Response:
 
 async def _fault(http: Request, error: Exception) -> Response:
     """A fault of ours. The traceback goes to the log, and nothing of it to the client."""
-    return _error(ApiError(500, "internal error"))
-
-
-def _error(error: ApiError) -> Response:
-    headers = {"retry-after": RETRY_SECONDS} if error.status in (429, 503) else None
-    return _json(error.body(), error.status, headers)
-
-
-def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+    return error_response(ApiError(500, "internal error"))

@@ -1,8 +1,7 @@
 """Many clients on one event loop, one engine behind a socket.
 
-Each HTTP request has a stream: what arrives for it is put there at once and taken when the client's turn comes, all that is there
-in one go. So a slow reader costs fewer and larger writes, never a longer queue of small ones. A stream that is closed early takes
-its work back from the engine.
+Each HTTP request has a stream, which takes its work back from the engine when it is closed early. Requests are known to the engine by
+names of ours, and to `/abort_request` by those that clients gave: these come back when they like, and those never do.
 
 The engine is starting, ready, or gone. It never comes back: once it has gone, every stream gets the same error and every new
 request too, and `gone` tells the server to end.
@@ -15,17 +14,20 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
-from pointsman.request import ChoiceDelta, FinishReason, Request
+from pointsman.request import Request
 from pointsman.server import wire
+from pointsman.server.errors import ApiError
 from pointsman.server.prompts import ServedModel
-from pointsman.server.protocol import ApiError
+from pointsman.server.stream import Stream
 
 log = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 0.2
+REPLY_SECONDS = 30.0
+MAX_WAITING_TOKENS = 1 << 24
+WATCHDOG_LOOKS = 10
 
 
 class Process(Protocol):
@@ -36,64 +38,6 @@ class Process(Protocol):
     def wait(self) -> int: ...
 
 
-class Stream:
-    """What the engine adds to some requests, until every choice of each has ended. Closing it earlier aborts them.
-
-    Iterating gives lists: all deltas that have arrived since the last one. Raises ApiError where the engine refuses or fails.
-    """
-
-    def __init__(self, bridge: Bridge, requests: Sequence[Request]) -> None:
-        self._bridge = bridge
-        self._left = {request.rid: request.sampling.n for request in requests}
-        self._arrived: list[ChoiceDelta] = []
-        self._error: ApiError | None = None
-        self._news = asyncio.Event()
-
-    def put(self, delta: ChoiceDelta) -> None:
-        if delta.finish_reason is FinishReason.ERROR:
-            log.error("the engine gave up on %s: %s", delta.rid, delta.error)
-            self.fail(ApiError(500, "the engine could not finish this request"))
-            return
-        if delta.finish_reason is not None:
-            self._left[delta.rid] -= 1
-            if not self._left[delta.rid]:
-                del self._left[delta.rid]
-                self._bridge.forget(delta.rid)
-        self._arrived.append(delta)
-        self._news.set()
-
-    def fail(self, error: ApiError) -> None:
-        self._error = self._error or error
-        self._news.set()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> list[ChoiceDelta]:
-        if not self._arrived and self._error is None:
-            if not self._left:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        if self._error is not None:
-            raise self._error
-        arrived, self._arrived = self._arrived, []
-        return arrived
-
-    def close(self) -> None:
-        """Abort what has not ended; harmless after the end and when called twice."""
-        left, self._left = self._left, {}
-        for rid in left:
-            self._bridge.forget(rid)
-            self._bridge.abort(rid)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
 class Bridge:
     """This side's view of the engine.
 
@@ -101,17 +45,26 @@ class Bridge:
         process: the engine's process.
         load: from what the engine says about its model to what this side needs of it; runs in a thread.
         max_requests: most prompts in the engine at once, running and waiting.
+        watchdog_seconds: an engine that has work and says nothing for so long is taken for stuck.
 
     Attributes:
         model: None until the engine is ready.
         reason: why the engine has gone.
     """
 
-    def __init__(self, process: Process, load: Callable[[wire.ModelInfo], ServedModel], *, max_requests: int) -> None:
+    def __init__(
+        self, process: Process, load: Callable[[wire.ModelInfo], ServedModel], *, max_requests: int, watchdog_seconds: float
+    ) -> None:
         self._process = process
         self._load = load
         self._max_requests = max_requests
+        self._watchdog_seconds = watchdog_seconds
         self._streams: dict[str, Stream] = {}
+        self._names: dict[str, list[str]] = {}
+        self._named: dict[str, str] = {}
+        self._num_tokens = 0
+        self._flushes: list[asyncio.Future[None]] = []
+        self._sign = 0.0
         self._loading: asyncio.Task[None] | None = None
         self.model: ServedModel | None = None
         self.reason: str | None = None
@@ -124,6 +77,7 @@ class Bridge:
         """Begin to listen, to the socket and for the end of the process. Call once, in the event loop."""
         loop = asyncio.get_running_loop()
         self._process.end.listen(loop, self._receive)
+        loop.call_later(self._watchdog_seconds / WATCHDOG_LOOKS, self._look, loop)
         threading.Thread(target=self._watch, args=(loop,), daemon=True).start()
 
     @property
@@ -138,24 +92,65 @@ class Bridge:
             raise ApiError(503, "the model is still loading", code="model_loading")
         return self.model
 
-    def submit(self, requests: Sequence[Request]) -> Stream:
-        """Hand requests to the engine. Raises ApiError where it is not there or has too much to do."""
+    def submit(self, requests: Sequence[Request], names: Sequence[str]) -> Stream:
+        """Hand requests to the engine. Raises ApiError where it is not there or has too much to do.
+
+        Args:
+            names: what `abort_named` calls each of them; several may have one name.
+        """
         self.served()
-        if self.running + len(requests) > self._max_requests:
+        num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        if len(requests) > self._max_requests:
+            raise ApiError(400, f"{len(requests)} prompts are more than this server takes at once, which is {self._max_requests}")
+        if self.running + len(requests) > self._max_requests or self._num_tokens + num_tokens > MAX_WAITING_TOKENS:
             raise _queue_full(f"{self.running} requests are running or waiting; try again later")
+        for name in names:
+            if name in self._names:
+                raise ApiError(400, f"rid {name!r} is the name of a request that has not ended; each needs its own", param="rid")
+        if not self._streams:
+            self._sign = asyncio.get_running_loop().time()
         stream = Stream(self, requests)
-        for request in requests:
+        for request, name in zip(requests, names, strict=True):
             self._streams[request.rid] = stream
+            self._names.setdefault(name, []).append(request.rid)
+            self._named[request.rid] = name
             self._process.end.send(wire.Submit(request))
+        self._num_tokens += num_tokens
         self.idle.clear()
         return stream
 
     def abort(self, rid: str) -> None:
+        """Tell the engine to stop working on a request."""
         if self.reason is None:
             self._process.end.send(wire.Abort(rid))
 
-    def forget(self, rid: str) -> None:
-        self._streams.pop(rid, None)
+    def abort_named(self, name: str | None) -> int:
+        """End what is running under a client's name, or everything. Returns how many requests that were."""
+        rids = list(self._streams) if name is None else list(self._names.get(name, ()))
+        for rid in rids:
+            self._streams[rid].abort(rid)
+        return len(rids)
+
+    async def flush_cache(self) -> None:
+        """Have the engine forget cached prefixes. Raises ApiError."""
+        self.served()
+        reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._flushes.append(reply)
+        self._process.end.send(wire.FlushCache())
+        try:
+            await asyncio.wait_for(reply, REPLY_SECONDS)
+        except TimeoutError:
+            raise ApiError(503, "the engine is busy; it flushes its cache after this step", code="engine_busy") from None
+
+    def forget(self, request: Request) -> None:
+        """A request has ended."""
+        if self._streams.pop(request.rid, None) is None:
+            return
+        self._num_tokens -= len(request.prompt_token_ids)
+        name = self._named.pop(request.rid)
+        self._names[name].remove(request.rid)
+        if not self._names[name]:
+            del self._names[name]
         if not self._streams:
             self.idle.set()
 
@@ -166,9 +161,24 @@ class Bridge:
         self.reason = reason
         for stream in set(self._streams.values()):
             stream.fail(error)
+        for reply in self._flushes:
+            if not reply.done():
+                reply.set_exception(error)
         self.gone.set()
 
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Whether the engine still gives signs of life while it has work."""
+        if self.reason is not None:
+            return
+        silent = loop.time() - self._sign
+        if self._streams and silent > self._watchdog_seconds:
+            text = f"the engine has been stuck in a step for {silent:.0f} s, longer than --watchdog-timeout allows"
+            self.fail(text, _engine_failed())
+            return
+        loop.call_later(self._watchdog_seconds / WATCHDOG_LOOKS, self._look, loop)
+
     def _receive(self, message: wire.FromEngine) -> None:
+        self._sign = asyncio.get_running_loop().time()
         match message:
             case wire.Deltas():
                 for delta in message.deltas:
@@ -177,6 +187,10 @@ class Bridge:
             case wire.Refused():
                 if (stream := self._streams.get(message.rid)) is not None:
                     stream.fail(_queue_full(message.reason) if message.busy else ApiError(400, message.reason))
+            case wire.CacheFlushed():
+                reply = self._flushes.pop(0)
+                if not reply.done():
+                    reply.set_result(None)
             case wire.Ready():
                 self._loading = asyncio.get_running_loop().create_task(self._become_ready(message.model))
             case wire.Failed():

@@ -8,6 +8,7 @@ that is how this one knows.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0
+SIGN_SECONDS = 1.0
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -64,6 +66,8 @@ def _run(end: wire.EngineEnd, config: EngineConfig, load: Callable[[EngineConfig
         return 1
     except Exception as error:  # noqa: BLE001 - whatever it is, the HTTP side must hear of it
         return _report(end, "the engine could not start", error)
+    gc.collect()
+    gc.freeze()  # what the model is made of stays, and a collection that walks through it stops a step for tens of milliseconds
     end.send(wire.Ready(describe(engine)))
     try:
         loop(engine, end)
@@ -76,17 +80,34 @@ def _run(end: wire.EngineEnd, config: EngineConfig, load: Callable[[EngineConfig
 
 def loop(engine: Engine, end: wire.EngineEnd) -> NoReturn:
     """Take messages, step, send; for ever. Raises EOFError when the HTTP process has gone, and what a step raises."""
+    told = 0.0
     while True:
         for message in end.receive(wait=not engine.has_work):
-            if isinstance(message, wire.Abort):
-                engine.abort(message.rid)
-                continue
+            _take(engine, end, message)
+        if not engine.has_work:
+            continue
+        deltas = engine.step()
+        if refused := {delta.rid: delta.error for delta in deltas if delta.refused}:
+            for rid, reason in refused.items():
+                end.send(wire.Refused(rid, reason or "", busy=False))
+            deltas = [delta for delta in deltas if not delta.refused]
+        if deltas or time.monotonic() - told > SIGN_SECONDS:
+            end.send(wire.Deltas(deltas))
+            told = time.monotonic()
+
+
+def _take(engine: Engine, end: wire.EngineEnd, message: wire.ToEngine) -> None:
+    match message:
+        case wire.Submit():
             try:
                 engine.add(message.request)
             except ValueError as error:
                 end.send(wire.Refused(message.request.rid, str(error), isinstance(error, QueueFull)))
-        if engine.has_work and (deltas := engine.step()):
-            end.send(wire.Deltas(deltas))
+        case wire.Abort():
+            engine.abort(message.rid)
+        case wire.FlushCache():
+            engine.flush_cache()
+            end.send(wire.CacheFlushed())
 
 
 def describe(engine: Engine) -> wire.ModelInfo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from pointsman.config import EngineConfig, ServerConfig
 from pointsman.server.launch import ENGINE, LOG_FORMAT, EngineProcess
 
 BACKLOG = 2048
+FILES = 1 << 16
 
 
 def serve(engine: EngineConfig, server: ServerConfig, *, program: str = ENGINE) -> int:
@@ -28,6 +30,7 @@ def serve(engine: EngineConfig, server: ServerConfig, *, program: str = ENGINE) 
         program: what the engine's process runs; tests put another engine there.
     """
     logging.basicConfig(level=server.log_level.upper(), format=LOG_FORMAT)
+    _allow_files()
     with _on_signals(signal.default_int_handler):
         try:
             reason = _serve(engine, server, program)
@@ -68,6 +71,14 @@ def _on_signals(handler: Callable[[int, FrameType | None], Any] | int) -> Iterat
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def _allow_files() -> None:
+    """As many open files as the system lets this process have: every client is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -47,6 +47,10 @@ class Abort(msgspec.Struct, tag=True):
     rid: str
 
 
+class FlushCache(msgspec.Struct, tag=True):
+    """Forget cached prefixes; CacheFlushed follows."""
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the HTTP side must know of a model.
 
@@ -85,9 +89,13 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class Deltas(msgspec.Struct, tag=True):
-    """What one step added, for all choices together."""
+    """What one step added, for all choices together; now and then an empty one from an engine that works and has nothing to tell."""
 
     deltas: list[ChoiceDelta]
+
+
+class CacheFlushed(msgspec.Struct, tag=True):
+    """The answer to FlushCache."""
 
 
 class Array(msgspec.Struct, frozen=True):
@@ -98,8 +106,8 @@ class Array(msgspec.Struct, frozen=True):
     data: bytes
 
 
-ToEngine = Submit | Abort
-FromEngine = Ready | Failed | Refused | Deltas
+ToEngine = Submit | Abort | FlushCache
+FromEngine = Ready | Failed | Refused | Deltas | CacheFlushed
 
 
 def _pack_array(value: Any) -> msgspec.msgpack.Ext:

@@ -22,8 +22,10 @@ ROOT = Path(__file__).parents[2]
 FAKE = "from tests.server.fake_engine import run; sys.exit(run())"
 TEMPLATE = """\
 {% if boom %}{{ raise_exception('no such luck') }}{% endif %}
+{% if tools %}{{ tools | tojson }}{% endif %}
 {% for message in messages %}]~b]{{ 'ai' if message.role == 'assistant' else message.role }}
 {% if message.role == 'assistant' and message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}
+{% for call in message.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments.items() | list }}{% endfor %}
 {{ message.content }}[e~[
 {% endfor %}{{ extra | default('') }}{% if add_generation_prompt %}]~b]ai
 <think>
@@ -61,11 +63,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def start_server(engine: dict[str, Any], server: dict[str, Any] | None = None, program: str | None = FAKE) -> Iterator[Server]:
-    """Run `serve` with these flags; killed at the end if it still runs."""
+def start_server(
+    engine: dict[str, Any], server: dict[str, Any] | None = None, program: str | None = FAKE, prelude: str = ""
+) -> Iterator[Server]:
+    """Run `serve` with these flags, after some lines of Python; killed at the end if it still runs."""
     options = {"port": 0, "log_level": "warning", **(server or {})}
     last = "" if program is None else f", program={program!r}"
-    source = (
+    source = prelude + (
         "from pointsman.config import ServerConfig, engine_config; from pointsman.server.serve import serve; "
         f"sys.exit(serve(engine_config(**{engine!r}), ServerConfig(**{options!r}){last}))"
     )

@@ -6,6 +6,8 @@ It answers every prompt with the same thought and the same sentence, one byte a 
     CRASH     a step raises                KILL      the process dies at once, without a word
     ENDLESS   tokens until aborted         ABORTED   answers how many requests have been aborted
     SAY x     answers x                    BUSY      add raises QueueFull
+    STUCK     a step does not end          FLUSHED   answers how often the cache was flushed
+    SLOWLY    steps take 2 ms
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class FakeEngine:
         self.generation_defaults = {"temperature": 0.5, "top_k": 40}
         self._choices: list[_Choice] = []
         self._aborted = 0
+        self._flushed = 0
         if config.model.random_seed:
             time.sleep(config.model.random_seed)
 
@@ -75,7 +78,7 @@ class FakeEngine:
         if "KILL" in prompt:
             os.kill(os.getpid(), signal.SIGKILL)
         said = prompt.partition("SAY ")[2].partition("[e~[")[0]
-        reply = str(self._aborted) if "ABORTED" in prompt else said or REPLY
+        reply = str(self._aborted) if "ABORTED" in prompt else str(self._flushed) if "FLUSHED" in prompt else said or REPLY
         if "ENDLESS" in prompt:
             reply = "again " * CONTEXT
         for index in range(request.sampling.n):
@@ -87,10 +90,15 @@ class FakeEngine:
         self._choices = [choice for choice in self._choices if choice.request.rid != rid]
         self._aborted += before != len(self._choices)
 
+    def flush_cache(self) -> None:
+        self._flushed += 1
+
     def step(self) -> list[ChoiceDelta]:
         deltas = [self._grow(choice) for choice in self._choices]
         ended = {(delta.rid, delta.index) for delta in deltas if delta.finish_reason is not None}
-        if any("ENDLESS" in choice.text for choice in self._choices):
+        if any("STUCK" in choice.text for choice in self._choices):
+            time.sleep(60)
+        if any("ENDLESS" in choice.text or "SLOWLY" in choice.text for choice in self._choices):
             time.sleep(0.002)
         self._choices = [choice for choice in self._choices if (choice.request.rid, choice.index) not in ended]
         return deltas

@@ -10,20 +10,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pointsman.server.errors import ApiError
 from pointsman.server.prompts import ServedModel
-from pointsman.server.protocol import NO_EFFECT, ApiError, ChatRequest, CompletionRequest, parse
+from pointsman.server.protocol import ChatRequest, CompletionRequest
+from pointsman.server.reading import NO_EFFECT, convert, decode
 from pointsman.server.wire import ModelInfo
 
 CONTEXT = 64
 DEFAULTS = {"temperature": 0.25, "top_k": 7, "top_p": 0.5}
 
 
-def info(folder: Path | None, architecture: str = "MiniMaxM2ForCausalLM") -> ModelInfo:
+def info(folder: Path | None, architecture: str = "MiniMaxM2ForCausalLM", context: int = CONTEXT) -> ModelInfo:
     return ModelInfo(
         name="m",
         architecture=architecture,
         folder=None if folder is None else str(folder),
-        context_length=CONTEXT,
+        context_length=context,
         vocab_size=300,
         generation_defaults=DEFAULTS,
     )
@@ -31,7 +33,11 @@ def info(folder: Path | None, architecture: str = "MiniMaxM2ForCausalLM") -> Mod
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> ServedModel:
-    return ServedModel.load(info(folder), None)
+    return ServedModel.load(info(folder), None, None)
+
+
+def parse(body: bytes, form: Any) -> Any:
+    return convert(decode(body), form)
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -88,14 +94,35 @@ def test_texts_and_chats_become_tokens(model: ServedModel) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "parser", "splits"),
-    [("MiniMaxM2ForCausalLM", None, True), ("Other", None, False), ("Other", "minimax", True), ("MiniMaxM2ForCausalLM", "none", False)],
+    [
+        ("MiniMaxM2ForCausalLM", None, "minimax"),
+        ("Other", None, None),
+        ("Other", "minimax", "minimax"),
+        ("MiniMaxM2ForCausalLM", "minimax-append-think", "minimax-append-think"),
+        ("MiniMaxM2ForCausalLM", "none", None),
+    ],
 )
-def test_who_splits_thinking(folder: Path, architecture: str, parser: str | None, splits: bool) -> None:
-    assert ServedModel.load(info(folder, architecture), parser).splits_thinking is splits
+def test_who_splits_thinking(folder: Path, architecture: str, parser: str | None, splits: str | None) -> None:
+    assert ServedModel.load(info(folder, architecture), parser, None).reasoning == splits
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parser", "reads"),
+    [("MiniMaxM2ForCausalLM", None, True), ("Other", None, False), ("Other", "minimax-m2", True), ("MiniMaxM2ForCausalLM", "none", False)],
+)
+def test_who_reads_calls(folder: Path, architecture: str, parser: str | None, reads: bool) -> None:
+    model = ServedModel.load(info(folder, architecture, 200), None, parser)
+    assert model.reads_calls is reads
+    request = chat(tools=[{"type": "function", "function": {"name": "f"}}])
+    if reads:
+        model.chat(request, "r")
+    else:
+        with pytest.raises(ApiError, match="--tool-call-parser"):
+            model.chat(request, "r")
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_token_ids() -> None:
-    model = ServedModel.load(info(None), None)
+    model = ServedModel.load(info(None), None, None)
     assert model.complete(completion(prompt=[1, 2]), "r").requests[0].prompt_token_ids == (1, 2)
     for request in (completion(), completion(prompt=[1], echo=True), completion(prompt=[1], logprobs=1)):
         with pytest.raises(ApiError, match="no tokenizer"):

@@ -1,0 +1,124 @@
+"""From a body to a request.
+
+A body is read in two steps: JSON to plain values, then plain values to a class. Between the two, each name at the top is looked
+up, so that a field that is misspelt, or that other servers have and this one does not, is refused by its name and never ignored. A
+value that changes nothing, such as an empty list of tools, is no reason to refuse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from pointsman.config import nearest
+from pointsman.server.errors import ApiError
+
+MAX_SHOWN = 80
+
+# Fields of OpenAI and of other servers that are not supported, with the values that change nothing.
+NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "custom_logit_processor": (None,),
+    "custom_params": (None,),
+    "documents": (None, []),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "lora_path": (None,),
+    "metadata": (None, {}),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "prompt_cache_key": (None,),
+    "reasoning_effort": (None,),
+    "replay_routed_experts": (None,),
+    "return_hidden_states": (None, False),
+    "return_routed_experts": (None, False),
+    "routed_experts_format": (None,),
+    "routed_experts_start": (None,),
+    "safety_identifier": (None,),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "structural_tag": (None,),
+    "suffix": (None, ""),
+    "use_beam_search": (None, False),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
+}
+
+# The words of msgspec, and ours.
+_BOUNDS = ((">=", "at least"), ("<=", "at most"), ("<", "less than"), (">", "more than"))
+_WORDS = (
+    *((rf"Expected `\w+` {sign} (.+)", rf"it must be {words} \1") for sign, words in _BOUNDS),
+    *((rf"Expected `\w+` of length {sign} (.+)", rf"its length must be {words} \1") for sign, words in _BOUNDS),
+    (r"Expected `\w+` matching regex (.+)", r"it must match \1"),
+    (r"Expected `(.+)`, got `(.+)`", r"it must be \1, not \2"),
+    (r"Invalid value .*", "it is none of the values that it may have"),
+    (r"Invalid enum value .*", "it is none of the values that it may have"),
+    (r"Object missing required field (.+)", r"its field \1 is missing"),
+    (r"Object contains unknown field (.+)", r"it has no field \1"),
+)
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """The JSON object in a body. Raises ApiError where it is none."""
+    try:
+        plain = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ApiError(400, "the body is not valid JSON: it is nested too deep") from None
+    if not isinstance(plain, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return plain
+
+
+def convert(plain: Mapping[str, Any], form: type[Body], no_effect: Mapping[str, tuple[Any, ...]] = NO_EFFECT) -> Body:
+    """A request out of plain values. Raises ApiError, which names what is wrong."""
+    known = form.__struct_fields__
+    fields = {name: value for name, value in plain.items() if name in known or _refuse(name, value, known, no_effect)}
+    try:
+        return msgspec.convert(fields, form)
+    except msgspec.ValidationError as error:
+        path, message = explain(str(error), fields)
+        raise ApiError(400, message, param=path) from None
+
+
+def _refuse(name: str, value: Any, known: tuple[str, ...], no_effect: Mapping[str, tuple[Any, ...]]) -> bool:
+    """Raises ApiError for a field that is not supported, unless its value changes nothing: then it is left out."""
+    if name not in no_effect:
+        raise ApiError(400, f"unknown field {name[:MAX_SHOWN]!r}{nearest(name, known)}", param=name[:MAX_SHOWN], code="unknown_parameter")
+    if not any(type(value) is type(same) and value == same for same in no_effect[name]):
+        raise ApiError(400, f"{name} is not supported here", param=name, code="unsupported_parameter")
+    return False
+
+
+def explain(message: str, fields: dict[str, Any]) -> tuple[str | None, str]:
+    """The place that a message of msgspec names, as a path, and the message in plain words, with the value that is there."""
+    problem, _, place = message.partition(" - at ")
+    found = re.search(r"`\$\.?([^`]*)`", place)
+    path = found[1] if found else ""
+    what = next((re.sub(pattern, words, problem) for pattern, words in _WORDS if re.fullmatch(pattern, problem)), problem)
+    if place.startswith("`key`"):
+        return path, f"{path} has a key that cannot be: {what}"
+    text = repr(_value_at(fields, path)) if path else ""
+    return path or None, f"{path} is {text}; {what}" if 0 < len(text) <= MAX_SHOWN else f"{path}: {what}".removeprefix(": ")
+
+
+def _value_at(fields: Any, path: str) -> Any:
+    for key in re.findall(r"[^.\[\]]+", path):
+        if isinstance(fields, dict) and key in fields:
+            fields = fields[key]
+        elif isinstance(fields, list) and key.isdigit():
+            fields = fields[int(key)]
+        else:
+            return None
+    return fields
