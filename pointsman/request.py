@@ -244,6 +244,7 @@ class ChoiceDelta:
             [prompt + output - 1 - start, layers, top_k].
         routed_experts_missing: half-open ranges of its rows that are not known, because the choice was aborted before.
         error: why the engine gave up on this choice, with finish reason ERROR.
+        refused: it never began with the request, and the error is meant for whoever asked: the grammar could not be used.
     """
 
     rid: str
@@ -259,6 +260,7 @@ class ChoiceDelta:
     routed_experts: Any = None
     routed_experts_missing: list[tuple[int, int]] = field(default_factory=list)
     error: str | None = None
+    refused: bool = False
 
 
 @dataclass(kw_only=True, slots=True)

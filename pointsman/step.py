@@ -66,12 +66,13 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token chosen for one segment that asked; `error` ends that sequence alone."""
+    """The token chosen for one segment that asked. `final`: it completes a grammar. `error` ends that sequence alone."""
 
     seq: int
     token: int
     logprobs: Mapping[int, Logprob] | None = None
     error: str | None = None
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,15 @@ Shape suffixes: T rows of the step, L lanes, P pages of a lane, R rows whose log
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from pointsman.sampling.constraint import Constraint
 from pointsman.sampling.lane import LaneSampling
-from pointsman.step import PENDING, Segment, StepPlan
+from pointsman.step import PENDING, LaneStart, Segment, StepPlan
 
 Ints = npt.NDArray[np.int64]
 
@@ -54,13 +56,18 @@ class Batch:
 
 @dataclass
 class Lanes:
-    """The tables of one rank, a row a lane."""
+    """The tables of one rank, a row a lane.
+
+    Attributes:
+        constrain: what keeps a sequence that starts to its grammar, if it has one.
+    """
 
     max_lanes: int
     max_pages: int
     page_size: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    constrain: Callable[[LaneStart], Constraint | None]
     page_table_LP: npt.NDArray[np.int32] = field(init=False)
     num_pages_L: list[int] = field(init=False)
     last_token_L: list[int] = field(init=False)
@@ -80,7 +87,7 @@ class Lanes:
             self.num_pages_L[start.lane] = 0
             self.last_token_L[start.lane] = PENDING
             self.prompt_L[start.lane] = start.prompt
-            self.sampling_L[start.lane] = LaneSampling(start, self.vocab_size, self.eos_token_ids)
+            self._start_sampling(start)
         tokens: list[int] = []
         positions: list[int] = []
         lanes: list[int] = []
@@ -99,6 +106,12 @@ class Lanes:
         slots_T = pages_T * self.page_size + positions_T % self.page_size
         rows, samples, prompts = self._wanted(plan, segments)
         return Batch(np.array(tokens, np.int64), positions_T, lanes_T, slots_T, segments, np.array(rows, np.int64), samples, prompts)
+
+    def _start_sampling(self, start: LaneStart) -> None:
+        before = self.sampling_L[start.lane]
+        if before is not None and before.constraint is not None:
+            before.constraint.close()
+        self.sampling_L[start.lane] = LaneSampling(start, self.vocab_size, self.eos_token_ids, self.constrain(start))
 
     def _grow(self, segment: Segment) -> None:
         if segment.pages:

@@ -20,6 +20,7 @@ from pointsman.cache.radix import RadixCache
 from pointsman.config import EngineConfig
 from pointsman.engine.batch import Lanes
 from pointsman.engine.compiled import choose_step
+from pointsman.engine.grammars import Grammars
 from pointsman.engine.memory import CacheSize, memory_bytes, size_cache
 from pointsman.engine.model_runner import ModelRunner
 from pointsman.layers.paged_kv import KV_DTYPES, PagedKV, bytes_per_token
@@ -31,6 +32,7 @@ from pointsman.models.parameters import Parameters
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import ExpertLoad
 from pointsman.scheduler import Scheduler
+from pointsman.step import LaneStart
 from pointsman.text import ChatTemplate, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ BUNDLED_NAME = "pointsman-tiny"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Parts:
-    """What an engine is made of. `step_reason` says why that step was chosen."""
+    """What an engine is made of. `grammars` is None where answers cannot be kept to any."""
 
     folder: Path
     architecture: Architecture
@@ -51,6 +53,7 @@ class Parts:
     choices: dict[str, str]
     cache: CacheSize
     scheduler: Scheduler
+    grammars: Grammars | None
     runner: ModelRunner
 
     @property
@@ -87,6 +90,9 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
     context_length = _context_length(config, architecture)
     cache = _size(config, decoder, context_length)
     eos_ids = () if tokenizer is None else tokenizer.eos_ids
+    grammars = None
+    if tokenizer is not None and eos_ids:
+        grammars = Grammars(tokenizer, architecture.vocab_size, config.scheduler.max_running_requests)
     return Parts(
         folder=folder,
         architecture=architecture,
@@ -97,7 +103,8 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
         choices=_choices(config, decoder),
         cache=cache,
         scheduler=_scheduler(config, cache, context_length, eos_ids),
-        runner=_runner(config, decoder, cache, context_length, eos_ids),
+        grammars=grammars,
+        runner=_runner(config, decoder, cache, context_length, eos_ids, grammars),
     )
 
 
@@ -182,7 +189,14 @@ def _scheduler(config: EngineConfig, cache: CacheSize, context_length: int, eos_
     )
 
 
-def _runner(config: EngineConfig, decoder: Decoder, cache: CacheSize, context_length: int, eos_ids: tuple[int, ...]) -> ModelRunner:
+def _runner(
+    config: EngineConfig,
+    decoder: Decoder,
+    cache: CacheSize,
+    context_length: int,
+    eos_ids: tuple[int, ...],
+    grammars: Grammars | None,
+) -> ModelRunner:
     architecture = decoder.architecture
     kv = PagedKV.allocate(
         num_layers=architecture.num_layers,
@@ -199,9 +213,15 @@ def _runner(config: EngineConfig, decoder: Decoder, cache: CacheSize, context_le
         page_size=cache.page_size,
         vocab_size=architecture.vocab_size,
         eos_token_ids=eos_ids,
+        constrain=_unconstrained if grammars is None else grammars.constrain,
     )
     load = ExpertLoad(routes, architecture.num_experts)
     return ModelRunner(choose_step(config, decoder, kv, routes, lanes), lanes, routes, load)
+
+
+def _unconstrained(start: LaneStart) -> None:
+    """Without a tokenizer there are no grammars, and no request has one."""
+    assert start.sampling.grammar is None
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:

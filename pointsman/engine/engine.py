@@ -3,6 +3,8 @@
 `step` runs those four for one step. In the plain order each waits for the one before. Overlapped, the next step is planned
 before the result of this one is known and handed over before that result is committed and delivered: the same calls in
 another order, so both give the same tokens.
+
+A request with a grammar first waits until that is compiled (`waiting_room`), and is then one like any other.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ from dataclasses import dataclass, field
 from pointsman.config import EngineConfig
 from pointsman.engine.build import Parts, build
 from pointsman.engine.executor import Executor, Inline, Pending, Threaded
+from pointsman.engine.waiting_room import WaitingRoom
+from pointsman.grammar import Grammar
 from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, QueueFull, Request
 from pointsman.scheduler import Advance, Sequence
 from pointsman.step import StepPlan
 from pointsman.text import Detokenizer, StopStrings
 
 log = logging.getLogger(__name__)
+
+# Where nothing but grammars is waited for, messages and aborts are looked after so often.
+ROOM_SECONDS = 0.005
 
 
 @dataclass
@@ -59,6 +66,9 @@ class Engine:
         self.generation_defaults = parts.generation_defaults
         self.choices = parts.choices
         self.scheduler = parts.scheduler
+        self._grammars = parts.grammars
+        self._room = None if parts.grammars is None else WaitingRoom(parts.grammars)
+        self._given_back: list[Grammar] = []
         self._runner = parts.runner
         self._overlap = not config.scheduler.disable_overlap_schedule
         self._executor: Executor = Threaded(parts.runner) if self._overlap else Inline(parts.runner)
@@ -71,7 +81,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._in_flight is not None or self.scheduler.has_work
+        return self._in_flight is not None or self.scheduler.has_work or bool(self._room)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait, for a lane or for their grammar."""
+        return self.scheduler.num_waiting + len(self._room or ())
 
     @property
     def step_name(self) -> str:
@@ -84,13 +99,24 @@ class Engine:
         return self._runner.step_is_final
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError if it can never run here, or if its name is taken; QueueFull if it may be taken later."""
+        """Queue a request. Raises ValueError if it can never run here, or if its name is taken; QueueFull if it may be taken later.
+
+        Whether its grammar can be used is known later: if not, its choices end with the reason, `refused`.
+        """
         self._check(request)
         sampling = request.sampling
         first = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
-        for sequence in self.scheduler.add(request, tuple((first + index) % 2**64 for index in range(sampling.n))):
-            self._choices[sequence.number] = self._new_choice(request)
+        seeds = tuple((first + index) % 2**64 for index in range(sampling.n))
+        if sampling.grammar is None:
+            self._schedule(request, seeds)
+        else:
+            assert self._room is not None
+            self._room.enter(request, seeds)
         self._live[request.rid] = sampling.n
+
+    def _schedule(self, request: Request, seeds: tuple[int, ...]) -> None:
+        for sequence in self.scheduler.add(request, seeds):
+            self._choices[sequence.number] = self._new_choice(request)
 
     def _check(self, request: Request) -> None:
         if request.rid in self._live:
@@ -102,7 +128,9 @@ class Engine:
             raise ValueError(f"token id {wrong} is not in the vocabulary; ids go from 0 to {vocab - 1}")
         if request.sampling.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none; use stop_token_ids")
-        waiting = self.scheduler.num_waiting
+        if request.sampling.grammar is not None and self._room is None:
+            raise ValueError("a grammar needs a tokenizer and an end-of-text token, and this checkpoint does not have both")
+        waiting = self.num_waiting
         if waiting >= self.config.scheduler.max_queued_requests:
             raise QueueFull(f"{waiting} requests are waiting already, the most that --max-queued-requests allows")
 
@@ -116,6 +144,8 @@ class Engine:
 
     def abort(self, rid: str) -> list[ChoiceDelta]:
         """End every choice of a request, wherever it is; an unknown name is no error."""
+        if self._room is not None and (request := self._room.leave(rid)) is not None:
+            return self._turned_away(request, FinishReason.ABORT)
         return [self._finished(sequence) for sequence in self.scheduler.abort(rid)]
 
     def flush_cache(self) -> None:
@@ -124,17 +154,56 @@ class Engine:
 
     def step(self) -> list[ChoiceDelta]:
         """Run one step and return what it added; an empty list where no choice grew. Raises what the model raises."""
+        refused = self._call_room() if self._room else []
+        given_back, self._given_back = self._given_back, []
         if self._in_flight is None:
             self._submit(self.scheduler.plan())
+        ahead = self.scheduler.plan() if self._overlap and self._in_flight is not None else None
         if self._in_flight is None:
-            return []
-        ahead = self.scheduler.plan() if self._overlap else None
+            self._release(given_back)
+            return refused
         plan, pending = self._in_flight
         result = pending.result()
+        self._release(given_back)
         self._in_flight = None
         self.num_steps += 1
         self._submit(ahead)
-        return self._deliver(self.scheduler.commit(plan, result))
+        return refused + self._deliver(self.scheduler.commit(plan, result))
+
+    def _call_room(self) -> list[ChoiceDelta]:
+        """Schedule those whose grammars are ready, and return the ends of those who cannot be scheduled."""
+        assert self._room is not None
+        idle = self._in_flight is None and not self.scheduler.has_work
+        ready, refused = self._room.call(ROOM_SECONDS if idle else 0.0)
+        for request, seeds in ready:
+            try:
+                self._schedule(request, seeds)
+            except ValueError as error:
+                assert request.sampling.grammar is not None
+                self._given_back.append(request.sampling.grammar)
+                refused.append((request, str(error)))
+        return [delta for request, reason in refused for delta in self._turned_away(request, FinishReason.ERROR, reason)]
+
+    def _turned_away(self, request: Request, reason: FinishReason, error: str | None = None) -> list[ChoiceDelta]:
+        """The ends of a request that was never scheduled."""
+        del self._live[request.rid]
+        return [
+            ChoiceDelta(
+                rid=request.rid,
+                index=index,
+                num_prompt_tokens=len(request.prompt_token_ids),
+                finish_reason=reason,
+                error=error,
+                refused=error is not None,
+            )
+            for index in range(request.sampling.n)
+        ]
+
+    def _release(self, grammars: list[Grammar]) -> None:
+        """Give back grammars of requests that ended before the step whose result is in was planned: no step needs them now."""
+        for grammar in grammars:
+            assert self._grammars is not None
+            self._grammars.release(grammar)
 
     def _submit(self, plan: StepPlan | None) -> None:
         if plan is not None:
@@ -223,12 +292,14 @@ class Engine:
         self._live[sequence.request.rid] -= 1
         if not self._live[sequence.request.rid]:
             del self._live[sequence.request.rid]
+            if sampling.grammar is not None:
+                self._given_back.append(sampling.grammar)
 
     def stats(self) -> EngineStats:
         """What it is doing. Counts the rows that are not counted yet, so not for every step."""
         return EngineStats(
             num_running=self.scheduler.num_running,
-            num_waiting=self.scheduler.num_waiting,
+            num_waiting=self.num_waiting,
             cache_usage=self.scheduler.usage,
             num_preemptions=self.num_preemptions,
             num_steps=self.num_steps,
@@ -236,5 +307,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Wait for the step in flight and end the threads."""
+        """Wait for the step in flight and end the threads and processes."""
         self._executor.close()
+        if self._grammars is not None:
+            self._grammars.close()

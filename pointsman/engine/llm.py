@@ -145,7 +145,7 @@ class LLM:
 
     def _top_up(self, waiting: Iterator[Request]) -> int:
         """Hand over as many requests as the queue takes, and return how many choices that adds."""
-        room = self._engine.config.scheduler.max_queued_requests - self._engine.scheduler.num_waiting
+        room = self._engine.config.scheduler.max_queued_requests - self._engine.num_waiting
         added = 0
         for request in itertools.islice(waiting, max(room // 2, 0)):
             self._engine.add(request)
@@ -161,7 +161,9 @@ class LLM:
 
 
 def merge(result: RequestOutput, delta: ChoiceDelta) -> None:
-    """Add what a step brought to a result. Raises RequestFailed where the engine gave up on the choice."""
+    """Add what a step brought to a result. Raises RequestFailed where the engine gave up on the choice, ValueError where it refused."""
+    if delta.refused:
+        raise ValueError(delta.error)
     if delta.error is not None:
         raise RequestFailed(f"request {delta.rid} failed: {delta.error}")
     output = result.outputs[delta.index]

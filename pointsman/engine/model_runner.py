@@ -101,7 +101,7 @@ class ModelRunner:
         for segment, token in zip(wanting, drawn.tokens, strict=True):
             self._lanes.last_token_L[segment.lane] = max(token, 0)  # a lane with an error ends at commit; until then it runs on
         return tuple(
-            Sampled(segment.seq, token, logprobs[row], drawn.errors.get(row))
+            Sampled(segment.seq, token, logprobs[row], drawn.errors.get(row), lanes[row].ended)
             for row, (segment, token) in enumerate(zip(wanting, drawn.tokens, strict=True))
         )
 

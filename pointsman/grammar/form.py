@@ -59,12 +59,11 @@ class Grammar:
             raise ValueError(f"the kind of a grammar is {self.kind!r}; it must be one of {', '.join(_KINDS)}")
         if (self.kind == "json_object") == bool(self.text):
             raise ValueError(f"a grammar of kind {self.kind} must have {'no' if self.text else 'a'} text")
-        if len(self.text) > MAX_TEXT:
-            raise ValueError(f"the {self.kind} has {len(self.text)} characters; at most {MAX_TEXT} are allowed")
+        _check_size(self.kind, self.text)
         if self.after is not None and not 0 < len(self.after) <= MAX_AFTER:
             raise ValueError(f"after is {self.after!r:.80}; it must be a text of 1 to {MAX_AFTER} characters")
-        for text in (self.text, self.after or ""):
-            _check_characters(self.kind, text)
+        _check_characters(self.kind, self.text)
+        _check_characters("text of after", self.after or "")
         if (depth := _nesting(self.kind, self.text)) > MAX_NESTING:
             raise ValueError(f"the {self.kind} is nested {depth} deep; at most {MAX_NESTING} is allowed")
 
@@ -107,18 +106,20 @@ class Grammar:
         return cls("ebnf", text, after)
 
 
-def _check_size(kind: str, text: str) -> None:
+def _check_size(what: str, text: str) -> None:
     if len(text) > MAX_TEXT:
-        raise ValueError(f"the {kind} has {len(text)} characters; at most {MAX_TEXT} are allowed")
+        raise ValueError(f"the {what} has {len(text)} characters; at most {MAX_TEXT} bytes are allowed")
 
 
-def _check_characters(kind: str, text: str) -> None:
+def _check_characters(what: str, text: str) -> None:
     if "\0" in text:
-        raise ValueError(f"the {kind} has a null character at {text.index(chr(0))}")
+        raise ValueError(f"the {what} has a null character at {text.index(chr(0))}")
     try:
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError as error:
-        raise ValueError(f"the {kind} has a lone surrogate at {error.start}, which is no character") from None
+        raise ValueError(f"the {what} has a lone surrogate at {error.start}, which is no character") from None
+    if size > MAX_TEXT:
+        raise ValueError(f"the {what} has {size} bytes; at most {MAX_TEXT} are allowed")
 
 
 def _nesting(kind: str, text: str) -> int:

@@ -1,6 +1,7 @@
 """What the sampler remembers of one sequence, and how that changes its logits.
 
-A lane's state is a function of its `LaneStart` and the tokens drawn since, so a sequence that was preempted comes back to the same state.
+A lane's state is a function of its `LaneStart` and the tokens drawn since, so a sequence that was preempted comes back to the same state;
+what keeps it to a grammar is another such state beside it (`constraint`).
 Edits are sparse: each touches the tokens it is about (those seen, biased or suppressed) in a copy of the row, never the whole vocabulary.
 
 Shapes: V vocabulary.
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pointsman.request import SamplingParams
+from pointsman.sampling.constraint import Constraint
 from pointsman.sampling.filters import Floats
 from pointsman.sampling.philox import round_keys, uniform
 from pointsman.step import LaneStart
@@ -37,15 +39,17 @@ class LaneSampling:
     Attributes:
         sampling: how its tokens are chosen.
         num_output: tokens of output so far; the position of the next one.
+        constraint: what keeps it to its grammar, if it has one.
     """
 
-    __slots__ = ("_bias", "_biased", "_edited", "_keys", "_seen", "_suppressed", "greedy", "num_output", "sampling")
+    __slots__ = ("_bias", "_biased", "_edited", "_keys", "_seen", "_suppressed", "constraint", "greedy", "num_output", "sampling")
 
-    def __init__(self, start: LaneStart, vocab_size: int, eos_ids: Sequence[int]) -> None:
+    def __init__(self, start: LaneStart, vocab_size: int, eos_ids: Sequence[int], constraint: Constraint | None = None) -> None:
         sampling = start.sampling
         check_vocabulary(sampling, vocab_size)
         self.sampling = sampling
         self.greedy = sampling.greedy
+        self.constraint = constraint
         self.num_output = len(start.output)
         self._keys = round_keys(start.seed)
         self._biased = np.fromiter(sampling.logit_bias.keys(), np.intp)
@@ -64,10 +68,20 @@ class LaneSampling:
     @property
     def edited(self) -> bool:
         """The model's logits are not taken as they are."""
-        return self._edited or self.num_output < self.sampling.min_tokens
+        constrained = self.constraint is not None and not self.constraint.ended
+        return self._edited or constrained or self.num_output < self.sampling.min_tokens
+
+    @property
+    def ended(self) -> bool:
+        """The text is complete by its grammar, and its end was drawn."""
+        return self.constraint is not None and self.constraint.ended
 
     def edit(self, logits_V: Floats) -> Floats:
-        """A copy of the row after bias, penalties and the suppression of what would end the text too early."""
+        """A copy of the row after bias, penalties, the suppression of what would end the text too early, and last the grammar.
+
+        Raises:
+            ConstraintFault: the grammar cannot be kept to.
+        """
         sampling, edited_V = self.sampling, logits_V.copy()
         if len(self._biased):
             edited_V[self._biased] += self._bias
@@ -81,9 +95,18 @@ class LaneSampling:
             values -= np.float32(sampling.presence_penalty) * (counts > 0)
             values -= np.float32(sampling.frequency_penalty) * counts
             edited_V[tokens] = values
+        if self.constraint is not None and not self.constraint.ended:
+            self.constraint.restrict(edited_V)
         if self.num_output < sampling.min_tokens:
-            edited_V[self._suppressed] = -np.inf
+            self._suppress(edited_V)
         return edited_V
+
+    def _suppress(self, edited_V: Floats) -> None:
+        """Make what would end the text impossible, unless a grammar leaves nothing else."""
+        values = edited_V[self._suppressed]
+        edited_V[self._suppressed] = -np.inf
+        if self.constraint is not None and edited_V.max() == -np.inf:
+            edited_V[self._suppressed] = values
 
     def uniform(self) -> float:
         """The random number of the next token."""
@@ -94,6 +117,8 @@ class LaneSampling:
         self.num_output += 1
         if self._seen is not None:
             self._seen.add(token)
+        if self.constraint is not None:
+            self.constraint.commit(token)
 
 
 class _SeenTokens:

@@ -5,9 +5,10 @@ answer whatever else runs. So what is done for the whole batch is only what cann
 done row by row on the host, on as few tokens as the lane's parameters leave (`filters`). A greedy lane without edits needs nothing but
 the first part. On an accelerator the logits are copied to the host unless all lanes are greedy.
 
-Order: bias, repetition penalty, presence and frequency penalty, suppression of what would end the text before `min_tokens`,
-temperature, top-k, top-p, min-p; then one random number (`philox`) goes through the inverse of the cumulative weights of the kept
-tokens, in the order of their ids. Temperature 0 and top-k 1 take the likeliest; equally likely tokens count by id everywhere.
+Order: bias, repetition penalty, presence and frequency penalty, the grammar's mask, suppression of what would end the text before
+`min_tokens`, temperature, top-k, top-p, min-p; then one random number (`philox`) goes through the inverse of the cumulative weights
+of the kept tokens, in the order of their ids. Temperature 0 and top-k 1 take the likeliest; equally likely tokens count by id
+everywhere.
 
 Shapes: B lanes, V vocabulary.
 """
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from pointsman.request import Logprob
+from pointsman.sampling.constraint import ConstraintFault
 from pointsman.sampling.filters import Floats, kept, pick
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.logprobs import finite_rows, host_rows, row_logprobs
@@ -28,7 +30,7 @@ from pointsman.sampling.logprobs import finite_rows, host_rows, row_logprobs
 NO_TOKEN = -1
 
 NOT_FINITE = "logits are not finite"
-NONE_LEFT = "bias, penalties and min_tokens leave no token with a finite logit"
+NONE_LEFT = "bias, penalties, min_tokens and the grammar leave no token with a finite logit"
 
 
 class Drawn(NamedTuple):
@@ -48,6 +50,7 @@ class Drawn(NamedTuple):
 def sample(logits_BV: torch.Tensor, lanes: Sequence[LaneSampling]) -> Drawn:
     """Draw a token for each lane from its row of float32 logits, and tell the lane."""
     assert len(logits_BV) == len(lanes)
+    errors: dict[int, str] = {}
     if logits_BV.device.type != "cpu" and all(lane.plain and lane.sampling.logprobs is None for lane in lanes):
         tokens, finite = greedy_on_device(logits_BV)
         logprobs = None
@@ -57,14 +60,16 @@ def sample(logits_BV: torch.Tensor, lanes: Sequence[LaneSampling]) -> Drawn:
         finite = finite_rows(rows_BV)
         for index, lane in enumerate(lanes):
             if finite[index] and not lane.plain:
-                tokens[index] = _draw(rows_BV[index], lane)
+                try:
+                    tokens[index] = _draw(rows_BV[index], lane)
+                except ConstraintFault as fault:
+                    tokens[index], errors[index] = NO_TOKEN, str(fault)
         logprobs = _logprobs(rows_BV, lanes, tokens, finite)
-    errors: dict[int, str] = {}
     for index, lane in enumerate(lanes):
         if not finite[index]:
             tokens[index], errors[index] = NO_TOKEN, NOT_FINITE
         elif tokens[index] == NO_TOKEN:
-            errors[index] = NONE_LEFT
+            errors.setdefault(index, NONE_LEFT)
         else:
             lane.commit(tokens[index])
     return Drawn(tokens, logprobs, errors)

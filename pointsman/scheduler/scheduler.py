@@ -302,7 +302,7 @@ class Scheduler:
             self._extend_cache(sequence)
         if sampled is not None:
             sequence.tokens.append(sampled.token)
-            ended = sequence.ending(self._eos)
+            ended = sequence.ending(self._eos, sampled.final)
             advance = Advance(sequence, sampled.token, sampled.logprobs, rows)
         elif end == sequence.limit:  # nothing was to be generated
             ended, advance = (FinishReason.LENGTH, None), Advance(sequence, prompt_logprobs=rows)

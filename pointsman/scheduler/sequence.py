@@ -66,11 +66,14 @@ class Sequence:
         """Rows of prompt log-probabilities are still to be computed: one for each prompt token but the first."""
         return self.request.sampling.prompt_logprobs is not None and self.num_prompt_rows < self.num_prompt - 1
 
-    def ending(self, eos: frozenset[int]) -> tuple[FinishReason, int | None] | None:
-        """Why the last token ends the sequence, and the stop token where the request named it; None if it goes on."""
+    def ending(self, eos: frozenset[int], final: bool = False) -> tuple[FinishReason, int | None] | None:
+        """Why the last token ends the sequence, and the stop token where the request named it; None if it goes on.
+
+        A final token is one behind which there can be no other.
+        """
         sampling, token = self.request.sampling, self.tokens[-1]
-        if self.num_output >= sampling.min_tokens:
-            if token in eos and not sampling.ignore_eos:
+        if final or self.num_output >= sampling.min_tokens:
+            if token in eos and (final or not sampling.ignore_eos):
                 return FinishReason.STOP, None
             if token in sampling.stop_token_ids:
                 return FinishReason.STOP, token

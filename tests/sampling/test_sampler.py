@@ -173,7 +173,7 @@ def test_a_row_with_nothing_left_fails_alone() -> None:
     logits_BV = torch.full((3, 8), 1e20)
     drawn = sample(logits_BV, [lane(everything, 8), lane(SamplingParams(temperature=0.0), 8), lane(overflow, 8)])
     assert drawn.tokens == [NO_TOKEN, 0, NO_TOKEN] and set(drawn.errors) == {0, 2}
-    assert drawn.errors[0] == "bias, penalties and min_tokens leave no token with a finite logit"
+    assert drawn.errors[0] == "bias, penalties, min_tokens and the grammar leave no token with a finite logit"
 
 
 def test_the_device_path_agrees_with_the_host() -> None:
