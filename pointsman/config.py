@@ -70,6 +70,7 @@ class CacheConfig:
     mem_fraction_static: float = flag(0.5, "share of memory for weights and cache together", low=0.01, high=0.99)
     max_total_tokens: int | None = flag(None, "tokens the cache holds (default: what the memory share allows)", low=1)
     disable_radix_cache: bool = flag(False, "do not share the prefixes of prompts")
+    enable_return_routed_experts: bool = flag(False, "accepted and without effect: routing is always recorded, requests ask for it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,7 @@ class ServerConfig:
         None, "form of the model's tool calls (default: what the checkpoint calls for)", choices=("minimax-m2", "none")
     )
     log_level: str = flag("info", "how much to log", choices=("debug", "info", "warning", "error"))
+    log_requests: bool = flag(False, "write a line of JSON to standard error for each request that has ended")
 
     def __post_init__(self) -> None:
         for name in ("api_key", "admin_api_key"):

@@ -1,6 +1,6 @@
 """Who may ask what: every route is closed unless it is named here.
 
-    /health, /ready      anyone
+    /health, /ready, /   anyone (the playground's page holds nothing; what it asks for needs the key)
     admin routes         the admin key; where there is none the API key; where there is neither, this machine alone
     all others           the API key, where there is one (the admin key opens them too)
 
@@ -26,6 +26,7 @@ from pointsman.server.errors import ApiError
 from pointsman.server.responses import error_response
 
 OPEN_ROUTES = ("/health", "/ready")
+PLAYGROUND = "/"
 
 
 class Access:
@@ -57,7 +58,7 @@ class Access:
         if origin and scope["method"] not in ("GET", "HEAD") and not self._allows(origin, host):
             text = f"requests from pages of {origin[:200]} are not allowed; --cors-origin allows them"
             return ApiError(403, text, code="origin_not_allowed")
-        if scope["path"] in OPEN_ROUTES:
+        if scope["path"] in OPEN_ROUTES or scope["path"] == PLAYGROUND:
             return None
         given = _digest(_bearer(headers.get(b"authorization", b"")))
         if scope["path"] in self._admin_routes:

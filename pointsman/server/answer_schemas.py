@@ -40,6 +40,22 @@ def _ref(name: str) -> Schema:
 
 
 IDS = _list(WHOLE)
+_PAIR = {"type": "array", "items": WHOLE, "minItems": 2, "maxItems": 2}
+_RECORD = _object(
+    {
+        "version": _constant(1),
+        "dtype": {"enum": ["uint8", "uint16"]},
+        "shape": {"type": "array", "items": WHOLE, "minItems": 3, "maxItems": 3},
+        "start": WHOLE,
+        "num_experts": WHOLE,
+        "layers": IDS,
+        "missing": _list(_PAIR),
+        "weight_versions": _list({"type": "array", "prefixItems": [WHOLE, WHOLE, TEXT], "minItems": 3, "maxItems": 3}),
+        "crc32": WHOLE,
+        "data": TEXT,
+    }
+)
+_ROUTING = {"routed_experts": {"anyOf": [_RECORD, TEXT]}}
 FINISH = _or_null({"enum": ["stop", "length", "tool_calls", "abort"]})
 _ENVELOPE = {"id": TEXT, "created": WHOLE, "model": TEXT}
 _TOKEN = {"token": TEXT, "logprob": NUMBER, "bytes": _list(WHOLE)}
@@ -81,7 +97,8 @@ _META = _object(
         "cached_tokens": WHOLE,
         "e2e_latency": NUMBER,
     },
-    {
+    _ROUTING
+    | {
         "input_token_logprobs": _list(_ENTRY),
         "output_token_logprobs": _list(_ENTRY),
         "input_top_logprobs": _list(_or_null(_list(_ENTRY))),
@@ -105,7 +122,10 @@ ANSWERS: dict[str, Schema] = {
         | {
             "object": _constant("chat.completion"),
             "choices": _list(
-                _object({"index": WHOLE, "message": _MESSAGE, "logprobs": _CHAT_LOGPROBS, "finish_reason": FINISH}, {"token_ids": IDS})
+                _object(
+                    {"index": WHOLE, "message": _MESSAGE, "logprobs": _CHAT_LOGPROBS, "finish_reason": FINISH},
+                    _ROUTING | {"token_ids": IDS},
+                )
             ),
             "usage": _ref("Usage"),
         },
@@ -116,7 +136,9 @@ ANSWERS: dict[str, Schema] = {
         | {
             "object": _constant("chat.completion.chunk"),
             "choices": _list(
-                _object({"index": WHOLE, "delta": _DELTA, "logprobs": _CHAT_LOGPROBS, "finish_reason": FINISH}, {"token_ids": IDS})
+                _object(
+                    {"index": WHOLE, "delta": _DELTA, "logprobs": _CHAT_LOGPROBS, "finish_reason": FINISH}, _ROUTING | {"token_ids": IDS}
+                )
             ),
         },
         {"prompt_token_ids": IDS, "usage": _or_null(_ref("Usage"))},
@@ -128,7 +150,7 @@ ANSWERS: dict[str, Schema] = {
             "choices": _list(
                 _object(
                     {"index": WHOLE, "text": TEXT, "logprobs": _LOGPROBS, "finish_reason": FINISH},
-                    {"token_ids": IDS, "prompt_token_ids": IDS},
+                    _ROUTING | {"token_ids": IDS, "prompt_token_ids": IDS},
                 )
             ),
         },
@@ -147,6 +169,7 @@ ANSWERS: dict[str, Schema] = {
     ),
     "Reasoning": _object({"reasoning_text": TEXT, "text": TEXT}),
     "ServerInfo": _object({"version": TEXT, "model": ANY_OBJECT, "engine": ANY_OBJECT, "running": WHOLE}),
+    "RoutingLoad": _object({"num_layers": WHOLE, "num_experts": WHOLE, "num_tokens": WHOLE, "counts": _list(IDS)}),
     "Flushed": _object({"flushed": TRUTH}),
     "Aborted": _object({"aborted": WHOLE}),
     "Document": {"type": "object", "required": ["openapi", "paths"]},

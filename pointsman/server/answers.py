@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pointsman.request import ChoiceDelta, FinishReason, Request
+from pointsman.server.routing import Routing
 
 LOWEST_LOGPROB = -9999.0
 
@@ -27,6 +28,7 @@ class Form:
         stream: in pieces.
         include_usage: a stream ends with the usage.
         token_ids: list the tokens of prompt and answer.
+        routing: how the routing records of choices are made, where they were asked for.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Form:
     stream: bool
     include_usage: bool
     token_ids: bool
+    routing: Routing | None = None
 
 
 @dataclass
@@ -85,6 +88,11 @@ class OpenAIAnswer:
         self._open = set(range(len(self._pieces)))
 
     @property
+    def routing(self) -> Routing | None:
+        """How routing records are made, where they were asked for."""
+        return self._form.routing
+
+    @property
     def ended(self) -> bool:
         """Whether every choice has ended; one may do so before the engine ends it."""
         return not self._open
@@ -107,6 +115,8 @@ class OpenAIAnswer:
         choice = {"index": index, **piece, "finish_reason": finish}
         if self._form.token_ids:
             choice["token_ids"] = delta.token_ids
+        if delta.routed_experts is not None:
+            choice["routed_experts"] = delta.routed_experts
         if not self.stream:
             self._pieces[index].append(choice)
         chunk = {**self._envelope, "object": self.piece_kind, "choices": [choice]}
@@ -127,6 +137,8 @@ class OpenAIAnswer:
         choice = {"index": index, **self._join(index, pieces), "finish_reason": pieces[-1]["finish_reason"]}
         if self._form.token_ids:
             choice["token_ids"] = [token for piece in pieces for token in piece["token_ids"]]
+        if self._form.routing is not None:
+            choice["routed_experts"] = pieces[-1]["routed_experts"]
         return choice
 
     def _piece(self, index: int, delta: ChoiceDelta) -> tuple[dict[str, Any] | None, str | None]:

@@ -18,12 +18,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import pointsman
 from pointsman.config import EngineConfig, ServerConfig
-from pointsman.server import native, openapi, reading
-from pointsman.server.access import OPEN_ROUTES, Access
+from pointsman.server import metrics, native, openapi, reading
+from pointsman.server.access import OPEN_ROUTES, PLAYGROUND, Access
 from pointsman.server.bridge import Bridge
 from pointsman.server.errors import ApiError
 from pointsman.server.native import GenerateRequest
 from pointsman.server.openapi import Route
+from pointsman.server.playground import Page
 from pointsman.server.prompts import ServedModel
 from pointsman.server.protocol import AbortRequest, ChatRequest, CompletionRequest, FlushRequest
 from pointsman.server.responses import Answer, BodyReader, ClientGone, error_response, json_response, respond
@@ -71,6 +72,7 @@ class Routes:
         self._engine = engine
         self._seconds = server.request_timeout
         self._bodies = BodyReader()
+        self._page = Page.load()
 
     def table(self) -> dict[Route, Handler]:
         """Every route and who answers it."""
@@ -84,7 +86,7 @@ class Routes:
             Route("/flush_cache", "Forget cached prefixes", FlushRequest, "Flushed", admin=True, optional=True): self._flush_cache,
             Route("/abort_request", "End requests that run", AbortRequest, "Aborted", admin=True): self._abort_request,
         }
-        table |= self._texts()
+        table |= self._texts() | self._outside()
         table |= {Route(path, "Whether requests would be answered", None, None, head=True): self._health for path in OPEN_ROUTES}
         table[Route("/openapi.json", "This document", None, "Document")] = self._document
         self._described = openapi.document(list(table))
@@ -104,6 +106,28 @@ class Routes:
                 SeparateReasoningRequest, separate_reasoning
             ),
         }
+
+    def _outside(self) -> dict[Route, Handler]:
+        """The routes that show what goes on inside."""
+        return {
+            Route(PLAYGROUND, "The playground", None, None, head=True, media="text/html"): self._playground,
+            Route("/metrics", "Metrics, as Prometheus reads them", None, None, media="text/plain"): self._metrics,
+            Route("/routing_load", "How many tokens used each expert", None, "RoutingLoad"): self._routing_load,
+        }
+
+    async def _playground(self, http: Request) -> Response:
+        return Response(self._page.body, headers=self._page.headers)
+
+    async def _metrics(self, http: Request) -> Response:
+        name = self._bridge.served().info.name
+        body, media = metrics.expose(self._bridge.meter, name, http.headers.get("accept", ""))
+        return Response(body, headers={"content-type": media})
+
+    async def _routing_load(self, http: Request) -> Response:
+        info, load = self._bridge.served().info, self._bridge.meter.load
+        counts = [list(load.layer(layer)) if load else [0] * info.num_experts for layer in range(info.num_layers)]
+        shape = {"num_layers": info.num_layers, "num_experts": info.num_experts, "num_tokens": sum(counts[0]) // info.top_k}
+        return json_response(shape | {"counts": counts})
 
     async def _health(self, http: Request) -> Response:
         self._bridge.served()

@@ -19,6 +19,7 @@ from typing import Protocol
 from pointsman.request import Request
 from pointsman.server import wire
 from pointsman.server.errors import ApiError
+from pointsman.server.meter import Meter, array_load
 from pointsman.server.prompts import ServedModel
 from pointsman.server.stream import Stream
 
@@ -45,6 +46,7 @@ class Bridge:
         process: the engine's process.
         load: from what the engine says about its model to what this side needs of it; runs in a thread.
         max_requests: most prompts in the engine at once, running and waiting.
+        meter: counts what passes.
         watchdog_seconds: an engine that has work and says nothing for so long is taken for stuck.
 
     Attributes:
@@ -53,10 +55,17 @@ class Bridge:
     """
 
     def __init__(
-        self, process: Process, load: Callable[[wire.ModelInfo], ServedModel], *, max_requests: int, watchdog_seconds: float
+        self,
+        process: Process,
+        load: Callable[[wire.ModelInfo], ServedModel],
+        meter: Meter,
+        *,
+        max_requests: int,
+        watchdog_seconds: float,
     ) -> None:
         self._process = process
         self._load = load
+        self.meter = meter
         self._max_requests = max_requests
         self._watchdog_seconds = watchdog_seconds
         self._streams: dict[str, Stream] = {}
@@ -114,15 +123,16 @@ class Bridge:
             self._streams[request.rid] = stream
             self._names.setdefault(name, []).append(request.rid)
             self._named[request.rid] = name
+            self.meter.begin(request, name)
             self._process.end.send(wire.Submit(request))
         self._num_tokens += num_tokens
         self.idle.clear()
         return stream
 
-    def abort(self, rid: str) -> None:
-        """Tell the engine to stop working on a request."""
+    def abort(self, rid: str, *, tell: bool = False) -> None:
+        """Tell the engine to stop working on a request, and with `tell` to say what there is of it."""
         if self.reason is None:
-            self._process.end.send(wire.Abort(rid))
+            self._process.end.send(wire.Abort(rid, tell))
 
     def abort_named(self, name: str | None) -> int:
         """End what is running under a client's name, or everything. Returns how many requests that were."""
@@ -146,6 +156,7 @@ class Bridge:
         """A request has ended."""
         if self._streams.pop(request.rid, None) is None:
             return
+        self.meter.end(request.rid)
         self._num_tokens -= len(request.prompt_token_ids)
         name = self._named.pop(request.rid)
         self._names[name].remove(request.rid)
@@ -181,10 +192,14 @@ class Bridge:
         self._sign = asyncio.get_running_loop().time()
         match message:
             case wire.Deltas():
+                self.meter.take(message.deltas)
                 for delta in message.deltas:
                     if (stream := self._streams.get(delta.rid)) is not None:
                         stream.put(delta)
+            case wire.Stats():
+                self.meter.told(message.stats, array_load(message.stats.expert_load))
             case wire.Refused():
+                self.meter.refuse(message.rid)
                 if (stream := self._streams.get(message.rid)) is not None:
                     stream.fail(_queue_full(message.reason) if message.busy else ApiError(400, message.reason))
             case wire.CacheFlushed():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import shutil
 import signal
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0
 SIGN_SECONDS = 1.0
+REPORT_SECONDS = 0.25
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -78,15 +80,43 @@ def _run(end: wire.EngineEnd, config: EngineConfig, load: Callable[[EngineConfig
         return _report(end, "the engine failed", error)
 
 
+class Reporter:
+    """Tells the HTTP side what the engine is doing: when that has changed, and not too often.
+
+    Attributes:
+        changed: there is something to tell.
+    """
+
+    def __init__(self, engine: Engine, end: wire.EngineEnd) -> None:
+        self._engine = engine
+        self._end = end
+        self._due = 0.0
+        self.changed = True
+
+    def wait_ms(self) -> int | None:
+        """How long an idle engine may wait for work before there is something to tell; None for ever."""
+        return max(0, math.ceil(1000 * (self._due - time.monotonic()))) if self.changed else None
+
+    def report(self) -> None:
+        if self.changed and (now := time.monotonic()) >= self._due:
+            self._due = now + REPORT_SECONDS
+            self.changed = False
+            self._end.send(wire.Stats(self._engine.stats()))
+
+
 def loop(engine: Engine, end: wire.EngineEnd) -> NoReturn:
     """Take messages, step, send; for ever. Raises EOFError when the HTTP process has gone, and what a step raises."""
     told = 0.0
+    reporter = Reporter(engine, end)
     while True:
-        for message in end.receive(wait=not engine.has_work):
+        reporter.report()
+        for message in end.receive(wait=not engine.has_work, most_ms=reporter.wait_ms()):
             _take(engine, end, message)
+            reporter.changed = True
         if not engine.has_work:
             continue
         deltas = engine.step()
+        reporter.changed = True
         if refused := {delta.rid: delta.error for delta in deltas if delta.refused}:
             for rid, reason in refused.items():
                 end.send(wire.Refused(rid, reason or "", busy=False))
@@ -104,7 +134,9 @@ def _take(engine: Engine, end: wire.EngineEnd, message: wire.ToEngine) -> None:
             except ValueError as error:
                 end.send(wire.Refused(message.request.rid, str(error), isinstance(error, QueueFull)))
         case wire.Abort():
-            engine.abort(message.rid)
+            deltas = engine.abort(message.rid)
+            if message.tell:
+                end.send(wire.Deltas(deltas))
         case wire.FlushCache():
             engine.flush_cache()
             end.send(wire.CacheFlushed())
@@ -117,6 +149,9 @@ def describe(engine: Engine) -> wire.ModelInfo:
         folder=None if engine.tokenizer is None else str(engine.folder),
         context_length=engine.context_length,
         vocab_size=engine.architecture.vocab_size,
+        num_layers=engine.architecture.num_layers,
+        num_experts=engine.architecture.num_experts,
+        top_k=engine.architecture.top_k,
         generation_defaults=dict(engine.generation_defaults),
     )
 

@@ -14,6 +14,7 @@ from msgspec import Meta
 from pointsman.server import bounds
 from pointsman.server.errors import ApiError
 from pointsman.server.protocol import prompts_of
+from pointsman.server.routing import RoutingFields
 
 T = TypeVar("T")
 
@@ -30,7 +31,6 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "modalities": (None,),
     "no_logs": (None, False),
     "return_hidden_states": (None, False),
-    "return_routed_experts": (None, False),
     "session_params": (None,),
     "token_ids_logprob": (None,),
     "video_data": (None,),
@@ -60,7 +60,7 @@ class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     no_stop_trim: bool | None = None
 
 
-class GenerateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class GenerateRequest(RoutingFields, kw_only=True, forbid_unknown_fields=True):
     """One prompt or a batch, as text or as token ids."""
 
     text: str | Annotated[list[str], Meta(min_length=1, max_length=_MANY)] | None = None

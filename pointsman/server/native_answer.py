@@ -12,6 +12,7 @@ from typing import Any
 
 from pointsman.request import ChoiceDelta, FinishReason, Logprob, Request
 from pointsman.server.answers import LOWEST_LOGPROB
+from pointsman.server.routing import Routing
 from pointsman.text import Tokenizer
 
 Entry = tuple[float | None, int, str | None]
@@ -46,6 +47,7 @@ class _Item:
     input_top: list[list[Entry] | None] = field(default_factory=list)
     output: list[Entry] = field(default_factory=list)
     output_top: list[list[Entry] | None] = field(default_factory=list)
+    routing: Any = None
     finish: dict[str, Any] | None = None
 
 
@@ -56,6 +58,7 @@ class NativeAnswer:
         requests: what the engine is to run, one for each prompt.
         names: of each of them, for `/abort_request`.
         stream: the client wants what there is after each step.
+        routing: how routing records are made, where they were asked for.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class NativeAnswer:
         stream: bool,
         single: bool,
         tokenizer: Tokenizer | None,
+        routing: Routing | None = None,
     ) -> None:
         self.requests = requests
+        self.routing = routing
         self.names = names
         self.stream = stream
         self._tokenizer = tokenizer
@@ -97,6 +102,7 @@ class NativeAnswer:
         item.texts.append(delta.text)
         item.tokens += delta.token_ids
         item.cached = delta.num_cached_tokens
+        item.routing = delta.routed_experts
         item.finish = _finish(delta, len(item.tokens))
         if item.listing is not None:
             self._list(item, item.listing, delta)
@@ -117,6 +123,8 @@ class NativeAnswer:
             "cached_tokens": item.cached,
             "e2e_latency": time.monotonic() - self._begun,
         }
+        if item.routing is not None:
+            information["routed_experts"] = item.routing
         if item.listing is not None:
             information |= {"input_token_logprobs": item.input, "output_token_logprobs": item.output}
             if item.listing.top:

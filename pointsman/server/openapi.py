@@ -49,6 +49,7 @@ class Route:
         admin: only for those who run the server.
         optional: the body may be left out.
         head: HEAD is answered too.
+        media: the type of an answer that is text and not JSON.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Route:
     admin: bool = False
     optional: bool = False
     head: bool = False
+    media: str | None = None
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -101,6 +103,8 @@ def _methods(route: Route) -> dict[str, Any]:
 
 
 def _success(route: Route) -> dict[str, Any]:
+    if route.media is not None:
+        return {"description": "the answer", "content": {route.media: {"schema": {"type": "string"}}}}
     if route.answer is None:
         return {"description": "yes"}
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": REF.format(name=route.answer)}}}

@@ -24,6 +24,7 @@ from pointsman.server.native import GenerateRequest, NativeSampling
 from pointsman.server.native_answer import Listing, NativeAnswer
 from pointsman.server.output import Reasoning
 from pointsman.server.protocol import ChatRequest, CompletionRequest, Conversation, offered
+from pointsman.server.routing import routing_of
 from pointsman.server.tags import THINK_OPEN, Tag
 from pointsman.server.wire import ModelInfo
 from pointsman.text import ChatPrompt, Tokenizer, chat_prompt
@@ -79,7 +80,7 @@ class ServedModel:
             stream_reasoning=request.stream_reasoning is not False,
             parallel=request.parallel_tool_calls is not False,
         )
-        return ChatAnswer(self._form(request, name), [run], reading, self.tokenizer)
+        return ChatAnswer(self._form(request, name, [run]), [run], reading, self.tokenizer)
 
     def complete(self, request: CompletionRequest, name: str) -> CompletionAnswer:
         """Set up the continuation of one or several prompts. Raises ApiError."""
@@ -97,7 +98,7 @@ class ServedModel:
         texts = None
         if request.echo:
             texts = [prompt if isinstance(prompt, str) else self.decode(prompt, params.skip_special_tokens) for prompt in prompts]
-        return CompletionAnswer(self._form(request, name), runs, texts=texts, tokenizer=self.tokenizer)
+        return CompletionAnswer(self._form(request, name, runs), runs, texts=texts, tokenizer=self.tokenizer)
 
     def generate(self, request: GenerateRequest, name: str) -> NativeAnswer:
         """Set up the answers to `/generate`. Raises ApiError."""
@@ -116,14 +117,21 @@ class ServedModel:
             logprobs = None if listing is None else listing.top
             place = f"sampling_params[{index}]." if isinstance(request.sampling_params, list) else "sampling_params."
             both = {"logprobs": logprobs, "prompt_logprobs": logprobs if start is not None else None}
+            both |= {"return_routed_experts": bool(request.return_routed_experts), "routed_experts_start": request.routing_start()}
             params = sampling.of_native(asked[index], self.info.generation_defaults, both, place)
             runs.append(self._request(f"{name}-{index}", ids, params, request, field, given=asked[index].max_new_tokens))
             listings.append(listing)
         _check_count([run.sampling for run in runs], "sampling_params")
         names = self._names(request, name, count)
         return NativeAnswer(
-            runs, names, listings, stream=bool(request.stream), single=request.single, tokenizer=self.tokenizer
-        )  # fmt: skip
+            runs,
+            names,
+            listings,
+            stream=bool(request.stream),
+            single=request.single,
+            tokenizer=self.tokenizer,
+            routing=routing_of(request, self.info.num_experts, runs, default="int32"),
+        )
 
     def prompt_of(self, request: Conversation) -> ChatPrompt:
         """The prompt that a conversation makes. Raises ApiError."""
@@ -171,7 +179,7 @@ class ServedModel:
     def _encode(self, prompts: Sequence[str | list[int]], field: str) -> list[tuple[int, ...]]:
         return [self.encode(prompt, field) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
 
-    def _form(self, request: ChatRequest | CompletionRequest, name: str) -> Form:
+    def _form(self, request: ChatRequest | CompletionRequest, name: str, runs: Sequence[Request]) -> Form:
         return Form(
             id=request.rid or name,
             name=request.rid or name,
@@ -179,6 +187,7 @@ class ServedModel:
             stream=bool(request.stream),
             include_usage=request.include_usage,
             token_ids=bool(request.return_token_ids),
+            routing=routing_of(request, self.info.num_experts, runs),
         )
 
     def _names(self, request: GenerateRequest, name: str, count: int) -> list[str]:

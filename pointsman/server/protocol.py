@@ -14,6 +14,7 @@ from pointsman.server import bounds
 from pointsman.server.errors import ApiError
 from pointsman.server.formats import GrammarText, ResponseFormat
 from pointsman.server.messages import AssistantMessage, Message, check_messages, role_of
+from pointsman.server.routing import RoutingFields
 from pointsman.server.tools import ToolChoice, Tools, check_tools
 
 TEMPLATE_ARGUMENTS = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
@@ -30,7 +31,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
 
 
-class Fields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Fields(RoutingFields, kw_only=True, forbid_unknown_fields=True):
     """What chat and completions share. `user` is accepted for whoever has it, and kept nowhere."""
 
     model: str | None = None
@@ -120,6 +121,9 @@ class ChatRequest(Fields, kw_only=True, forbid_unknown_fields=True):
         """Raises ApiError for what the types cannot say."""
         check_conversation(self)
         check_shared(self)
+        if self.tools and self.parallel_tool_calls is False and self.return_routed_experts:
+            text = "parallel_tool_calls false ends a turn before its routing is known; leave it out, or return_routed_experts"
+            raise ApiError(400, text, param="parallel_tool_calls")
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):

@@ -20,6 +20,7 @@ from pointsman.request import Request as EngineRequest
 from pointsman.server.bounds import MAX_BODY_BYTES
 from pointsman.server.bridge import Bridge
 from pointsman.server.errors import ApiError
+from pointsman.server.routing import Routing
 from pointsman.server.stream import Stream
 
 BODY_SECONDS = 30.0
@@ -44,6 +45,8 @@ class Answer(Protocol):
     def stream(self) -> bool: ...
     @property
     def ended(self) -> bool: ...
+    @property
+    def routing(self) -> Routing | None: ...
     def take(self, deltas: Sequence[ChoiceDelta]) -> list[dict[str, Any]]: ...
     def last(self) -> dict[str, Any] | None: ...
     def whole(self) -> Any: ...
@@ -104,7 +107,7 @@ async def respond(http: Request, bridge: Bridge, answer: Answer, seconds: float)
 
 async def _collect(stream: Stream, answer: Answer) -> Any:
     async for deltas in stream:
-        answer.take(deltas)
+        answer.take(await _with_records(answer, deltas))
         if answer.ended:
             break
     return answer.whole()
@@ -134,9 +137,10 @@ class EventStream(Response):
 
     async def _events(self) -> AsyncIterator[bytes]:
         """Events, those that are there at the same time in one piece."""
-        deltas = self._first
+        deltas: Sequence[ChoiceDelta] = self._first
         try:
             while True:
+                deltas = await _with_records(self._answer, deltas)
                 if events := b"".join(map(_event, self._answer.take(deltas))):
                     yield events
                 if self._answer.ended:
@@ -147,6 +151,10 @@ class EventStream(Response):
             return
         last = self._answer.last()
         yield (_event(last) if last else b"") + b"data: [DONE]\n\n"
+
+
+async def _with_records(answer: Answer, deltas: Sequence[ChoiceDelta]) -> Sequence[ChoiceDelta]:
+    return deltas if answer.routing is None else await answer.routing.encode(deltas)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T] | Coroutine[Any, Any, T]) -> T:

@@ -12,6 +12,7 @@ import functools
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Generator
 from typing import cast
 
@@ -24,6 +25,7 @@ from pointsman.server.bridge import Bridge
 from pointsman.server.connection import MAX_HEAD_BYTES, Connection
 from pointsman.server.errors import ApiError
 from pointsman.server.launch import EngineProcess
+from pointsman.server.meter import Meter, log_requests_to
 from pointsman.server.prompts import ServedModel
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,10 @@ async def run(listener: socket.socket, process: EngineProcess, engine: EngineCon
     stop, hurry = _signals()
     load = functools.partial(ServedModel.load, reasoning_parser=server.reasoning_parser, tool_call_parser=server.tool_call_parser)
     max_requests = engine.scheduler.max_running_requests + engine.scheduler.max_queued_requests
-    bridge = Bridge(process, load, max_requests=max_requests, watchdog_seconds=server.watchdog_timeout)
+    if server.log_requests:
+        log_requests_to(sys.stderr)
+    meter = Meter(log_requests=server.log_requests)
+    bridge = Bridge(process, load, meter, max_requests=max_requests, watchdog_seconds=server.watchdog_timeout)
     bridge.start()
     web = _WebServer(_web_config(bridge, engine, server))
     serving = asyncio.create_task(web.serve(sockets=[listener]))

@@ -55,6 +55,7 @@ def _values(request: Fields, advice: Advice) -> dict[str, Any]:
     given = {name: getattr(request, name) for name in _SHARED}
     values: dict[str, Any] = dict(advice) | {name: value for name, value in given.items() if value is not None}
     values["logit_bias"] = _biases(request.logit_bias)
+    values["routed_experts_start"] = request.routing_start()
     return values
 
 

@@ -24,7 +24,7 @@ class Owner(Protocol):
     """What a stream needs of whoever runs its requests."""
 
     def forget(self, request: Request) -> None: ...
-    def abort(self, rid: str) -> None: ...
+    def abort(self, rid: str, *, tell: bool = False) -> None: ...
 
 
 class Stream:
@@ -71,8 +71,12 @@ class Stream:
         self._news.set()
 
     def abort(self, rid: str) -> None:
-        """End every choice of a request that has not ended, as aborted."""
-        if rid in self._left:
+        """End every choice of a request that has not ended, as aborted; at once, unless the engine has something to add."""
+        if rid not in self._left:
+            return
+        if self._requests[rid].sampling.return_routed_experts:
+            self._owner.abort(rid, tell=True)
+        else:
             self._owner.abort(rid)
             for index in sorted(self._left[rid]):
                 self.put(ChoiceDelta(rid=rid, index=index, finish_reason=FinishReason.ABORT))

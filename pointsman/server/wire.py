@@ -20,7 +20,7 @@ import msgspec
 import zmq
 
 from pointsman.config import EngineConfig
-from pointsman.request import ChoiceDelta, Request
+from pointsman.request import ChoiceDelta, EngineStats, Request
 
 PARENT_GONE = "the HTTP process has gone"
 _ARRAY = 1
@@ -42,9 +42,10 @@ class Submit(msgspec.Struct, tag=True):
 
 
 class Abort(msgspec.Struct, tag=True):
-    """Stop working on a request; no answer follows."""
+    """Stop working on a request; `tell`: answer with what there is of it, as aborted."""
 
     rid: str
+    tell: bool = False
 
 
 class FlushCache(msgspec.Struct, tag=True):
@@ -65,6 +66,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     folder: str | None
     context_length: int
     vocab_size: int
+    num_layers: int
+    num_experts: int
+    top_k: int
     generation_defaults: dict[str, int | float] = {}
 
 
@@ -94,6 +98,12 @@ class Deltas(msgspec.Struct, tag=True):
     deltas: list[ChoiceDelta]
 
 
+class Stats(msgspec.Struct, tag=True):
+    """What the engine is doing, a few times a second at most."""
+
+    stats: EngineStats
+
+
 class CacheFlushed(msgspec.Struct, tag=True):
     """The answer to FlushCache."""
 
@@ -107,7 +117,7 @@ class Array(msgspec.Struct, frozen=True):
 
 
 ToEngine = Submit | Abort | FlushCache
-FromEngine = Ready | Failed | Refused | Deltas | CacheFlushed
+FromEngine = Ready | Failed | Refused | Deltas | Stats | CacheFlushed
 
 
 def _pack_array(value: Any) -> msgspec.msgpack.Ext:
@@ -168,9 +178,9 @@ class EngineEnd:
         self._poller.register(self._inbox, zmq.POLLIN)
         self._poller.register(parent, zmq.POLLIN)
 
-    def receive(self, *, wait: bool) -> list[ToEngine]:
-        """All messages that are there; with `wait`, at least one. Raises EOFError when the HTTP process has gone."""
-        ready = dict(self._poller.poll(None if wait else 0))
+    def receive(self, *, wait: bool, most_ms: int | None = None) -> list[ToEngine]:
+        """All messages that are there; with `wait`, at least one if it comes in time. Raises EOFError when the HTTP process has gone."""
+        ready = dict(self._poller.poll(most_ms if wait else 0))
         if self._parent in ready:
             raise EOFError(PARENT_GONE)
         messages: list[ToEngine] = []

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy
 
 from pointsman.config import EngineConfig
-from pointsman.request import ChoiceDelta, FinishReason, Logprob, QueueFull, Request
+from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, QueueFull, Request
 from pointsman.server.engine_process import main
 from pointsman.text import Detokenizer, Tokenizer
 
@@ -32,6 +32,7 @@ SENTENCE = "The answer is 4."
 REPLY = f"{THOUGHT}\n</think>\n\n{SENTENCE}"
 CONTEXT = 9000
 VOCABULARY = 300
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
 
 @dataclasses.dataclass
@@ -42,6 +43,12 @@ class _Choice:
     detokenizer: Detokenizer
     text: str
     done: int = 0
+
+
+def routes_of(token: int) -> list[list[int]]:
+    """The experts that a token uses: in each layer two, that tell which it is."""
+    firsts = [(token + layer) % EXPERTS for layer in range(LAYERS)]
+    return [[first, (first + 1 + token // EXPERTS % (EXPERTS - 1)) % EXPERTS] for first in firsts]
 
 
 class FakeEngine:
@@ -55,12 +62,16 @@ class FakeEngine:
             raise RuntimeError("secret 1234")
         self.folder = Path(folder)
         self.tokenizer = Tokenizer.load(folder)
-        self.architecture = SimpleNamespace(name="MiniMaxM2ForCausalLM", vocab_size=VOCABULARY)
+        self.architecture = SimpleNamespace(
+            name="MiniMaxM2ForCausalLM", vocab_size=VOCABULARY, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K
+        )
         self.context_length = CONTEXT
         self.model_name = config.model.served_model_name or "fake"
         self.generation_defaults = {"temperature": 0.5, "top_k": 40}
         self._choices: list[_Choice] = []
         self._aborted = 0
+        self._num_steps = 0
+        self._load = numpy.zeros((LAYERS, EXPERTS), numpy.int64)
         self._flushed = 0
         if config.model.random_seed:
             time.sleep(config.model.random_seed)
@@ -85,15 +96,31 @@ class FakeEngine:
             tokens = self.tokenizer.encode(reply) + ([self.tokenizer.token_id("[e~[")] if not request.sampling.ignore_eos else [])
             self._choices.append(_Choice(request, index, tokens, Detokenizer(self.tokenizer, request.prompt_token_ids), prompt))
 
-    def abort(self, rid: str) -> None:
-        before = len(self._choices)
+    def abort(self, rid: str) -> list[ChoiceDelta]:
+        """The last two rows of what is aborted are not known."""
+        ended = [choice for choice in self._choices if choice.request.rid == rid]
         self._choices = [choice for choice in self._choices if choice.request.rid != rid]
-        self._aborted += before != len(self._choices)
+        self._aborted += bool(ended)
+        deltas = [ChoiceDelta(rid=rid, index=choice.index, finish_reason=FinishReason.ABORT) for choice in ended]
+        for choice, delta in zip(ended, deltas, strict=True):
+            self._route(choice, delta, len(choice.request.prompt_token_ids) + choice.done - 3)
+        return deltas
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._choices),
+            num_waiting=0,
+            cache_usage=0.25,
+            num_preemptions=0,
+            num_steps=self._num_steps,
+            expert_load=self._load.copy(),
+        )
 
     def flush_cache(self) -> None:
         self._flushed += 1
 
     def step(self) -> list[ChoiceDelta]:
+        self._num_steps += 1
         deltas = [self._grow(choice) for choice in self._choices]
         ended = {(delta.rid, delta.index) for delta in deltas if delta.finish_reason is not None}
         if any("STUCK" in choice.text for choice in self._choices):
@@ -119,9 +146,21 @@ class FakeEngine:
         if delta.finish_reason is None and sampling.max_tokens is not None and choice.done >= sampling.max_tokens:
             delta.finish_reason = FinishReason.LENGTH
             delta.text += choice.detokenizer.flush()
-        if sampling.return_routed_experts and delta.finish_reason is not None:
-            delta.routed_experts = numpy.zeros((3, 2, 1), dtype=numpy.uint8)
+        if delta.finish_reason is not None:
+            self._route(choice, delta, len(prompt) + choice.done - 1)
         return delta
+
+    def _route(self, choice: _Choice, delta: ChoiceDelta, num_known: int) -> None:
+        """Rows as `routes_of` has them, known up to a position."""
+        sampling = choice.request.sampling
+        for token in (*choice.request.prompt_token_ids, *choice.tokens[: choice.done])[:num_known]:
+            self._load += numpy.eye(EXPERTS, dtype=numpy.int64)[routes_of(token)].sum(axis=1)
+        if sampling.return_routed_experts:
+            tokens = [*choice.request.prompt_token_ids, *choice.tokens[: choice.done]]
+            rows = numpy.array([routes_of(token) for token in tokens[:-1]], numpy.uint8).reshape(-1, LAYERS, TOP_K)
+            delta.routed_experts = rows[sampling.routed_experts_start :]
+            missing = (max(num_known - sampling.routed_experts_start, 0), len(delta.routed_experts))
+            delta.routed_experts_missing = [missing] if missing[0] < missing[1] else []
 
     def _take(self, choice: _Choice, delta: ChoiceDelta) -> None:
         token = choice.tokens[choice.done]

@@ -42,7 +42,7 @@ def ask(
     ("options", "key", "routes"),
     [
         ({}, None, {"/health": 200, "/x": 200, "/flush_cache": 200}),
-        (KEY, None, {"/health": 200, "/ready": 200, "/x": 401, "/": 401, "/health/": 401, "/flush_cache": 401}),
+        (KEY, None, {"/health": 200, "/ready": 200, "/x": 401, "/": 200, "/health/": 401, "/flush_cache": 401}),
         (KEY, "sesam", {"/x": 200, "/flush_cache": 200}),
         (KEY, "sesa", {"/x": 401, "/flush_cache": 401}),
         (KEY, "sesamm", {"/x": 401}),
@@ -132,7 +132,7 @@ def test_a_server_with_keys(folder: Path) -> None:
             routes = client.get("/openapi.json", headers={"authorization": "Bearer sesam"}).json()["paths"]
             for path, operations in routes.items():
                 for method in operations:
-                    expected = 200 if path in ("/health", "/ready") else 401
+                    expected = 200 if path in ("/health", "/ready", "/") else 401
                     assert client.request(method, path).status_code == expected, path
             for path in ("/nothing", "/docs", "/v1/models/"):
                 assert fault(client.get(path), 401)["code"] == "invalid_api_key"

@@ -27,6 +27,9 @@ def info(folder: Path | None, architecture: str = "MiniMaxM2ForCausalLM", contex
         folder=None if folder is None else str(folder),
         context_length=context,
         vocab_size=300,
+        num_layers=3,
+        num_experts=8,
+        top_k=2,
         generation_defaults=DEFAULTS,
     )
 

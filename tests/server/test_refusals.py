@@ -24,7 +24,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {"type": "xml"}}, "response_format.type", "none of the values"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"best_of": 2}, "best_of", "not supported"),
-    ({"return_routed_experts": True}, "return_routed_experts", "not supported"),
+    ({"replay_routed_experts": {}}, "replay_routed_experts", "not supported"),
     ({"max_tokens": "5"}, "max_tokens", "int | null"),
     ({"max_tokens": True}, "max_tokens", "int | null"),
     ({"max_tokens": -1}, "max_tokens", "at least 0"),

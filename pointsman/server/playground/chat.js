@@ -8,11 +8,23 @@ const TOOLS_EXAMPLE = [
       description: "Get the weather of a city",
       parameters: {
         type: "object",
+        properties: { city: { type: "string", description: "the city" }, days: { type: "integer", description: "number of days" } },
+        required: ["city"],
+      },
+    },
+  },
+  {
+    type: "function",
+    function: {
+      name: "book_table",
+      description: "Book a table at a restaurant",
+      parameters: {
+        type: "object",
         properties: {
-          city: { type: "string", description: "name of the city" },
-          days: { type: "integer", description: "number of days" },
+          restaurant: { type: "string", description: "name of the restaurant" },
+          guests: { type: "integer", description: "number of guests" },
         },
-        required: ["city", "days"],
+        required: ["restaurant", "guests"],
       },
     },
   },
@@ -20,7 +32,7 @@ const TOOLS_EXAMPLE = [
 const IDEAS = [
   ["A word problem", "Tom has 14 apples. He buys 3 bags with 6 apples in each and gives 7 apples away. How many apples does Tom have now?"],
   ["Boxes", "There are 15 boxes with 12 eggs in each. How many eggs are there in total?"],
-  ["A tool call", "Get the weather in Lisbon for 3 days.", TOOLS_EXAMPLE],
+  ["A tool call", "What is the weather in Lisbon?", TOOLS_EXAMPLE],
 ];
 const PIECE = 1000;
 
@@ -119,7 +131,13 @@ class Chat {
     answer.end(buttons);
     if (answer.calls.length && !answer.stopped) this.askForResults(answer);
     if (answer.record) {
-      if (answer.prompt) answer.list.before(this.promptButton(answer));
+      const below = make("p", "row");
+      if (answer.prompt) below.append(this.promptButton(answer));
+      answer.jump = button("See the experts", () => showView("routing"));
+      answer.jump.classList.add("phone");
+      answer.jump.hidden = true;
+      below.append(answer.jump);
+      answer.list.after(below);
       this.routing.show(answer);
     }
     this.follow();
@@ -135,7 +153,7 @@ class Chat {
   }
 
   promptButton(answer) {
-    const show = button("Show the prompt's tokens too", async () => {
+    const show = button(`Show the prompt's ${answer.prompt.length} tokens too`, async () => {
       show.disabled = true;
       const texts = [];
       for (let at = 0; at < answer.prompt.length; at += PIECE) {
@@ -177,6 +195,7 @@ class Chat {
   }
 
   pick(answer, position) {
+    if (answer.jump) answer.jump.hidden = false;
     this.routing.showToken(answer, position);
     this.routing.paint();
   }

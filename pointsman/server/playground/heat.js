@@ -8,6 +8,7 @@ class HeatMap {
     this.describe = describe;
     this.choose = choose;
     this.note = holder.parentElement.querySelector(".note");
+    this.hint = this.note ? this.note.textContent : "";
     this.canvas = null;
     this.cursor = null;
     this.chosen = null;
@@ -18,7 +19,10 @@ class HeatMap {
   /** Show values, layer by layer: 0 unused, 1 an even share, 3 and above the hottest; `ranks` are drawn as numbers instead. */
   show(numLayers, numExperts, values, { ranks = false, layers = null } = {}) {
     Object.assign(this, { numLayers, numExperts, values, ranks, layers });
-    if (!this.canvas) this.create();
+    if (!this.canvas) {
+      this.create();
+      this.say("");
+    }
     this.draw();
   }
 
@@ -149,7 +153,7 @@ class HeatMap {
   }
 
   say(text) {
-    if (this.note) this.note.textContent = text;
+    if (this.note) this.note.textContent = text || (this.canvas ? this.hint : "");
   }
 }
 

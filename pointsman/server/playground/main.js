@@ -40,7 +40,7 @@ async function greet() {
       find("model").textContent = models.data[0].id;
       find("model").title = `Context of ${models.data[0].max_model_len.toLocaleString("en")} tokens`;
       say("ready", "ready");
-      routing.ready = true;
+      routing.poll();
       return;
     } catch (error) {
       if (error.status === 401) {
@@ -58,6 +58,7 @@ const api = new Api((current) => (asking = asking || askForKey(current).finally(
 const routing = new RoutingView(api);
 const chat = new Chat(api, routing);
 
+find("key-cancel").addEventListener("click", () => find("key-dialog").close("cancel"));
 for (const tab of document.querySelectorAll("[data-show]")) tab.addEventListener("click", () => showView(tab.dataset.show));
 matchMedia("(max-width: 860px)").addEventListener("change", () => showView(document.body.dataset.view));
 find("key-change").addEventListener("click", async () => {
@@ -65,5 +66,4 @@ find("key-change").addEventListener("click", async () => {
 });
 showView("chat");
 greet();
-routing.poll();
 chat.box.focus();

@@ -12,9 +12,8 @@ class RoutingView {
     this.samples = [];
     this.span = "recent";
     this.tokenMap = new HeatMap(find("token-map"), {
-      label: "Experts of the token", describe: () => "", choose: () => this.tokenMap.pick(null),
+      label: "Experts of the token", describe: (layer, expert) => this.describeRank(layer, expert), choose: (cell) => this.answerMap.pick(cell),
     });
-    this.tokenMap.choose = null;
     this.answerMap = new HeatMap(find("answer-map"), {
       label: "Load of the answer", describe: (layer, expert) => this.describeAnswer(layer, expert), choose: (cell) => this.brush(cell),
     });
@@ -63,7 +62,7 @@ class RoutingView {
     this.position = null;
     this.tokenMap.clear("Layers by experts appear here.");
     find("token-title").replaceChildren(make("p", "faint", "Select a token of an answer."));
-    find("token-table").hidden = find("token-back").disabled = find("token-next").disabled = true;
+    find("token-table").hidden = true;
     find("token-back").disabled = find("token-next").disabled = true;
   }
 
@@ -72,7 +71,7 @@ class RoutingView {
     if (!answer.record) return;
     this.position = position;
     const token = answer.token(position), experts = answer.record.at(position), record = answer.record;
-    find("token-title").replaceChildren(...describeToken(token, position));
+    find("token-title").replaceChildren(...describeToken(answer, token, position));
     find("token-back").disabled = find("token-next").disabled = false;
     find("token-table").hidden = !experts;
     if (!experts) {
@@ -80,7 +79,8 @@ class RoutingView {
       this.tokenMap.clear(last ? "The last token was sampled and never fed back: no expert has seen it." : "This row is missing from the record.");
       return;
     }
-    const ranks = new Float64Array(record.numLayers * record.numExperts);
+    this.tokenMap.chosen = null;
+    const ranks = (this.ranks = new Float64Array(record.numLayers * record.numExperts));
     experts.forEach((ids, layer) => ids.forEach((id, rank) => (ranks[layer * record.numExperts + id] = rank + 1)));
     this.tokenMap.show(record.numLayers, record.numExperts, ranks, { ranks: record.topK, layers: record.layers });
     const rows = experts.map((ids, layer) => {
@@ -90,6 +90,12 @@ class RoutingView {
       return row;
     });
     find("token-table").querySelector("tbody").replaceChildren(...rows);
+  }
+
+  describeRank(layer, expert) {
+    const { record } = this.answer, rank = this.ranks[layer * record.numExperts + expert];
+    const used = rank ? `choice ${rank} of ${record.topK}` : "not used";
+    return `Layer ${record.layers[layer]}, expert ${expert}: ${used}. Click to mark all tokens that used it.`;
   }
 
   describeAnswer(layer, expert) {
@@ -102,7 +108,7 @@ class RoutingView {
   brush(cell) {
     this.cell = cell;
     this.paint();
-    find("answer-note").textContent = cell ? this.describeAnswer(cell.layer, cell.expert) : "";
+    this.answerMap.say(cell ? this.describeAnswer(cell.layer, cell.expert) : "");
     if (cell) this.answer.strip.open = true;
   }
 
@@ -122,12 +128,10 @@ class RoutingView {
   /** Ask the server for its counts, as long as the page is looked at. */
   async poll() {
     for (;;) {
-      if (!document.hidden && find("server-card").offsetParent && this.ready) {
-        try {
-          this.takeSample(await this.api.json("/routing_load"));
-        } catch {
-          find("server-title").textContent = "The server does not answer.";
-        }
+      try {
+        if (!document.hidden && (!this.samples.length || find("server-card").offsetParent)) this.takeSample(await this.api.json("/routing_load"));
+      } catch {
+        find("server-title").textContent = "The server does not answer.";
       }
       await new Promise((resolve) => setTimeout(resolve, POLL_MILLISECONDS));
     }
@@ -174,23 +178,23 @@ function describeLoad(load, layer, expert, name = layer) {
   return `Layer ${name}, expert ${expert}: ${count.toLocaleString("en")} tokens, ${load.ratio(layer, expert).toFixed(2)} times an even share.`;
 }
 
-function describeToken(token, position) {
-  const title = make("p");
-  title.append(make("span", "picked-token", token.text.replace(/\n/g, "↵") || "∅"), ` at position ${position}`);
-  if (token.prompt) {
-    title.append(", of the prompt");
-    return [title];
-  }
-  title.append(`, chosen with ${percent(token.logprob)}`);
+/** A token amid its neighbours, and how likely it and others were. */
+function describeToken(answer, token, position) {
+  const around = make("p", "around"), title = make("p", "faint");
+  const texts = (from, to) => Array.from({ length: to - from }, (_, at) => (answer.token(from + at) || { text: "" }).text || "").join("").replace(/\n/g, "↵");
+  const end = Math.min(position + 7, answer.numPrompt + answer.tokens.length);
+  around.append(texts(Math.max(position - 6, 0), position), make("b", "", token.text.replace(/\n/g, "↵") || "∅"), texts(position + 1, end));
+  title.textContent = `Position ${position}` + (token.prompt ? ", in the prompt" : `, chosen with ${percent(token.logprob)}`);
+  if (token.prompt) return [around, title];
   const list = make("ol", "guesses");
   list.setAttribute("aria-label", "Likeliest tokens here");
-  for (const guess of token.top) {
+  for (const guess of token.top.filter((guess, at) => at < 2 || guess.logprob > Math.log(0.0005))) {
     const item = make("li"), bar = make("span", "bar");
     bar.style.width = `${Math.max(100 * Math.exp(guess.logprob), 0.5)}%`;
     item.append(make("span", "name", guess.text.replace(/\n/g, "↵")), bar, make("span", "share", percent(guess.logprob)));
     list.append(item);
   }
-  return [title, list];
+  return [around, title, list];
 }
 
 function tintOf(answer, position, tint) {
@@ -204,7 +208,7 @@ function tintOf(answer, position, tint) {
 
 function percent(logprob) {
   const share = 100 * Math.exp(logprob);
-  return `${share >= 99.95 ? "100" : share >= 10 ? share.toFixed(1) : share.toPrecision(2)} %`;
+  return share < 0.01 ? "< 0.01 %" : `${share >= 99.95 ? "100" : share >= 10 ? share.toFixed(1) : share.toPrecision(2)} %`;
 }
 
 function option(value, text) {

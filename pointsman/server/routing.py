@@ -1,0 +1,100 @@
+"""Routing records in answers: the fields that ask for one, and the form in which it is given.
+
+The engine hands over bare rows with the last tokens of a choice. They become a record here, in a thread: a long one takes milliseconds,
+and other clients are waiting for their tokens. numpy is loaded with the first record, so that a server starts without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from pointsman.request import ChoiceDelta
+from pointsman.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from pointsman.routed_experts import RoutedExperts
+
+WEIGHT_VERSION = "0"
+START_NAMES = ("routed_experts_start", "routed_experts_start_len", "routed_experts_prompt_start")
+
+RecordForm = Literal["record", "npy", "int32"]
+Start = Annotated[int, Meta(ge=0, le=1 << 30)]
+
+
+class RoutingFields(msgspec.Struct, kw_only=True):
+    """What asks for routing records; the start has the names that it has in SGLang and vLLM too."""
+
+    return_routed_experts: bool | None = None
+    routed_experts_format: RecordForm | None = None
+    routed_experts_start: Start | None = None
+    routed_experts_start_len: Start | None = None
+    routed_experts_prompt_start: Start | None = None
+
+    def routing_start(self) -> int:
+        """Where rows begin. Raises ApiError for fields that do not go together."""
+        given = {name: value for name in START_NAMES if (value := getattr(self, name)) is not None}
+        if len(set(given.values())) > 1:
+            raise ApiError(400, f"{' and '.join(given)} are one thing by several names and differ; give one", param=list(given)[1])
+        alone = [*given] + ["routed_experts_format"] * (self.routed_experts_format is not None)
+        if alone and not self.return_routed_experts:
+            raise ApiError(400, f"{alone[0]} needs return_routed_experts true", param=alone[0])
+        return next(iter(given.values()), 0)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the records of an answer are made.
+
+    Attributes:
+        form: record, npy or int32.
+        num_experts: of each layer of the model.
+        starts: for each request of the engine, the position of its first row.
+    """
+
+    form: RecordForm
+    num_experts: int
+    starts: dict[str, int]
+
+    async def encode(self, deltas: Sequence[ChoiceDelta]) -> Sequence[ChoiceDelta]:
+        """The same deltas, with rows in the form that the client asked for."""
+        if all(delta.routed_experts is None for delta in deltas):
+            return deltas
+        return await asyncio.to_thread(lambda: [self._encoded(delta) for delta in deltas])
+
+    def _encoded(self, delta: ChoiceDelta) -> ChoiceDelta:
+        if delta.routed_experts is None:
+            return delta
+        from pointsman.routed_experts import encode  # noqa: PLC0415 - numpy comes with it, and most servers never need it
+
+        return dataclasses.replace(delta, routed_experts=encode(self._record(delta), self.form))
+
+    def _record(self, delta: ChoiceDelta) -> RoutedExperts:
+        import numpy as np  # noqa: PLC0415
+
+        from pointsman.routed_experts import RoutedExperts  # noqa: PLC0415
+
+        array = delta.routed_experts
+        num_rows, num_layers, _ = array.shape
+        return RoutedExperts(
+            rows_RLK=np.frombuffer(array.data, array.dtype).reshape(array.shape),
+            num_experts=self.num_experts,
+            start=self.starts[delta.rid],
+            layers=tuple(range(num_layers)),
+            missing=tuple((first, last) for first, last in delta.routed_experts_missing),
+            weight_versions=((0, num_rows, WEIGHT_VERSION),) if num_rows else (),
+        )
+
+
+def routing_of(fields: RoutingFields, num_experts: int, requests: Sequence[Any], default: RecordForm = "record") -> Routing | None:
+    """How to make the records that were asked for; None where none was."""
+    if not fields.return_routed_experts:
+        return None
+    starts = {request.rid: request.sampling.routed_experts_start for request in requests}
+    return Routing(fields.routed_experts_format or default, num_experts, starts)
