@@ -240,11 +240,12 @@ def test_everything_can_be_reached_with_the_tab_key_and_has_a_name(asked: Page) 
     )
     assert nameless == []
     seen = []
+    asked.all(".token")[1].click()
     asked.run("document.activeElement.blur(); document.querySelector('#scroll').scrollTop = 0; document.body.focus()")
     for _ in range(40):
         asked.press(Keys.TAB)
         seen.append(asked.run("const e = document.activeElement; return e.id || e.className || e.parentElement.id || e.tagName"))
-    for wanted in ("message", "send", "new-chat", "token-next", "answer-map", "tint", "skip"):
+    for wanted in ("message", "send", "new-chat", "token-next", "token-map", "answer-map", "tint", "skip"):
         assert any(wanted in name for name in seen), (wanted, seen)
     assert any("token" in name.split() for name in seen), seen
 
