@@ -1,6 +1,7 @@
 // One answer as it grows: what is shown of it, and what is known of its tokens.
 
-const SPECIAL = /^(<\/?think>|<\/?minimax:tool_call>|\]~!?b\]|\[e~\[|<\/?(invoke|parameter)\b.*)$/;
+const SPECIAL = /^(<\/?think>|<\/?minimax:tool_call>|\]~!?b\]|\[e~\[)$/;
+const AT_ONCE_MILLISECONDS = 3;
 
 class Answer {
   constructor(pick) {
@@ -16,6 +17,7 @@ class Answer {
     this.finish = null;
     this.begun = performance.now();
     this.first = this.last = null;
+    this.early = 0; // tokens that came in one go with the first
     this.dirty = false;
     this.selected = null;
     this.build();
@@ -65,6 +67,7 @@ class Answer {
       if (entries.length || delta.content || delta.reasoning_content) {
         this.first = this.first || now;
         this.last = now;
+        if (now - this.first < AT_ONCE_MILLISECONDS) this.early = Math.max(this.tokens.length, 1);
       }
       if (choice.routed_experts) this.record = new RoutingRecord(choice.routed_experts);
       if (choice.finish_reason) this.finish = choice.finish_reason;
@@ -89,6 +92,7 @@ class Answer {
     this.dirty = false;
     grow(this.thinkingText, this.reasoning);
     grow(this.text, this.content);
+    this.text.hidden = !this.content;
     this.thinking.hidden = !this.reasoning;
     if (!this.touched) {
       this.folding = true;
@@ -190,11 +194,17 @@ class Answer {
     }
   }
 
+  /** Tokens a second after the first; over the whole time where nearly all came at once, for then the network has bunched them. */
+  rate(number) {
+    const late = number - this.early;
+    return late > number / 4 ? (1000 * late) / (this.last - this.first) : (1000 * number) / (this.last - this.begun);
+  }
+
   drawMeta() {
     const facts = [];
     const number = this.usage ? this.usage.completion_tokens : this.tokens.length;
     if (this.first) facts.push(`first token ${seconds(this.first - this.begun)}`);
-    if (number > 1 && this.last > this.first) facts.push(`${Math.round(((number - 1) * 1000) / (this.last - this.first)).toLocaleString("en")} tokens/s`);
+    if (number > 1) facts.push(`${Math.round(this.rate(number)).toLocaleString("en")} tokens/s`);
     if (number) facts.push(`${number} tokens`);
     const cached = this.usage && this.usage.prompt_tokens_details && this.usage.prompt_tokens_details.cached_tokens;
     if (this.usage) facts.push(`prompt ${this.usage.prompt_tokens}` + (cached ? `, ${cached} from the cache` : ""));
