@@ -129,7 +129,11 @@ def main(words: list[str]) -> int:
             print(f"unknown figure {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
             return 2
         measure(name)
-    for path, text in documents(kept()).items():
+    results = kept()
+    if missing := COMMANDS.keys() - results.keys():
+        print(f"the documents are as they were: {', '.join(sorted(missing))} have not been measured", file=sys.stderr)
+        return 1
+    for path, text in documents(results).items():
         path.write_text(text)
     return 0
 

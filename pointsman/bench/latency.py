@@ -33,6 +33,7 @@ from pointsman.engine.llm import LLM
 from pointsman.request import ChoiceDelta, Request, RequestFailed, SamplingParams
 
 CHECKED_TOKENS = 32
+QUIET_SPREAD = 0.25
 Prompts = list[tuple[int, ...]]
 
 
@@ -89,6 +90,8 @@ def run(engine: dict[str, Any], options: LatencyOptions) -> int:
             "batches": rows,
         } | machine(llm.engine)
     _print_table(rows)
+    if (widest := max(row["decode_spread"] for row in rows)) > QUIET_SPREAD:
+        print(f"the runs differ by {100 * widest:.0f} %: something else runs on this machine", file=sys.stderr)
     print(json.dumps(summary, allow_nan=False))
     return 0
 
