@@ -19,6 +19,7 @@ from pointsman.grammar.schema import checked_schema
 MAX_TEXT = 1 << 17
 MAX_NESTING = 64
 MAX_AFTER = 64
+MAX_BLANKS = 20
 
 Kind = Literal["json_schema", "json_object", "regex", "ebnf", "structural"]
 _KINDS = get_args(Kind)
@@ -104,6 +105,20 @@ class Grammar:
     def ebnf(cls, text: str, *, after: str | None = None) -> Grammar:
         """Text of a grammar in GBNF, llama.cpp's dialect of EBNF: rules are written `name ::= ...`, and `root` is the first."""
         return cls("ebnf", text, after)
+
+    def structure(self) -> dict[str, Any]:
+        """The constraint as a structure, for `structural`; `after` is left out."""
+        match self.kind:
+            case "regex":
+                return {"type": "regex", "pattern": self.text}
+            case "ebnf":
+                return {"type": "grammar", "grammar": self.text}
+            case "structural":
+                structure: dict[str, Any] = json.loads(self.text)
+                return structure
+            case _:
+                schema = {"type": "object", "additionalProperties": True} if self.kind == "json_object" else json.loads(self.text)
+                return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_BLANKS}
 
 
 def _check_size(what: str, text: str) -> None:

@@ -6,14 +6,16 @@ compiler only understands when it is written differently is written so: a missin
 objects of anything, `allOf`, keywords beside `anyOf`.
 
 The result accepts nothing that the schema does not. It may accept less: properties that a schema neither names nor excludes are
-excluded, and a pattern matches whole strings. `oneOf` reads as `anyOf` where the alternatives cannot be told apart. Annotations are left
-out, a `format` that is not known among them, as the standard has it.
+excluded. `oneOf` reads as `anyOf` where the alternatives cannot be told apart. Annotations are left out, a `format` that is not known
+among them, as the standard has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pointsman.grammar.pattern import string_of_pattern
 
 Schema = dict[str, Any]
 
@@ -41,7 +43,7 @@ _OF_KIND = {
 }
 _TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
 _KNOWN = frozenset((*_DEFINITIONS, *_FORMS, "type", "nullable", *(word for words in _OF_KIND.values() for word in words)))
-_FORMATS = frozenset(["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid", "json-pointer"])
+_FORMATS = frozenset(["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"])
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
 
@@ -200,8 +202,13 @@ def _string(words: Schema, place: str) -> Schema:
         if word in found and len(found) > 1:
             other = next(name for name in found if name != word)
             raise ValueError(f"{place} has {word!r} and {other!r}; an answer can be kept to one of them")
-    if not isinstance(found.get("pattern", ""), str):
-        raise ValueError(f"{place}.pattern is {found['pattern']!r:.80}; it must be a regular expression")
+    if "pattern" in found:
+        if not isinstance(found["pattern"], str):
+            raise ValueError(f"{place}.pattern is {found['pattern']!r:.80}; it must be a regular expression")
+        try:
+            string_of_pattern(found["pattern"])
+        except ValueError as error:
+            raise ValueError(f"{place}.pattern {error}") from None
     return found
 
 
@@ -221,10 +228,9 @@ def _array(words: Schema, place: str, depth: int) -> Schema:
     found: Schema = {word: words[word] for word in ("minItems", "maxItems") if word in words}
     first = words.get("prefixItems")
     if first is not None:
-        found["prefixItems"] = [
-            _node(item, f"{place}.prefixItems[{index}]", depth + 1)
-            for index, item in enumerate(_list(first, f"{place}.prefixItems"))
-        ]  # fmt: skip
+        listed = _list(first, f"{place}.prefixItems")[: found.get("maxItems")]
+        nodes = [_node(item, f"{place}.prefixItems[{index}]", depth + 1) for index, item in enumerate(listed)]
+        found["prefixItems"] = [{} if node is True else node for node in nodes]
     if isinstance(words.get("items"), list):
         raise ValueError(f"{place}.items is a list, as schemas had it before 2020; it is called prefixItems now")
     if "items" in words:
@@ -236,20 +242,14 @@ def _array(words: Schema, place: str, depth: int) -> Schema:
 
 def _object(words: Schema, place: str, depth: int) -> Schema:
     found: Schema = {word: words[word] for word in ("minProperties", "maxProperties") if word in words}
+    if "patternProperties" in words or "propertyNames" in words:
+        return found | _named(words, place, depth)
     properties = _nodes(words.get("properties", {}), f"{place}.properties", depth)
     others = words.get("additionalProperties", words.get("unevaluatedProperties"))
-    for word in ("patternProperties", "propertyNames"):
-        if word in words:
-            beside = [name for name in ("properties", "additionalProperties", "patternProperties", "required", *found) if name in words]
-            if any(name != word for name in beside):
-                raise ValueError(
-                    f"{place} has {word!r} and {next(name for name in beside if name != word)!r}; it can be kept to one of them"
-                )
-            return {word: (_nodes if word == "patternProperties" else _node)(words[word], f"{place}.{word}", depth + 1)}
     required = words.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         raise ValueError(f"{place}.required is {required!r:.80}; it must be a list of names")
-    if others is None and found.get("minProperties", 0) >= max(len(properties), 1):
+    if others is None and found.get("minProperties", 0) > len(properties):
         others = True
     if others is None and not properties and not required:
         others = True
@@ -258,6 +258,8 @@ def _object(words: Schema, place: str, depth: int) -> Schema:
             if others is False:
                 raise ValueError(f"{place}.required has {name!r:.80}, which additionalProperties excludes")
             properties[name] = True if others is None else _node(others, f"{place}.additionalProperties", depth + 1)
+    if others not in (None, False) and found.get("minProperties", 0) > max(1, len(required)):
+        raise ValueError(f"{place} has 'minProperties', and names that it does not list; an answer could have one of those twice")
     if properties:
         found["properties"] = properties
     if required:
@@ -265,3 +267,26 @@ def _object(words: Schema, place: str, depth: int) -> Schema:
     if others is not None:
         found["additionalProperties"] = _node(others, f"{place}.additionalProperties", depth + 1)
     return found
+
+
+def _named(words: Schema, place: str, depth: int) -> Schema:
+    """An object whose names are only described."""
+    patterns, names = words.get("patternProperties"), words.get("propertyNames")
+    others = words.get("additionalProperties", True)
+    beside = [name for name in ("properties", "required") if words.get(name)]
+    if patterns is not None and names is not None:
+        beside.append("propertyNames")
+    if beside or words.get("minProperties", 0) > 1:
+        first = "propertyNames" if patterns is None else "patternProperties"
+        raise ValueError(f"{place} has {first!r} and {(*beside, 'minProperties')[0]!r}; an answer can be kept to one of them")
+    if patterns is not None:
+        if not isinstance(patterns, Mapping) or len(patterns) != 1 or others not in (True, False):
+            raise ValueError(f"{place}.patternProperties must have one pattern; an answer cannot be kept to more")
+        ((pattern, others),) = patterns.items()
+        names = {"pattern": pattern}
+    if isinstance(names, Mapping):
+        names = {**names, "type": "string"}
+    return {
+        "propertyNames": _node(names, f"{place}.propertyNames", depth + 1),
+        "additionalProperties": _node(others, f"{place}.additionalProperties", depth + 1),
+    }

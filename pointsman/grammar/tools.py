@@ -62,6 +62,12 @@ def tool_call_grammar(
     return Grammar("structural", json.dumps(_sequence([_text(_OPEN), block, _text(_CLOSE)]), ensure_ascii=False), after)
 
 
+def call_or_answer(calls: Grammar, answer: Grammar) -> Grammar:
+    """The answer is what either grammar says, and nothing besides: tools may be called, or the form of an answer must be kept to."""
+    either = {"type": "or", "elements": [calls.structure(), answer.structure()]}
+    return Grammar("structural", json.dumps(either, ensure_ascii=False), answer.after)
+
+
 def _call(function: Mapping[str, Any]) -> Part:
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME:

@@ -19,9 +19,10 @@ import xgrammar
 from numpy.typing import NDArray
 
 from pointsman.grammar import Grammar
+from pointsman.grammar.form import MAX_BLANKS
 from pointsman.sampling.grammar_messages import num_words
+from pointsman.sampling.marked_schema import MarkedSchema
 
-MAX_BLANKS = 20
 MAX_MESSAGE = 400
 
 _LINE_ENDS = "\\n{0,2}"
@@ -109,23 +110,26 @@ class Matcher:
 
 def structural_tag(grammar: Grammar) -> dict[str, Any]:
     """A grammar in xgrammar's terms."""
-    body = _body(grammar)
+    body = _in_terms(grammar.structure())
     if grammar.after is not None:
         free = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": grammar.after}
         body = {"type": "sequence", "elements": [free, {"type": "regex", "pattern": _LINE_ENDS}, body]}
     return {"type": "structural_tag", "format": body}
 
 
-def _body(grammar: Grammar) -> dict[str, Any]:
-    if grammar.kind == "regex":
-        return {"type": "regex", "pattern": grammar.text}
-    if grammar.kind == "ebnf":
-        return {"type": "grammar", "grammar": grammar.text}
-    if grammar.kind == "structural":
-        structure: dict[str, Any] = json.loads(grammar.text)
-        return structure
-    schema = {"type": "object", "additionalProperties": True} if grammar.kind == "json_object" else json.loads(grammar.text)
-    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_BLANKS}
+def _in_terms(part: Any) -> Any:
+    """A structure, or a part of one, with its JSON schemas as they can be read without fault."""
+    if isinstance(part, list):
+        return [_in_terms(entry) for entry in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") != "json_schema":
+        return {word: _in_terms(value) for word, value in part.items()}
+    marked = MarkedSchema(part.get("json_schema"))
+    if not marked.any:
+        return {"max_whitespace_cnt": MAX_BLANKS, **part}
+    gbnf = str(xgrammar.Grammar.from_json_schema(json.dumps(marked.schema), max_whitespace_cnt=MAX_BLANKS))
+    return {"type": "grammar", "grammar": marked.spelled(gbnf)}
 
 
 def _message(error: Exception) -> str:
