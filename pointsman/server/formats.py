@@ -10,11 +10,10 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from pointsman.grammar import MAX_TEXT
 from pointsman.server.bounds import Name
 
-MAX_GRAMMAR = 1 << 18
-
-GrammarText = Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR)]
+GrammarText = Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)]
 
 
 class TextFormat(msgspec.Struct, kw_only=True, tag_field="type", tag="text", forbid_unknown_fields=True):

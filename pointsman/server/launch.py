@@ -35,7 +35,7 @@ class EngineProcess:
         program: Python source that the process runs; tests put another engine there.
 
     Attributes:
-        ready: it has loaded its model, and ends in order when asked to.
+        ready: it has loaded its model and is well, so that it ends in order when asked to.
 
     Raises:
         ValueError: no socket can be made in the temporary directory.

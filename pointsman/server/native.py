@@ -13,7 +13,8 @@ from msgspec import Meta
 
 from pointsman.server import bounds
 from pointsman.server.errors import ApiError
-from pointsman.server.protocol import prompts_of
+from pointsman.server.formats import GrammarText
+from pointsman.server.protocol import TOKEN_LISTS, prompts_of
 from pointsman.server.routing import RoutingFields
 
 T = TypeVar("T")
@@ -58,13 +59,16 @@ class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: GrammarText | None = None
+    ebnf: GrammarText | None = None
 
 
 class GenerateRequest(RoutingFields, kw_only=True, forbid_unknown_fields=True):
     """One prompt or a batch, as text or as token ids."""
 
     text: str | Annotated[list[str], Meta(min_length=1, max_length=_MANY)] | None = None
-    input_ids: Annotated[list[Any], Meta(min_length=1, extra_json_schema={"items": {}})] | None = None
+    input_ids: Annotated[list[Any], Meta(extra_json_schema=TOKEN_LISTS)] | None = None
     sampling_params: NativeSampling | Annotated[list[NativeSampling], Meta(max_length=_MANY)] | None = None
     rid: bounds.RequestName | Annotated[list[bounds.RequestName], Meta(max_length=_MANY)] | None = None
     return_logprob: bool | Annotated[list[bool], Meta(max_length=_MANY)] | None = None
@@ -78,7 +82,7 @@ class GenerateRequest(RoutingFields, kw_only=True, forbid_unknown_fields=True):
     @property
     def single(self) -> bool:
         """Whether one prompt was given, and not a list of prompts."""
-        return isinstance(self.text, str) or (self.input_ids is not None and not isinstance(self.input_ids[0], list))
+        return isinstance(self.text, str) or bool(self.input_ids and not isinstance(self.input_ids[0], list))
 
     def prompts(self) -> list[str | list[int]]:
         """Raises ApiError where there are none, or both texts and ids."""

@@ -9,16 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pointsman.request import Request, SamplingParams
-from pointsman.server import sampling
+from pointsman.server import constraints, sampling
 from pointsman.server.answers import Form
 from pointsman.server.bounds import MAX_ANSWERS
 from pointsman.server.chat_answer import ChatAnswer, Reading
 from pointsman.server.completion_answer import CompletionAnswer
 from pointsman.server.errors import ApiError
-from pointsman.server.formats import TextFormat
 from pointsman.server.messages import plain_messages
 from pointsman.server.native import GenerateRequest, NativeSampling
 from pointsman.server.native_answer import Listing, NativeAnswer
@@ -68,15 +66,16 @@ class ServedModel:
         tools = offered(request)
         if tools and not self.reads_calls:
             raise ApiError(400, f"{self.info.name} has no parser of tool calls; start the server with --tool-call-parser", param="tools")
-        _refuse_for_now(request)
         prompt = self.prompt_of(request)
         assert self.tokenizer is not None
-        params = sampling.of_chat(request, self.info.generation_defaults)
+        opened = _opens_thinking(prompt.text, continued=bool(request.continue_final_message))
+        grammar = constraints.of_chat(request, tools, str(Tag.THINK_CLOSE) if opened else None)
+        params = sampling.of_chat(request, self.info.generation_defaults, grammar)
         run = self._request(name, tuple(prompt.ids), params, request, "messages", given=params.max_tokens)
         reading = Reading(
             reasoning=None if request.separate_reasoning is False else self.reasoning,
             tools=tools,
-            opened=_opens_thinking(prompt.text, continued=bool(request.continue_final_message)),
+            opened=opened,
             stream_reasoning=request.stream_reasoning is not False,
             parallel=request.parallel_tool_calls is not False,
         )
@@ -86,9 +85,8 @@ class ServedModel:
         """Set up the continuation of one or several prompts. Raises ApiError."""
         request.check()
         self.check_name(request.model)
-        _refuse_for_now(request)
         prompts = request.prompts()
-        params = sampling.of_completion(request, self.info.generation_defaults)
+        params = sampling.of_completion(request, self.info.generation_defaults, constraints.of_completion(request))
         _check_count([params] * len(prompts), "n")
         if self.tokenizer is None and (request.echo or params.logprobs is not None):
             raise ApiError(400, f"{self.info.name} has no tokenizer: echo and logprobs are not supported", param="logprobs")
@@ -230,16 +228,6 @@ def _check_count(each: Sequence[SamplingParams], field: str) -> None:
     total = sum(params.n for params in each)
     if total > MAX_ANSWERS:
         raise ApiError(400, f"{len(each)} prompts with n {each[0].n} are more than {MAX_ANSWERS} answers", param=field)
-
-
-def _refuse_for_now(request: ChatRequest | CompletionRequest) -> None:
-    """Structured output is not there yet."""
-    asked: dict[str, Any] = {name: getattr(request, name) for name in ("response_format", "json_schema", "regex", "ebnf")}
-    if isinstance(request, ChatRequest):
-        asked["tool_choice"] = None if request.tool_choice in ("none", "auto") else request.tool_choice
-    for name, value in asked.items():
-        if value is not None and not isinstance(value, TextFormat):
-            raise ApiError(400, f"{name} is not supported yet", param=name, code="unsupported_parameter")
 
 
 def _opens_thinking(prompt: str, *, continued: bool) -> bool:

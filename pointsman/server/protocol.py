@@ -18,13 +18,10 @@ from pointsman.server.routing import RoutingFields
 from pointsman.server.tools import ToolChoice, Tools, check_tools
 
 TEMPLATE_ARGUMENTS = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
-PROMPT = {
-    "anyOf": [
-        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": bounds.MAX_PROMPTS},
-        {"$ref": "#/components/schemas/PromptTokens"},
-        {"type": "array", "items": {"$ref": "#/components/schemas/PromptTokens"}, "minItems": 1, "maxItems": bounds.MAX_PROMPTS},
-    ]
-}
+_TOKENS = {"$ref": "#/components/schemas/PromptTokens"}
+TOKEN_LISTS = {"anyOf": [_TOKENS, {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": bounds.MAX_PROMPTS}]}
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": bounds.MAX_PROMPTS}
+PROMPT = {"anyOf": [_TEXTS, *TOKEN_LISTS["anyOf"]]}
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

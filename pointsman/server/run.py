@@ -67,7 +67,7 @@ async def run(listener: socket.socket, process: EngineProcess, engine: EngineCon
     await _finish(web, serving)
     for task in (*events, announcing):
         task.cancel()
-    process.ready = process.ready or bridge.ready.is_set()
+    process.ready = reason is None and bridge.ready.is_set()
     return reason
 
 

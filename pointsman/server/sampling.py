@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pointsman.grammar import Grammar
 from pointsman.request import SamplingParams
+from pointsman.server import constraints
 from pointsman.server.errors import ApiError
 from pointsman.server.native import NativeSampling
 from pointsman.server.protocol import ChatRequest, CompletionRequest, Fields
@@ -16,6 +18,7 @@ NATIVE_TOKENS = 128
 Advice = Mapping[str, int | float]
 
 _SHARED = tuple(name for name in SamplingParams.__dataclass_fields__ if name in Fields.__struct_fields__ and name != "max_tokens")
+_FORMS = ("json_schema", "regex", "ebnf")
 _NATIVE = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -24,17 +27,17 @@ _NATIVE = {
 }
 
 
-def of_chat(request: ChatRequest, advice: Advice) -> SamplingParams:
+def of_chat(request: ChatRequest, advice: Advice, grammar: Grammar | None) -> SamplingParams:
     """For a conversation: as long as the context has room. Raises ApiError for values that do not go together."""
-    values = _values(request, advice)
+    values = _values(request, advice) | {"grammar": grammar}
     values["max_tokens"] = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
     values["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
     return _sampling(values, "")
 
 
-def of_completion(request: CompletionRequest, advice: Advice) -> SamplingParams:
+def of_completion(request: CompletionRequest, advice: Advice, grammar: Grammar | None) -> SamplingParams:
     """For a text to continue: 16 tokens, as OpenAI has it. Raises ApiError for values that do not go together."""
-    values = _values(request, advice)
+    values = _values(request, advice) | {"grammar": grammar}
     default = max(COMPLETION_TOKENS, request.min_tokens or 0)
     values["max_tokens"] = default if request.max_tokens is None else request.max_tokens
     values["logprobs"] = request.logprobs
@@ -44,10 +47,11 @@ def of_completion(request: CompletionRequest, advice: Advice) -> SamplingParams:
 
 def of_native(request: NativeSampling, advice: Advice, logprobs: Mapping[str, int | None], place: str) -> SamplingParams:
     """For SGLang's form: 128 tokens. Raises ApiError for values that do not go together; `place` is where they stand in the body."""
-    given = {name: getattr(request, name) for name in request.__struct_fields__}
+    given = {name: getattr(request, name) for name in request.__struct_fields__ if name not in _FORMS}
     values: dict[str, Any] = dict(advice) | {_NATIVE.get(name, name): value for name, value in given.items() if value is not None}
     values.setdefault("max_tokens", max(NATIVE_TOKENS, values.get("min_tokens", 0)))
     values["logit_bias"] = _biases(request.logit_bias)
+    values["grammar"] = constraints.of_answer(**{name: getattr(request, name) for name in _FORMS}, place=place)
     return _sampling(values | dict(logprobs), place)
 
 

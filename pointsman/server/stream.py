@@ -48,6 +48,9 @@ class Stream:
         self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, error)
 
     def put(self, delta: ChoiceDelta) -> None:
+        if delta.refused:
+            self.fail(ApiError(400, delta.error or "the request was refused"))
+            return
         if delta.finish_reason is FinishReason.ERROR:
             log.error("the engine gave up on %s: %s", delta.rid, delta.error)
             self.fail(ApiError(500, "the engine could not finish this request"))

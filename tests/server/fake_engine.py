@@ -7,7 +7,7 @@ It answers every prompt with the same thought and the same sentence, one byte a 
     ENDLESS   tokens until aborted         ABORTED   answers how many requests have been aborted
     SAY x     answers x                    BUSY      add raises QueueFull
     STUCK     a step does not end          FLUSHED   answers how often the cache was flushed
-    SLOWLY    steps take 2 ms
+    SLOWLY    steps take 2 ms              UNUSABLE  the grammar is refused
 """
 
 from __future__ import annotations
@@ -138,6 +138,9 @@ class FakeEngine:
         delta = ChoiceDelta(rid=request.rid, index=choice.index, num_prompt_tokens=len(prompt), num_cached_tokens=len(prompt) // 2)
         if choice.done == 0 and sampling.prompt_logprobs is not None:
             delta.prompt_logprobs = [None, *(self._entry(token, sampling.prompt_logprobs) for token in prompt[1:])]
+        if "UNUSABLE" in choice.text:
+            delta.finish_reason, delta.error, delta.refused = FinishReason.ERROR, "the regex cannot be used: no text fits it", True
+            return delta
         if choice.done == 2 and "FAULT" in choice.text:
             delta.finish_reason, delta.error = FinishReason.ERROR, "secret 1234"
             return delta

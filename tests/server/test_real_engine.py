@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,75 @@ def test_a_score_is_what_generating_gave(client: httpx.Client) -> None:
     assert scored["logprobs"]["token_logprobs"][-1:] == pytest.approx(grown["logprobs"]["token_logprobs"], abs=1e-4)
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"size": {"enum": ["small", "large"]}, "ready": {"type": "boolean"}},
+    "required": ["size", "ready"],
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "order", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "leave", "parameters": {"type": "object", "properties": {}}}},
+]
+
+
+def closed(text: str) -> list[dict[str, Any]]:
+    """A conversation in which the model has thought already: on random weights it would not end."""
+    return [*TURNS, {"role": "assistant", "content": f"<think>\n{text}</think>\n\n"}]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_form_of_an_answer_is_kept_to(client: httpx.Client, seed: int) -> None:
+    """By random weights."""
+    free = {"temperature": 1, "max_tokens": 60, "seed": seed}
+
+    def complete(**fields: Any) -> str:
+        choice = client.post("/v1/completions", json={"prompt": "x", **free, **fields}).json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        text: str = choice["text"]
+        return text
+
+    assert re.fullmatch("[0-9]{4}", complete(regex="[0-9]{4}"))
+    assert complete(ebnf='root ::= "yes" | "no"') in ("yes", "no")
+    answer = json.loads(complete(response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}}))
+    assert answer["size"] in ("small", "large") and isinstance(answer["ready"], bool)
+    fields = {"messages": closed("so"), "continue_final_message": True, "chat_template_kwargs": {}, **free}
+    choice = ask(client, **fields, response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}})["choices"][0]
+    assert json.loads(choice["message"]["content"]).keys() == {"size", "ready"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "order"}}])
+def test_a_call_that_must_be_made(client: httpx.Client, seed: int, choice: Any) -> None:
+    """By random weights: thinking is ended for them."""
+    fields = {"messages": closed("so"), "continue_final_message": True, "temperature": 1, "seed": seed, "max_tokens": 120}
+    [answer] = ask(client, **fields, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)["choices"]
+    assert (answer["finish_reason"], answer["message"]["content"]) == ("tool_calls", None)
+    [call] = answer["message"]["tool_calls"]
+    arguments = json.loads(call["function"]["arguments"])
+    if choice != "required" or call["function"]["name"] == "order":
+        assert arguments["size"] in ("small", "large") and isinstance(arguments["ready"], bool)
+    else:
+        assert arguments == {}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_call_or_an_answer_of_a_form(client: httpx.Client, seed: int) -> None:
+    fields = {"messages": closed("so"), "continue_final_message": True, "temperature": 1, "seed": seed, "max_tokens": 120}
+    [answer] = ask(client, **fields, tools=TOOLS, json_schema=SCHEMA, parallel_tool_calls=False)["choices"]
+    message = answer["message"]
+    if answer["finish_reason"] == "tool_calls":
+        assert message["content"] is None and message["tool_calls"]
+    else:
+        assert answer["finish_reason"] == "stop" and json.loads(message["content"]).keys() == {"size", "ready"}
+
+
+def test_a_form_that_cannot_be_used(client: httpx.Client) -> None:
+    """It is refused by whoever compiles it, and the others go on."""
+    response = client.post("/v1/completions", json={"prompt": "x", "ebnf": "root ::= ("})
+    assert response.status_code == 400 and "ebnf" in response.json()["error"]["message"]
+    assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
 @pytest.mark.skipif(not (tiny.path() / "model.safetensors").is_file(), reason="the bundled checkpoint has no weights yet")
 def test_the_bundled_checkpoint_thinks_and_answers() -> None:
     with start_server({}, program=None) as server:
@@ -74,5 +144,10 @@ def test_the_bundled_checkpoint_thinks_and_answers() -> None:
         with server.client() as client:
             question = {"role": "user", "content": "What is 17 + 25?"}
             choice = ask(client, messages=[question], max_tokens=400)["choices"][0]
+            called = ask(client, messages=[question], max_tokens=400, tools=TOOLS, tool_choice="required")["choices"][0]
+            formed = ask(client, messages=[question], max_tokens=400, json_schema=SCHEMA)["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert "17 + 25" in choice["message"]["reasoning_content"] and "42" in choice["message"]["content"]
+    assert called["finish_reason"] == "tool_calls" and called["message"]["reasoning_content"]
+    assert {call["function"]["name"] for call in called["message"]["tool_calls"]} <= {"order", "leave"}
+    assert formed["message"]["reasoning_content"] and json.loads(formed["message"]["content"]).keys() == {"size", "ready"}

@@ -22,7 +22,7 @@ def call(arguments: Any) -> dict[str, Any]:
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "none of the values"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"structural_tag": "{}"}, "structural_tag", "not supported"),
     ({"best_of": 2}, "best_of", "not supported"),
     ({"replay_routed_experts": {}}, "replay_routed_experts", "not supported"),
     ({"max_tokens": "5"}, "max_tokens", "int | null"),
