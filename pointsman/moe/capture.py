@@ -27,7 +27,11 @@ class RouteStore:
 
     def gather(self, slots: Sequence[int] | Tensor) -> Tensor:
         """The rows of these slots, in their order: [len(slots), L, K]."""
-        return self._writable()[torch.as_tensor(slots, dtype=torch.int64)].view(self.rows_SLK.dtype)
+        index = torch.as_tensor(slots, dtype=torch.int64)
+        rows = self._writable()
+        if rows.device.type == "cpu":  # numpy stays in this thread; torch would wait for others, on cores that a step is using
+            return torch.from_numpy(rows.numpy()[index.numpy()]).view(self.rows_SLK.dtype)
+        return rows[index].view(self.rows_SLK.dtype)
 
     def _writable(self) -> Tensor:
         # torch indexes int16 everywhere and uint16 only in places; the bits are the same
