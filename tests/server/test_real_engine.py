@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from pointsman import tiny
+from pointsman.routed_experts import decode_int32, decode_record
 from tests.server.conftest import start_server
 
 TURNS = [{"role": "user", "content": "Ann has 3 apples and buys 4. How many are there?"}]
@@ -135,6 +137,27 @@ def test_a_form_that_cannot_be_used(client: httpx.Client) -> None:
     response = client.post("/v1/completions", json={"prompt": "x", "ebnf": "root ::= ("})
     assert response.status_code == 400 and "ebnf" in response.json()["error"]["message"]
     assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_routing_is_the_same_streamed_whole_and_found_in_the_cache(client: httpx.Client) -> None:
+    """And what one answer's prompt used, all answers to it used: the rows of a prefix come with the prefix."""
+    fields = {"return_routed_experts": True, "n": 2, "temperature": 1, "seed": 3}
+    whole = [decode_record(choice["routed_experts"]) for choice in ask(client, **fields)["choices"]]
+    again = ask(client, **fields, routed_experts_format="int32")
+    num_layers, top_k = whole[0].rows_RLK.shape[1:]
+    for choice, record in zip(again["choices"], whole, strict=True):
+        shape = {"num_layers": num_layers, "top_k": top_k, "num_experts": record.num_experts}
+        assert np.array_equal(decode_int32(choice["routed_experts"], **shape).rows_RLK, record.rows_RLK)
+    body = {"messages": TURNS, "max_tokens": 12, "stream": True, **fields}
+    with client.stream("POST", "/v1/chat/completions", json=body) as lines:
+        chunks = [json.loads(line[6:]) for line in lines.iter_lines() if line.startswith("data: {")]
+    ended = {choice["index"]: choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"] is not None}
+    for index, record in enumerate(whole):
+        assert np.array_equal(decode_record(ended[index]["routed_experts"]).rows_RLK, record.rows_RLK)
+    num_prompt = again["usage"]["prompt_tokens"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert np.array_equal(whole[0].rows_RLK[:num_prompt], whole[1].rows_RLK[:num_prompt])
+    assert not np.array_equal(whole[0].rows_RLK[num_prompt:], whole[1].rows_RLK[num_prompt:])
 
 
 @pytest.mark.skipif(not (tiny.path() / "model.safetensors").is_file(), reason="the bundled checkpoint has no weights yet")
