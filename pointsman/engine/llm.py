@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pointsman.config import engine_config
 from pointsman.engine.engine import Engine
 from pointsman.request import ChoiceDelta, CompletionOutput, Request, RequestFailed, RequestOutput, SamplingParams
+from pointsman.text import chat_prompt
 
 Prompt = str | Sequence[int]
 
@@ -82,11 +83,10 @@ class LLM:
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, **template: Any
     ) -> list[int]:
-        """The token ids of a conversation that asks for the next assistant turn."""
+        """The token ids of a conversation that asks for the next assistant turn; only the template writes control tokens."""
         if self._engine.chat_template is None or self._engine.tokenizer is None:
             raise ValueError(f"{self._engine.model_name} has no chat template; use generate with a text or token ids")
-        text = self._engine.chat_template.render(messages, tools=tools, **template)
-        return self._engine.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+        return chat_prompt(self._engine.tokenizer, messages, tools, **template).ids
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[ChoiceDelta, None, None]:
         """Yield what each step adds to the answer. Closing the iterator aborts the request."""

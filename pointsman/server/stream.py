@@ -17,7 +17,7 @@ from pointsman.server.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-MAX_BACKLOG = 1 << 16
+MAX_BACKLOG = 1 << 18
 
 
 class Owner(Protocol):
