@@ -28,7 +28,9 @@ class KnownModel:
     def __init__(self, task, write, finish=FinishReason.STOP):
         self.task, self.write, self.finish = task, write, finish
         self.rendered = []
-        self.engine = types.SimpleNamespace(model_name="known", choices={"moe_runner_backend": "cpu"}, step_name="torch", step_is_final=True)
+        self.engine = types.SimpleNamespace(
+            model_name="known", choices={"moe_runner_backend": "cpu"}, step_name="torch", step_is_final=True
+        )
 
     def __call__(self, **config):
         self.config = config
