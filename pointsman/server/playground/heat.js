@@ -53,7 +53,8 @@ class HeatMap {
     this.wide = Math.max(3, Math.min(26, (room - this.left - 1) / this.numExperts));
     this.high = Math.max(5, Math.min(20, 320 / this.numLayers));
     this.width = this.left + this.wide * this.numExperts + 1;
-    this.height = this.high * this.numLayers + 16;
+    this.top = this.high < 10 ? 5 : 0;
+    this.height = this.top + this.high * this.numLayers + 16;
   }
 
   draw() {
@@ -78,13 +79,13 @@ class HeatMap {
       if (!cell) continue;
       context.strokeStyle = style.getPropertyValue(cell === this.chosen ? "--pick" : "--ink");
       context.lineWidth = width;
-      context.strokeRect(this.left + cell.expert * this.wide, cell.layer * this.high, this.wide, this.high);
+      context.strokeRect(this.left + cell.expert * this.wide, this.top + cell.layer * this.high, this.wide, this.high);
     }
   }
 
   fill(context, layer, expert, colours, gap, style) {
     const value = this.values[layer * this.numExperts + expert];
-    const x = this.left + expert * this.wide, y = layer * this.high;
+    const x = this.left + expert * this.wide, y = this.top + layer * this.high;
     context.fillStyle = this.ranks && value ? style.getPropertyValue("--pick") : ramp(colours, this.ranks ? 0 : value);
     if (this.ranks && value) context.globalAlpha = 1 - (0.62 * (value - 1)) / Math.max(this.ranks - 1, 1);
     context.fillRect(x + gap / 2, y + gap / 2, this.wide - gap, this.high - gap);
@@ -105,7 +106,7 @@ class HeatMap {
     context.textAlign = "right";
     const rows = Math.ceil(12 / this.high), columns = niceStep(18 / this.wide);
     for (let layer = 0; layer < this.numLayers; layer += rows) {
-      context.fillText(String(this.name(layer)), this.left - 5, (layer + 0.5) * this.high);
+      context.fillText(String(this.name(layer)), this.left - 5, this.top + (layer + 0.5) * this.high);
     }
     context.textAlign = "center";
     for (let expert = 0; expert < this.numExperts; expert += columns) {
@@ -120,7 +121,7 @@ class HeatMap {
   cell(event) {
     const box = this.canvas.getBoundingClientRect();
     const expert = Math.floor((event.clientX - box.left - this.left) / this.wide);
-    const layer = Math.floor((event.clientY - box.top) / this.high);
+    const layer = Math.floor((event.clientY - box.top - this.top) / this.high);
     return expert >= 0 && expert < this.numExperts && layer >= 0 && layer < this.numLayers ? { layer, expert } : null;
   }
 
@@ -143,7 +144,10 @@ class HeatMap {
       const [down, right] = moves[event.key];
       const from = this.cursor || this.chosen || { layer: 0, expert: -1 };
       const layer = Math.min(Math.max(from.layer + down, 0), this.numLayers - 1);
-      this.point({ layer, expert: Math.min(Math.max(from.expert + right, 0), this.numExperts - 1) });
+      const expert = Math.min(Math.max(from.expert + right, 0), this.numExperts - 1);
+      this.point({ layer, expert });
+      const x = this.left + expert * this.wide, seen = this.holder.clientWidth;
+      if (x < this.holder.scrollLeft || x + this.wide > this.holder.scrollLeft + seen) this.holder.scrollLeft = x - seen / 2;
     } else if ((event.key === "Enter" || event.key === " ") && this.cursor) {
       this.pick(this.cursor);
     } else {
