@@ -92,7 +92,9 @@ def convert(plain: Mapping[str, Any], form: type[Body], no_effect: Mapping[str, 
 def _refuse(name: str, value: Any, known: tuple[str, ...], no_effect: Mapping[str, tuple[Any, ...]]) -> bool:
     """Raises ApiError for a field that is not supported, unless its value changes nothing: then it is left out."""
     if name not in no_effect:
-        raise ApiError(400, f"unknown field {name[:MAX_SHOWN]!r}{nearest(name, known)}", param=name[:MAX_SHOWN], code="unknown_parameter")
+        raise ApiError(
+            400, f"unknown field {name[:MAX_SHOWN]!r}{nearest(name[:MAX_SHOWN], known)}", param=name[:MAX_SHOWN], code="unknown_parameter"
+        )
     if not any(type(value) is type(same) and value == same for same in no_effect[name]):
         raise ApiError(400, f"{name} is not supported here", param=name, code="unsupported_parameter")
     return False
@@ -106,8 +108,18 @@ def explain(message: str, fields: dict[str, Any]) -> tuple[str | None, str]:
     what = next((re.sub(pattern, words, problem) for pattern, words in _WORDS if re.fullmatch(pattern, problem)), problem)
     if place.startswith("`key`"):
         return path, f"{path} has a key that cannot be: {what}"
-    text = repr(_value_at(fields, path)) if path else ""
-    return path or None, f"{path} is {text}; {what}" if 0 < len(text) <= MAX_SHOWN else f"{path}: {what}".removeprefix(": ")
+    text = _shown(_value_at(fields, path)) if path else ""
+    return path or None, f"{path} is {text}; {what}" if text else f"{path}: {what}".removeprefix(": ")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; nothing where it is long."""
+    if isinstance(value, str | list | dict) and len(value) > MAX_SHOWN:
+        return ""
+    if isinstance(value, list | dict) and any(isinstance(entry, list | dict | str) and len(entry) > MAX_SHOWN for entry in value):
+        return ""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else ""
 
 
 def _value_at(fields: Any, path: str) -> Any:

@@ -43,6 +43,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"stream": True, "stream_options": {"other": 1}}, "stream_options", "no field `other`"),
     ({"cache_salt": "x" * 257}, "cache_salt", "at most 256"),
     ({"priority": 2**40}, "priority", "at most"),
+    ({"temperature": 10**400}, "temperature", "out of range"),
+    ({"n": 10**4000}, "n", "at most 128"),
+    ({"n": {"a": [[0] * 1000]}}, "n", "must be int | null, not object"),
+    ({"x" * 5000: 1}, "x" * 80, "unknown field"),
 ]
 CHAT_REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "at least 1"),
