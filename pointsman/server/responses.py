@@ -25,6 +25,7 @@ from pointsman.server.stream import Stream
 
 BODY_SECONDS = 30.0
 MAX_READING_BYTES = 16 * MAX_BODY_BYTES
+MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES
 RETRY_SECONDS = "1"
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ class BodyReader:
         kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json" and not (optional and not kind):
             raise ApiError(415, f"the content type is {kind[:80]!r}; it must be 'application/json'")
-        if int(http.headers.get("content-length", "0")) > MAX_BODY_BYTES:
+        if int(http.headers.get("content-length", "0")) > MAX_DISCARDED_BYTES:
             raise _too_long()
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -75,15 +76,21 @@ class BodyReader:
             raise ApiError(408, f"the body took longer than {BODY_SECONDS:g} s to come", headers={"connection": "close"}) from None
 
     async def _collect(self, http: Request) -> bytes:
-        body = bytearray()
+        """What is a little too long is still read, and dropped: most clients look for an answer only when they have sent all."""
+        body, length = bytearray(), 0
         try:
             async for part in http.stream():
+                length += len(part)
+                if length > MAX_DISCARDED_BYTES:
+                    raise _too_long()
+                if length > MAX_BODY_BYTES:
+                    continue
                 body += part
                 self._reading += len(part)
-                if len(body) > MAX_BODY_BYTES:
-                    raise _too_long()
                 if self._reading > MAX_READING_BYTES:
                     raise ApiError(429, "too many long requests are coming in; try again later", code="queue_full")
+            if length > MAX_BODY_BYTES:
+                raise _too_long()
             return bytes(body)
         finally:
             self._reading -= len(body)
