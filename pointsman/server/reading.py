@@ -91,10 +91,9 @@ def convert(plain: Mapping[str, Any], form: type[Body], no_effect: Mapping[str, 
 
 def _refuse(name: str, value: Any, known: tuple[str, ...], no_effect: Mapping[str, tuple[Any, ...]]) -> bool:
     """Raises ApiError for a field that is not supported, unless its value changes nothing: then it is left out."""
+    shown = name[:MAX_SHOWN]
     if name not in no_effect:
-        raise ApiError(
-            400, f"unknown field {name[:MAX_SHOWN]!r}{nearest(name[:MAX_SHOWN], known)}", param=name[:MAX_SHOWN], code="unknown_parameter"
-        )
+        raise ApiError(400, f"unknown field {shown!r}{nearest(shown, known)}", param=shown, code="unknown_parameter")
     if not any(type(value) is type(same) and value == same for same in no_effect[name]):
         raise ApiError(400, f"{name} is not supported here", param=name, code="unsupported_parameter")
     return False
