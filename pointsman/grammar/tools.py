@@ -150,7 +150,7 @@ def _collect(schema: Any, definitions: Mapping[str, Any], forms: list[Part], dep
     elif isinstance(schema, dict) and schema.get("type") == "string":
         if not schema.keys() & {"minLength", "maxLength", "pattern"}:
             return True
-        pattern = schema.get("pattern", f"[^<]{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}")
+        pattern = schema.get("pattern", f"[^<\\ud800-\\udfff]{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}")
         forms.append({"type": "regex", "pattern": pattern})
     else:
         whole = {**definitions, **schema} if isinstance(schema, dict) else schema
@@ -171,7 +171,7 @@ def _members(schema: Any) -> list[Any]:
     if not isinstance(schema, dict):
         return []
     if isinstance(schema.get("type"), list):
-        return [{**schema, "type": name} for name in schema["type"]]
+        return [checked_schema({**schema, "type": name}) for name in schema["type"]]
     return list(schema.get("anyOf") or schema.get("oneOf") or ())
 
 

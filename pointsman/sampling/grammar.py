@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pointsman.grammar import Grammar
 from pointsman.grammar.form import MAX_BLANKS
+from pointsman.grammar.schema import checked_schema
 from pointsman.sampling.grammar_messages import num_words
 from pointsman.sampling.marked_schema import MarkedSchema
 
@@ -46,7 +47,7 @@ class Compiler:
     def __init__(self, token_bytes: Sequence[bytes], vocab_size: int, eos_ids: Sequence[int]) -> None:
         assert len(token_bytes) <= vocab_size
         self._token_bytes = token_bytes
-        self._num_words = num_words(vocab_size)
+        self._vocab_size = vocab_size
         padded = [*token_bytes, *[b""] * (vocab_size - len(token_bytes))]
         info = xgrammar.TokenizerInfo(padded, xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=list(eos_ids))
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
@@ -54,25 +55,28 @@ class Compiler:
     def compile(self, grammar: Grammar) -> Compiled:
         """Raises Refused for a grammar that cannot be compiled, and for one that no text fits."""
         try:
-            compiled = Compiled(self._compiler.compile_structural_tag(json.dumps(structural_tag(grammar))))
+            compiled = Compiled(self._compiler.compile_structural_tag(json.dumps(structural_tag(grammar))), self._vocab_size)
             first = compiled.matcher(())
         except (RuntimeError, ValueError) as error:  # all that the library raises
             raise Refused(f"the {grammar.kind} cannot be used: {_message(error)}") from None
-        if not first.accept_text((grammar.after or "").encode()) or not first.fill(np.zeros(self._num_words, np.int32)):
+        begun = "" if grammar.after is None else grammar.after + "\n\n"
+        if not first.accept_text(begun.encode()) or not first.fill(np.zeros(num_words(self._vocab_size), np.int32)):
             raise Refused(f"the {grammar.kind} cannot be used: no text fits it")
         return compiled
 
-    def crossing(self, after: str | None) -> list[int]:
-        """Tokens that have all of this text in them, and something behind it."""
+    def crossing(self, after: str | None, compiled: Compiled) -> list[int]:
+        """Tokens that have all of `after` in them, and behind it something that does not fit."""
         mark = (after or "").encode()
-        return [token for token, data in enumerate(self._token_bytes) if mark in data and not data.endswith(mark)] if mark else []
+        whole = [token for token, data in enumerate(self._token_bytes) if mark and mark in data]
+        return [token for token in whole if not compiled.matcher(()).accept_text(self._token_bytes[token])]
 
 
 class Compiled:
     """A grammar that is ready."""
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar) -> None:
+    def __init__(self, compiled: xgrammar.CompiledGrammar, vocab_size: int) -> None:
         self._compiled = compiled
+        self._vocab_size = vocab_size
 
     @property
     def num_bytes(self) -> int:
@@ -85,14 +89,15 @@ class Compiled:
         Args:
             stop_ids: tokens that may end the text when it is complete, and only then; empty: those that the compiler was given.
         """
-        return Matcher(xgrammar.GrammarMatcher(self._compiled, override_stop_tokens=list(stop_ids) or None))
+        return Matcher(xgrammar.GrammarMatcher(self._compiled, override_stop_tokens=list(stop_ids) or None), self._vocab_size)
 
 
 class Matcher:
     """Follows one text."""
 
-    def __init__(self, matcher: xgrammar.GrammarMatcher) -> None:
+    def __init__(self, matcher: xgrammar.GrammarMatcher, vocab_size: int) -> None:
         self._matcher = matcher
+        self._last_word = np.int32((1 << vocab_size % 32) - 1 or -1)
 
     def accept_text(self, text: bytes) -> bool:
         """Go on by some text; false if it does not fit."""
@@ -105,6 +110,7 @@ class Matcher:
     def fill(self, words: Words) -> bool:
         """Set the bits of the tokens that may come next, and of no others; false if there are none."""
         self._matcher.fill_next_token_bitmask(words[np.newaxis])
+        words[-1] &= self._last_word  # the library sets bits beyond the vocabulary
         return bool(words.any())
 
 
@@ -125,9 +131,9 @@ def _in_terms(part: Any) -> Any:
         return part
     if part.get("type") != "json_schema":
         return {word: _in_terms(value) for word, value in part.items()}
-    marked = MarkedSchema(part.get("json_schema"))
+    marked = MarkedSchema(checked_schema(part.get("json_schema")))
     if not marked.any:
-        return {"max_whitespace_cnt": MAX_BLANKS, **part}
+        return {"max_whitespace_cnt": MAX_BLANKS, **part, "json_schema": marked.schema}
     gbnf = str(xgrammar.Grammar.from_json_schema(json.dumps(marked.schema), max_whitespace_cnt=MAX_BLANKS))
     return {"type": "grammar", "grammar": marked.spelled(gbnf)}
 

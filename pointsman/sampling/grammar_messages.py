@@ -56,7 +56,7 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """The answer to it. `crossing`: tokens that contain all of the grammar's `after`, and more behind it."""
+    """The answer to it. `crossing`: tokens with all of the grammar's `after` in them, and behind it what does not fit."""
 
     error: str | None = None
     num_bytes: int = 0

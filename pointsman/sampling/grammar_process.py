@@ -109,7 +109,7 @@ def _serve(compiler: Compiler, launch: Launch, connection: socket.socket, file: 
             connection.sendall(framed(msgspec.msgpack.encode(Verdict(reason))))
             return
         num_bytes = max(compiled.num_bytes, _address_space() - before)
-        verdict = Verdict(None, num_bytes, compiler.crossing(task.grammar.after))
+        verdict = Verdict(None, num_bytes, compiler.crossing(task.grammar.after, compiled))
         connection.sendall(framed(msgspec.msgpack.encode(verdict)))
         texts: dict[int, _Text] = {}
         read = msgspec.msgpack.Decoder(Message)

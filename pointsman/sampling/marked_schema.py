@@ -51,7 +51,8 @@ class MarkedSchema:
                 marked[word] = [self._marked(entry) for entry in value]
             elif word in _SINGLE:
                 marked[word] = self._marked(value)
-        return self._mark(marked) if any(word in marked for word in _OF_STRINGS) else marked
+        bound = any(word in marked for word in _OF_STRINGS) and "string" in marked["type"]
+        return self._mark(marked) if bound else marked
 
     def _mark(self, node: dict[str, Any]) -> dict[str, Any]:
         least, most, pattern = node.pop("minLength", 0), node.pop("maxLength", None), node.pop("pattern", None)
