@@ -158,7 +158,7 @@ PLAUSIBLE = (
 
 
 @pytest.mark.parametrize("form", [ChatRequest, CompletionRequest])
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_request_breaks_this_side(model: ServedModel, form: Any, data: st.DataObject) -> None:
     """Whatever the fields hold, the outcome is requests that can run or an ApiError with a status below 500."""

@@ -41,7 +41,7 @@ ROUTES = [
     "/v1/chat/completions",
     "/v1/completions",
 ]
-BOUNDED = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+BOUNDED = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def load(server: Server, document: dict[str, Any]) -> Any:
