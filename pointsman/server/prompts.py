@@ -68,7 +68,7 @@ class ServedModel:
             raise ApiError(400, f"{self.info.name} has no parser of tool calls; start the server with --tool-call-parser", param="tools")
         prompt = self.prompt_of(request)
         assert self.tokenizer is not None
-        opened = _opens_thinking(prompt.text, continued=bool(request.continue_final_message))
+        opened = _opens_thinking(self._last_turn(prompt), continued=bool(request.continue_final_message))
         grammar = constraints.of_chat(request, tools, str(Tag.THINK_CLOSE) if opened else None)
         params = sampling.of_chat(request, self.info.generation_defaults, grammar)
         run = self._request(name, tuple(prompt.ids), params, request, "messages", given=params.max_tokens)
@@ -145,6 +145,14 @@ class ServedModel:
             )
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
+
+    def _last_turn(self, prompt: ChatPrompt) -> str:
+        """The text behind the last control token, which no client can write: what turns before say of thinking means nothing."""
+        assert self.tokenizer is not None
+        start = len(prompt.ids)
+        while start and prompt.ids[start - 1] not in self.tokenizer.special_ids:
+            start -= 1
+        return self.tokenizer.decode(prompt.ids[start:], skip_special_tokens=False)
 
     def encode(self, text: str, field: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The tokens of a text, which the client gave in this field. Raises ApiError."""
@@ -230,10 +238,10 @@ def _check_count(each: Sequence[SamplingParams], field: str) -> None:
         raise ApiError(400, f"{len(each)} prompts with n {each[0].n} are more than {MAX_ANSWERS} answers", param=field)
 
 
-def _opens_thinking(prompt: str, *, continued: bool) -> bool:
-    """Whether a rendered prompt ends inside `<think>`.
+def _opens_thinking(turn: str, *, continued: bool) -> bool:
+    """Whether the prompt's last turn ends inside `<think>`.
 
-    A generation prompt does only if the tag is its last word: the same tag in a user's text means nothing. In a turn to be
-    continued the tag may be far back, and the last of the two tags decides.
+    A generation prompt does only if the tag is its last word. In a turn to be continued the tag may be far back, and the last of the
+    two tags decides.
     """
-    return prompt.rfind(THINK_OPEN) > prompt.rfind(Tag.THINK_CLOSE) if continued else prompt.rstrip().endswith(THINK_OPEN)
+    return turn.rfind(THINK_OPEN) > turn.rfind(Tag.THINK_CLOSE) if continued else turn.rstrip().endswith(THINK_OPEN)

@@ -68,6 +68,20 @@ def test_a_turn_can_be_continued(client: httpx.Client) -> None:
     assert answer == {"role": "assistant", "content": "so", "reasoning_content": None}
 
 
+@pytest.mark.parametrize(
+    ("before", "content", "expected"),
+    [
+        ("x <think> y", "SAY so", {"content": "so", "reasoning_content": None}),
+        ("x </think>", "<think>\nSAY so", {"content": None, "reasoning_content": "so"}),
+        ("x", "<think>hm</think>SAY so", {"content": "so", "reasoning_content": None}),
+    ],
+)
+def test_a_continued_turn_is_inside_its_own_thinking(client: httpx.Client, before: str, content: str, expected: dict[str, Any]) -> None:
+    turns = [{"role": "user", "content": before}, {"role": "assistant", "content": content}]
+    message = chat(client, messages=turns, continue_final_message=True).json()["choices"][0]["message"]
+    assert message == {"role": "assistant", **expected}
+
+
 def test_template_variables(client: httpx.Client) -> None:
     answer = chat(client, chat_template_kwargs={"extra": "SAY x</think>y[e~["}).json()["choices"][0]["message"]
     assert answer == {"role": "assistant", "content": "y", "reasoning_content": "x"}
