@@ -51,26 +51,24 @@ class ConstraintFault(Exception):
 
 
 class Host:
-    """The process that the grammars' processes are forked from. It takes seconds to start, and none of them are spent here."""
+    """The process that the grammars' processes are forked from. It takes seconds to start, and none of them are spent here.
+
+    Raises:
+        OSError: the system does not start it.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
-        ours, theirs = socket.socketpair()
-        package = str(Path(__file__).parents[2])
-        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        argument = msgspec.json.encode(launch).decode()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pointsman.sampling.grammar_process", argument, str(theirs.fileno())],
-            env=os.environ | _SINGLE_THREADED | {"PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
-        ours.setblocking(False)
-        self._control = ours
+        self._control, theirs = socket.socketpair()
+        self._control.setblocking(False)
         self.ready = False
         self.failed = False
+        with theirs:
+            try:
+                self._process = _start(launch, theirs)
+            except OSError:
+                self._control.close()
+                raise
 
     def fileno(self) -> int:
         return self._control.fileno()
@@ -106,6 +104,18 @@ class Host:
         self._control.close()
         self._process.kill()
         self._process.wait()
+
+
+def _start(launch: Launch, control: socket.socket) -> subprocess.Popen[bytes]:
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-m", "pointsman.sampling.grammar_process", msgspec.json.encode(launch).decode(), str(control.fileno())],
+        env=os.environ | _SINGLE_THREADED | {"PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[control.fileno()],
+    )
 
 
 def _shared_file() -> IO[bytes]:
