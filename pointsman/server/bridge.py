@@ -86,7 +86,7 @@ class Bridge:
         """Begin to listen, to the socket and for the end of the process. Call once, in the event loop."""
         loop = asyncio.get_running_loop()
         self._process.end.listen(loop, self._receive)
-        loop.call_later(self._watchdog_seconds / WATCHDOG_LOOKS, self._look, loop)
+        self._look(loop, loop.time())
         threading.Thread(target=self._watch, args=(loop,), daemon=True).start()
 
     @property
@@ -177,16 +177,19 @@ class Bridge:
                 reply.set_exception(error)
         self.gone.set()
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Whether the engine still gives signs of life while it has work."""
+    def _look(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        """Whether the engine still gives signs of life while it has work. Where this process slept itself, it starts to wait anew."""
         if self.reason is not None:
             return
-        silent = loop.time() - self._sign
+        now, pause = loop.time(), self._watchdog_seconds / WATCHDOG_LOOKS
+        if now - due > pause:
+            self._sign = now
+        silent = now - self._sign
         if self._streams and silent > self._watchdog_seconds:
             text = f"the engine has been stuck in a step for {silent:.0f} s, longer than --watchdog-timeout allows"
             self.fail(text, _engine_failed())
             return
-        loop.call_later(self._watchdog_seconds / WATCHDOG_LOOKS, self._look, loop)
+        loop.call_at(now + pause, self._look, loop, now + pause)
 
     def _receive(self, message: wire.FromEngine) -> None:
         self._sign = asyncio.get_running_loop().time()

@@ -149,6 +149,20 @@ def test_a_stuck_engine_ends_the_server(folder: Path) -> None:
     assert errors.splitlines()[-1].startswith("pointsman serve: the engine has been stuck in a step for ")
 
 
+def test_a_server_that_was_asleep_does_not_take_its_engine_for_stuck(folder: Path) -> None:
+    with start_server({"model_path": str(folder)}, {"watchdog_timeout": 1.0}) as server:
+        server.wait_ready()
+        reader = Reader(server, "ENDLESS")
+        server.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        server.process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+        with server.client() as client:
+            assert client.post("/abort_request", json={"abort_all": True}).json() == {"aborted": 1}
+        reader.join(30)
+        assert server.end()[0] == 0
+
+
 def test_running_answers_may_finish(folder: Path) -> None:
     """After a signal, what runs goes on, and nothing new is taken."""
     with start_server({"model_path": str(folder)}, {"drain_timeout": 20.0}) as server:
