@@ -137,11 +137,11 @@ def test_a_client_that_reads_too_slowly(hurried: Server) -> None:
 
 
 def test_a_stuck_engine_ends_the_server(folder: Path) -> None:
-    with start_server({"model_path": str(folder)}, {"watchdog_timeout": 1.0}) as server:
+    with start_server({"model_path": str(folder)}, {"watchdog_timeout": 1.5}) as server:
         server.wait_ready()
         with server.client() as client:
             assert complete(client).status_code == 200
-            time.sleep(1.5)
+            time.sleep(2.0)
             assert complete(client).status_code == 200
             assert fault(complete(client, prompt="STUCK"), 500)["code"] == "engine_failed"
         code, errors = server.ended()
@@ -150,11 +150,11 @@ def test_a_stuck_engine_ends_the_server(folder: Path) -> None:
 
 
 def test_a_server_that_was_asleep_does_not_take_its_engine_for_stuck(folder: Path) -> None:
-    with start_server({"model_path": str(folder)}, {"watchdog_timeout": 1.0}) as server:
+    with start_server({"model_path": str(folder)}, {"watchdog_timeout": 1.5}) as server:
         server.wait_ready()
         reader = Reader(server, "ENDLESS")
         server.process.send_signal(signal.SIGSTOP)
-        time.sleep(1.5)
+        time.sleep(2.0)
         server.process.send_signal(signal.SIGCONT)
         time.sleep(0.3)
         with server.client() as client:
