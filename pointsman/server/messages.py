@@ -14,9 +14,10 @@ from pointsman.server.bounds import MAX_PARTS, MAX_TOOL_CALLS, Name, too_deep
 from pointsman.server.errors import ApiError
 
 
-class TextPart(msgspec.Struct, kw_only=True, tag_field="type", tag="text", forbid_unknown_fields=True):
+class TextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A piece of a text; pieces are joined without a separator."""
 
+    type: Literal["text"]
     text: str
 
 

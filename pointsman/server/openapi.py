@@ -109,8 +109,11 @@ def _success(route: Route) -> dict[str, Any]:
         return {"description": "yes"}
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": REF.format(name=route.answer)}}}
     if route.streams is not None:
-        text = f"Events, each `data: ` and a {route.streams} or, as the last one, an Error; after the last chunk `data: [DONE]`."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+        chunk = {"anyOf": [{"$ref": REF.format(name=name)} for name in (route.streams, "Error")]}
+        text = "a chunk or, as the last one, an error"
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": chunk, "description": text}
+        event = {"anyOf": [data, {"const": "[DONE]", "description": "after the last chunk"}]}
+        content["text/event-stream"] = {"schema": {"type": "object", "required": ["data"], "properties": {"data": event}}}
     return {"description": "the answer", "content": content}
 
 

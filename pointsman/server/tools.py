@@ -33,9 +33,10 @@ class FunctionOfChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     name: FunctionName
 
 
-class NamedChoice(msgspec.Struct, kw_only=True, tag_field="type", tag="function", forbid_unknown_fields=True):
+class NamedChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """This tool must be called."""
 
+    type: Literal["function"]
     function: FunctionOfChoice
 
 
