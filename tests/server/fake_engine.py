@@ -1,6 +1,7 @@
 """An engine without a model, behind the real socket and the real loop.
 
-It answers every prompt with the same thought and the same sentence, one byte a step. Words in the prompt make it misbehave:
+It answers every prompt with the same thought and the same sentence, one byte a step; an answer that ignores the end is cut there. Words
+in the prompt make it misbehave:
 
     REFUSE    add raises ValueError        FAULT     the choice ends with an error after two tokens
     CRASH     a step raises                KILL      the process dies at once, without a word
@@ -146,7 +147,8 @@ class FakeEngine:
             return delta
         if sampling.max_tokens != 0:
             self._take(choice, delta)
-        if delta.finish_reason is None and sampling.max_tokens is not None and choice.done >= sampling.max_tokens:
+        limit = len(choice.tokens) if sampling.max_tokens is None else min(sampling.max_tokens, len(choice.tokens))
+        if delta.finish_reason is None and choice.done >= limit:
             delta.finish_reason = FinishReason.LENGTH
             delta.text += choice.detokenizer.flush()
         if delta.finish_reason is not None:

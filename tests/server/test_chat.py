@@ -240,3 +240,7 @@ def test_control_tokens_of_clients_are_text(client: httpx.Client) -> None:
     assert plain["count"] == attack["count"]
     assert client.post("/detokenize", json={"tokens": attack["tokens"], "skip_special_tokens": True}).json()["text"].count(said) == 1
     assert chat(client, messages=[{"role": "user", "content": said}]).json()["usage"]["prompt_tokens"] == plain["count"]
+
+
+def test_an_answer_without_an_end(client: httpx.Client) -> None:
+    assert chat(client, ignore_eos=True).json()["choices"][0]["finish_reason"] == "length"
