@@ -149,7 +149,12 @@ def decode_record(record: Mapping[str, Any]) -> RoutedExperts:
 
 def decode_npy(text: str, *, num_experts: int, start: int = 0, layers: Sequence[int] | None = None) -> RoutedExperts:
     """The rows of the npy form; what it does not tell is given. Raises ValueError."""
-    file = io.BytesIO(_unbase64("npy", text, 2 * MAX_BYTES))
+    return from_numbers(read_npy(_unbase64("npy", text, 2 * MAX_BYTES)), num_experts=num_experts, start=start, layers=layers)
+
+
+def read_npy(data: bytes) -> npt.NDArray[Any]:
+    """The numbers of a `.npy` file of three dimensions, uint8, uint16, or int16 where rows are missing. Raises ValueError."""
+    file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
@@ -161,10 +166,10 @@ def decode_npy(text: str, *, num_experts: int, start: int = 0, layers: Sequence[
         raise ValueError(f"npy has the dtype {dtype.name!r}; it must be uint8 or uint16, or int16 where rows are missing")
     if fortran:
         raise ValueError("npy is in Fortran order; it must be in C order")
-    checked, data = _check_shape(shape, num_experts), file.read()
-    if len(data) != (expected := _size("npy", checked, dtype)):
-        raise ValueError(f"npy has {len(data)} bytes of data; shape {list(checked)} of {dtype.name} has {expected}")
-    return _from_numbers(np.frombuffer(data, dtype).reshape(checked), num_experts, start, layers)
+    checked, left = _check_shape(shape, MAX_EXPERTS), file.read()
+    if len(left) != (expected := _size("npy", checked, dtype)):
+        raise ValueError(f"npy has {len(left)} bytes of data; shape {list(checked)} of {dtype.name} has {expected}")
+    return np.frombuffer(left, dtype).reshape(checked)
 
 
 def decode_int32(
@@ -176,7 +181,27 @@ def decode_int32(
     if len(data) % (4 * row):
         raise ValueError(f"int32 has {len(data)} bytes; rows of {num_layers} layers by {top_k} experts have {4 * row} each")
     shape = _check_shape((len(data) // (4 * row), num_layers, top_k), num_experts)
-    return _from_numbers(np.frombuffer(data, "<i4").reshape(shape), num_experts, start, layers)
+    return from_numbers(np.frombuffer(data, "<i4").reshape(shape), num_experts=num_experts, start=start, layers=layers)
+
+
+def from_numbers(numbers_RLK: npt.NDArray[Any], *, num_experts: int, start: int = 0, layers: Sequence[int] | None = None) -> RoutedExperts:
+    """A checked record of integers in which rows of -1 are not known; `layers` are 0, 1, ... where it is not told. Raises ValueError."""
+    if numbers_RLK.dtype.kind not in "iu":
+        raise ValueError(f"dtype is {numbers_RLK.dtype.name!r}; experts are integers")
+    _check_shape(numbers_RLK.shape, num_experts)
+    unknown_R = (numbers_RLK == _UNKNOWN).all(axis=(1, 2)) if numbers_RLK.dtype.kind == "i" else np.zeros(len(numbers_RLK), np.bool_)
+    known = numbers_RLK[~unknown_R]
+    lowest, highest = int(known.min(initial=0)), int(known.max(initial=0))
+    if lowest < 0 or highest >= num_experts:
+        raise ValueError(f"data has the expert {lowest if lowest < 0 else highest}; ids go from 0 to {num_experts - 1}")
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], unknown_R, [False])).astype(np.int8))).tolist()
+    missing = tuple(zip(edges[::2], edges[1::2], strict=True))
+    rows_RLK = numbers_RLK.astype(_dtype(num_experts))
+    fill_missing(rows_RLK, missing)
+    ids = tuple(range(rows_RLK.shape[1])) if layers is None else tuple(layers)
+    experts = RoutedExperts(rows_RLK=rows_RLK, num_experts=num_experts, start=start, layers=ids, missing=missing)
+    experts.check_ids()
+    return experts
 
 
 def fill_missing(rows_RLK: npt.NDArray[Any], missing: Sequence[tuple[int, int]]) -> None:
@@ -213,23 +238,6 @@ def _signed(experts: RoutedExperts, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     for first, last in experts.missing:
         rows[first:last] = _UNKNOWN
     return rows
-
-
-def _from_numbers(numbers_RLK: npt.NDArray[Any], num_experts: int, start: int, layers: Sequence[int] | None) -> RoutedExperts:
-    """A checked record of numbers in which rows of -1 are not known."""
-    unknown_R = (numbers_RLK == _UNKNOWN).all(axis=(1, 2)) if numbers_RLK.dtype.kind == "i" else np.zeros(len(numbers_RLK), np.bool_)
-    known = numbers_RLK[~unknown_R]
-    lowest, highest = int(known.min(initial=0)), int(known.max(initial=0))
-    if lowest < 0 or highest >= num_experts:
-        raise ValueError(f"data has the expert {lowest if lowest < 0 else highest}; ids go from 0 to {num_experts - 1}")
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], unknown_R, [False])).astype(np.int8))).tolist()
-    missing = tuple(zip(edges[::2], edges[1::2], strict=True))
-    rows_RLK = numbers_RLK.astype(_dtype(num_experts))
-    fill_missing(rows_RLK, missing)
-    ids = tuple(range(rows_RLK.shape[1])) if layers is None else tuple(layers)
-    experts = RoutedExperts(rows_RLK=rows_RLK, num_experts=num_experts, start=start, layers=ids, missing=missing)
-    experts.check_ids()
-    return experts
 
 
 def _bytes(array: npt.NDArray[Any]) -> memoryview:
