@@ -231,7 +231,7 @@ def ctrl_c(person, process):
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(3)
+            process.wait(20)
     assert process.returncode == cli.INTERRUPTED
 
 
