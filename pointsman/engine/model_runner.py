@@ -52,10 +52,11 @@ class TorchStep:
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, lanes: Lanes) -> Tensor:
+        spans = [Span(*segment) for segment in batch.segments]
         context = StepContext(
             positions_T=torch.from_numpy(batch.positions_T),
             slots_T=torch.from_numpy(batch.slots_T),
-            segments=[Span(*segment) for segment in batch.segments],
+            attention_plan=self._decoder.plan_attention(spans, len(batch.tokens_T)),
             page_table_LP=torch.from_numpy(lanes.page_table_LP),
             kv=self._kv,
             routes=self._routes,

@@ -11,6 +11,7 @@ Shape suffixes: E experts, N rows (outputs), K columns (inputs), R rows of scale
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ FP8_MAX = 448.0
 def num_blocks(size: int, block: int) -> int:
     """Blocks that cover `size`; the last may be ragged."""
     return -(-size // block)
+
+
+class Quantized(NamedTuple):
+    """Activations as FP8 linears multiply them: e4m3 [T, K] and float32 scales [T, B] of each row's blocks of columns."""
+
+    data: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True, eq=False, slots=True)

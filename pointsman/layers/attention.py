@@ -51,7 +51,7 @@ class Attention:
         k_THC = reference.rotate(self._heads(self.k_norm(k)), *rotation)
         k_pages, v_pages = ctx.kv.k[self.layer], ctx.kv.v[self.layer]
         reference.write_kv(k_pages, v_pages, k_THC, self._heads(v), ctx.slots_T)
-        mixed_TQC = self._run(q_TQC, k_pages, v_pages, ctx.segments, ctx.positions_T, ctx.page_table_LP, self.head_dim**-0.5)
+        mixed_TQC = self._run(q_TQC, k_pages, v_pages, ctx.attention_plan, ctx.positions_T, ctx.page_table_LP, self.head_dim**-0.5)
         return self.o(mixed_TQC.flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ Shape suffixes: T rows (tokens) of the step, L lanes, P pages a lane may have, N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +24,8 @@ class StepContext:
     Attributes:
         positions_T: int64, each row's position in its sequence.
         slots_T: int64, where its keys, values and routing row go: page * page_size + offset.
-        segments: row ranges (lane, start, length) that cover all rows; their sequences' earlier tokens are in the cache.
+        attention_plan: what the attention implementation's `plan` made of the row ranges (lane, start, length) that cover all rows; their
+            sequences' earlier tokens are in the cache.
         page_table_LP: int64, the pages of each lane in order; entries past a lane's end are not looked at.
         kv: the cache.
         routes: where routing rows are recorded; None records nothing.
@@ -33,7 +34,7 @@ class StepContext:
 
     positions_T: Tensor
     slots_T: Tensor
-    segments: Sequence[Span]
+    attention_plan: Any
     page_table_LP: Tensor
     kv: PagedKV
     routes: RouteStore | None = None

@@ -9,14 +9,15 @@ Shape suffixes: T rows, D hidden, R rows whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pointsman import kernels
 from pointsman.layers.attention import Attention, Rotation
-from pointsman.layers.context import StepContext
+from pointsman.layers.context import Span, StepContext
 from pointsman.layers.linear import Embedding, Linear
 from pointsman.layers.moe import MoE
 from pointsman.layers.norm import RMSNorm
@@ -90,6 +91,12 @@ class Decoder:
         yield self.head
         for layer in self.layers:
             yield from (layer.attention.qkv, layer.attention.o, layer.moe)
+
+    def plan_attention(self, spans: Sequence[Span], num_rows: int) -> Any:
+        """The attention plan of a step whose rows are these runs of lanes' tokens."""
+        sizes = self.architecture
+        shape = kernels.AttentionShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+        return self.backends.attention.plan(spans, num_rows, shape, self.parameters.embed_VD.device)
 
     def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
         """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""

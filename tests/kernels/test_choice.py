@@ -8,21 +8,23 @@ import pytest
 import torch
 
 from pointsman.config import EngineConfig, flags
-from pointsman.kernels import ATTENTIONS, LINEARS, choose, choose_attention, choose_linear, reference
+from pointsman.kernels import ATTENTIONS, LINEARS, AttentionShape, choose, choose_attention, choose_linear, reference, triton_support
 from pointsman.kernels.weight import Weight
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HEADS = AttentionShape(num_heads=48, num_kv_heads=8, head_dim=128)
 
 
 def test_auto_takes_the_first_that_can_and_logs_it(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="pointsman.kernels"):
         assert choose_linear("auto", device=CPU, dtype=torch.float32) is LINEARS["cpu"]
         assert choose_linear("auto", device=CUDA, dtype=torch.bfloat16) is LINEARS["reference"]
-        assert choose_attention("auto", device=CPU, dtype=torch.float32) is ATTENTIONS["reference"]
+        assert choose_attention("auto", device=CPU, dtype=torch.float32, shape=HEADS) is ATTENTIONS["reference"]
     assert [record.getMessage() for record in caplog.records] == [
         "FP8 linear backend: cpu (auto)",
         "FP8 linear backend: reference (auto; cpu: it is made for CPUs; the device is cuda)",
-        "attention backend: reference (auto; flashinfer: it needs a CUDA device)",
+        "attention backend: reference (auto; triton: it needs a CUDA device of compute capability 8.9 or later; the device is cpu; "
+        "flashinfer: it needs a CUDA device)",
     ]
 
 
@@ -31,7 +33,7 @@ def test_a_name_is_obeyed_or_refused_with_the_alternatives() -> None:
     with pytest.raises(ValueError, match=r"'cpu' cannot serve here: it is made for CPUs; the device is cuda; these can: reference"):
         choose_linear("cpu", device=CUDA, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"'flashinfer' cannot serve here: this version does not have it yet; these can: reference"):
-        choose_attention("flashinfer", device=CUDA, dtype=torch.bfloat16)
+        choose_attention("flashinfer", device=CUDA, dtype=torch.bfloat16, shape=HEADS)
     with pytest.raises(ValueError, match=r"unknown thing 'c'; known are auto, a, b"):
         choose("thing", "c", {"a": None, "b": "no"})
     with pytest.raises(ValueError, match=r"no thing can serve here \(a: broken; b: no\)"):
@@ -40,12 +42,24 @@ def test_a_name_is_obeyed_or_refused_with_the_alternatives() -> None:
 
 def test_every_name_that_the_flags_allow_is_known() -> None:
     known = flags(EngineConfig)
-    for flag, chooser in (("fp8_gemm_backend", choose_linear), ("attention_backend", choose_attention)):
+    for flag, chooser in (
+        ("fp8_gemm_backend", choose_linear),
+        ("attention_backend", lambda name, **where: choose_attention(name, **where, shape=HEADS)),
+    ):
         for name in known[flag].choices or ():
             try:
                 chooser(name, device=CPU, dtype=torch.float32)
             except ValueError as error:
                 assert "cannot serve here" in str(error)
+
+
+def test_the_reasons_against_triton_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    unsupported = ATTENTIONS["triton"].unsupported
+    monkeypatch.setattr(triton_support, "reason_against", lambda device, needs: None)
+    assert unsupported(CUDA, torch.bfloat16, HEADS) is None
+    assert "computes in bfloat16; the model computes in float32" in str(unsupported(CUDA, torch.float32, HEADS))
+    assert "heads of 16, 32, 64, 128, 256 channels; this model has 96" in str(unsupported(CUDA, torch.bfloat16, AttentionShape(4, 4, 96)))
+    assert "up to 16 query heads per key/value head; this model has 17" in str(unsupported(CUDA, torch.bfloat16, AttentionShape(17, 1, 64)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -67,7 +67,7 @@ class TestMoE:
     def context(self, rows: int, **fields: object) -> StepContext:
         kv = PagedKV.allocate(num_layers=1, num_pages=1, num_kv_heads=1, page_size=1, head_dim=2, dtype=torch.float32)
         at = torch.arange(rows)
-        return StepContext(positions_T=at, slots_T=at + 3, segments=[Span(0, 0, rows)], page_table_LP=at[None], kv=kv, **fields)  # type: ignore[arg-type]
+        return StepContext(positions_T=at, slots_T=at + 3, attention_plan=[Span(0, 0, rows)], page_table_LP=at[None], kv=kv, **fields)  # type: ignore[arg-type]
 
     def test_it_is_gate_route_run(self) -> None:
         moe, x_TD = self.layer(), normal(6, 8, seed=9)

@@ -210,7 +210,7 @@ class Harness:
         ctx = StepContext(
             positions_T=torch.cat(positions),
             slots_T=torch.cat(slots),
-            segments=segments,
+            attention_plan=self.decoder.plan_attention(segments, len(tokens)),
             page_table_LP=self.page_table_LP,
             kv=self.kv,
             routes=self.routes,

@@ -1,0 +1,143 @@
+"""RMSNorm with the residual sum before it and FP8 quantization behind it, one program a row; and quantization alone.
+
+The definition is `reference.rms_norm` and `reference.quantize_activation` one after the other, roundings included: the sum is rounded
+to the activations' dtype before it is normed, and the normed row before it is quantized, so a step that fuses them gives the bits of
+one that does not. Divisions are IEEE divisions for the same reason.
+
+Shape suffixes: T rows, D columns, B blocks of 128 columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pointsman.kernels.weight import FP8, Quantized, num_blocks
+
+BLOCK = 128
+MOST_COLUMNS = 16384
+
+
+@triton.jit
+def store_quantized(x, q_ptr, scale_ptr, row, group, column, inside, D, NUM_BLOCKS):
+    """Quantize the blocks of one row that x [groups, 128] holds."""
+    amax = tl.max(tl.abs(x), axis=1)
+    scale = tl.div_rn(amax, 448.0)
+    divisor = tl.where(scale == 0.0, 1.0, scale)
+    q = tl.div_rn(x, divisor[:, None] + tl.zeros_like(x))
+    q = tl.minimum(tl.maximum(q, -448.0), 448.0).to(tl.float8e4nv)
+    tl.store(q_ptr + row * D + column, q, mask=inside)
+    tl.store(scale_ptr + row * NUM_BLOCKS + group, scale, mask=group < NUM_BLOCKS)
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    sum_ptr,
+    normed_ptr,
+    q_ptr,
+    scale_ptr,
+    epsilon,
+    D: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
+    WRITE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = column < D
+    x = tl.load(x_ptr + row * D + column, mask=inside, other=0.0)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    if ADD:
+        x = (x + tl.load(delta_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(sum_ptr + row * D + column, x, mask=inside)
+        x = x.to(tl.float32)
+    if NORM:
+        mean = tl.sum(tl.sum(x * x, axis=1), axis=0) / D
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = (x * tl.rsqrt(mean + epsilon) * weight).to(dtype)
+        if WRITE:
+            tl.store(normed_ptr + row * D + column, x, mask=inside)
+        x = x.to(tl.float32)
+    if QUANTIZE:
+        store_quantized(x, q_ptr, scale_ptr, row, group, column, inside, D, NUM_BLOCKS)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, epsilon: float, *, delta_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(sum, normed): x + delta, or x itself where there is no delta, and its norm; both in x's dtype."""
+    normed_TD = torch.empty_like(x_TD)
+    sum_TD, _ = _launch(x_TD, delta_TD, weight_D, epsilon, normed_TD=normed_TD)
+    return sum_TD, normed_TD
+
+
+def rms_norm_quantize(
+    x_TD: Tensor, weight_D: Tensor, epsilon: float, *, delta_TD: Tensor | None = None, write: bool = False
+) -> tuple[Tensor, Tensor | None, Quantized]:
+    """(sum, normed, quantized): as `rms_norm`, and the normed row quantized; the row itself only where `write` asks for it."""
+    normed_TD = torch.empty_like(x_TD) if write else None
+    sum_TD, quantized = _launch(x_TD, delta_TD, weight_D, epsilon, normed_TD=normed_TD, quantize=True)
+    assert quantized is not None
+    return sum_TD, normed_TD, quantized
+
+
+def quantize(x_TD: Tensor) -> Quantized:
+    """e4m3 [T, D] and float32 scales [T, B], as `reference.quantize_activation`."""
+    _, quantized = _launch(x_TD, None, None, 0.0, quantize=True)
+    assert quantized is not None
+    return quantized
+
+
+def _launch(
+    x_TD: Tensor,
+    delta_TD: Tensor | None,
+    weight_D: Tensor | None,
+    epsilon: float,
+    *,
+    normed_TD: Tensor | None = None,
+    quantize: bool = False,
+) -> tuple[Tensor, Quantized | None]:
+    num_rows, width = x_TD.shape
+    assert x_TD.is_contiguous() and (delta_TD is None or (delta_TD.is_contiguous() and delta_TD.shape == x_TD.shape))
+    if width > MOST_COLUMNS:
+        raise ValueError(f"rows of {width} columns; this kernel holds a row in one program and takes up to {MOST_COLUMNS}")
+    blocks = num_blocks(width, BLOCK)
+    sum_TD = x_TD if delta_TD is None else torch.empty_like(x_TD)
+    quantized = None
+    if quantize:
+        scale_TB = torch.empty(num_rows, blocks, dtype=torch.float32, device=x_TD.device)
+        quantized = Quantized(torch.empty_like(x_TD, dtype=FP8), scale_TB)
+    if num_rows:
+        groups = triton.next_power_of_2(blocks)
+        norm_kernel[(num_rows,)](
+            x_TD,
+            x_TD if delta_TD is None else delta_TD,
+            x_TD if weight_D is None else weight_D,
+            sum_TD,
+            x_TD if normed_TD is None else normed_TD,
+            x_TD if quantized is None else quantized.data,
+            x_TD if quantized is None else quantized.scale,
+            epsilon,
+            D=width,
+            NUM_BLOCKS=blocks,
+            GROUPS=groups,
+            ADD=delta_TD is not None,
+            NORM=weight_D is not None,
+            WRITE=normed_TD is not None,
+            QUANTIZE=quantize,
+            num_warps=num_warps(groups),
+        )
+    return sum_TD, quantized
+
+
+def num_warps(groups: int) -> int:
+    """Warps of a program that holds this many blocks of 128: about 16 numbers a thread."""
+    return max(1, min(16, groups // 4))

@@ -1,0 +1,169 @@
+"""What stands between the joined projection and attention, in one kernel: q and k norm, rotary, and keys and values into the cache.
+
+q and k are normed over their full width (all heads in one row), rounded, rotated in part and rounded again, as the reference composes
+it; values go as they are. Two programs a row: one for the queries, one for keys and values. A row with a slot below 0 is padding: its
+queries are computed, since nothing depends on them, and nothing is written to the cache.
+
+Shape suffixes: T rows, N columns of the joined projection, Q query heads, H key/value heads, C channels of a head, R half the rotary
+channels, P pages, S slots of a page.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _tile(ptr, weight_ptr, head, channel, first, HEADS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Channels first to first + WIDTH of all heads of a row, and their weights, as float32; zeros outside."""
+    inside = (head[:, None] < HEADS) & (channel[None, :] < WIDTH)
+    at = head[:, None] * C + first + channel[None, :]
+    x = tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return x, weight
+
+
+@triton.jit
+def _store(ptr, head_stride, head, channel, first, x, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write those channels of each head in the dtype of the target; e4m3 saturates."""
+    inside = (head[:, None] < HEADS) & (channel[None, :] < WIDTH)
+    if ptr.dtype.element_ty == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+    tl.store(ptr + head[:, None] * head_stride + first + channel[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_rotate_store(
+    in_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    head_stride,
+    epsilon,
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    R_PAD: tl.constexpr,
+    REST_PAD: tl.constexpr,
+):
+    head = tl.arange(0, HEADS_PAD)
+    turning = tl.arange(0, R_PAD)
+    dtype = in_ptr.dtype.element_ty
+    low, low_weight = _tile(in_ptr, weight_ptr, head, turning, 0, HEADS, C, R)
+    high, high_weight = _tile(in_ptr, weight_ptr, head, turning, R, HEADS, C, R)
+    total = tl.sum(tl.sum(low * low + high * high, axis=1), axis=0)
+    if C > 2 * R:
+        passing = tl.arange(0, REST_PAD)
+        rest, rest_weight = _tile(in_ptr, weight_ptr, head, passing, 2 * R, HEADS, C, C - 2 * R)
+        total += tl.sum(tl.sum(rest * rest, axis=1), axis=0)
+        factor = tl.rsqrt(total / (HEADS * C) + epsilon)
+        _store(out_ptr, head_stride, head, passing, 2 * R, (rest * factor * rest_weight).to(dtype), HEADS, C - 2 * R)
+    factor = tl.rsqrt(total / (HEADS * C) + epsilon)
+    low = (low * factor * low_weight).to(dtype).to(tl.float32)
+    high = (high * factor * high_weight).to(dtype).to(tl.float32)
+    cos = tl.load(cos_ptr + turning, mask=turning < R, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + turning, mask=turning < R, other=0.0)[None, :]
+    _store(out_ptr, head_stride, head, turning, 0, (low * cos - high * sin).to(dtype), HEADS, R)
+    _store(out_ptr, head_stride, head, turning, R, (high * cos + low * sin).to(dtype), HEADS, R)
+
+
+@triton.jit
+def qkv_post_kernel(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    slots_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    epsilon,
+    Q: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    PAGE: tl.constexpr,
+    Q_PAD: tl.constexpr,
+    H_PAD: tl.constexpr,
+    C_PAD: tl.constexpr,
+    R_PAD: tl.constexpr,
+    REST_PAD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    in_ptr = qkv_ptr + row * (Q + 2 * H) * C
+    cos_ptr += row * R
+    sin_ptr += row * R
+    if tl.program_id(1) == 0:
+        _norm_rotate_store(in_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_ptr + row * Q * C, C, epsilon, Q, C, R, Q_PAD, R_PAD, REST_PAD)
+    else:
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+        if slot >= 0:
+            at = (slot // PAGE * H * PAGE + slot % PAGE) * C
+            in_ptr += Q * C
+            _norm_rotate_store(in_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_ptr + at, PAGE * C, epsilon, H, C, R, H_PAD, R_PAD, REST_PAD)
+            head = tl.arange(0, H_PAD)
+            channel = tl.arange(0, C_PAD)
+            inside = (head[:, None] < H) & (channel[None, :] < C)
+            v = tl.load(in_ptr + H * C + head[:, None] * C + channel[None, :], mask=inside, other=0.0)
+            _store(v_ptr + at, PAGE * C, head, channel, 0, v, H, C)
+
+
+def qkv_post(
+    qkv_TN: Tensor,
+    q_weight_Q: Tensor,
+    k_weight_W: Tensor,
+    epsilon: float,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    k_PHSC: Tensor,
+    v_PHSC: Tensor,
+    slots_T: Tensor,
+) -> Tensor:
+    """The queries [T, Q, C] in qkv's dtype; keys and values go to their slots of one layer's pages, in the pages' dtype.
+
+    Args:
+        qkv_TN: the rows of q, k and v side by side, N = (Q + 2 H) C.
+        q_weight_Q, k_weight_W: weights of the norms over all Q C and all H C columns.
+        cos_TR, sin_TR: float32, as `reference.rotary_angles`.
+        slots_T: int32 or int64; a negative one writes nothing.
+    """
+    num_rows, width = qkv_TN.shape
+    _, kv_heads, page_size, channels = k_PHSC.shape
+    heads = width // channels - 2 * kv_heads
+    half = cos_TR.shape[1]
+    assert heads > 0 and width == (heads + 2 * kv_heads) * channels and 0 < 2 * half <= channels
+    assert q_weight_Q.shape == (heads * channels,) and k_weight_W.shape == (kv_heads * channels,)
+    for tensor in (qkv_TN, cos_TR, sin_TR, k_PHSC, v_PHSC, slots_T):
+        assert tensor.is_contiguous()
+    q_TQC = torch.empty(num_rows, heads, channels, dtype=qkv_TN.dtype, device=qkv_TN.device)
+    if num_rows:
+        qkv_post_kernel[(num_rows, 2)](
+            qkv_TN,
+            q_weight_Q,
+            k_weight_W,
+            cos_TR,
+            sin_TR,
+            slots_T,
+            q_TQC,
+            k_PHSC,
+            v_PHSC,
+            epsilon,
+            Q=heads,
+            H=kv_heads,
+            C=channels,
+            R=half,
+            PAGE=page_size,
+            Q_PAD=triton.next_power_of_2(heads),
+            H_PAD=triton.next_power_of_2(kv_heads),
+            C_PAD=triton.next_power_of_2(channels),
+            R_PAD=triton.next_power_of_2(half),
+            REST_PAD=triton.next_power_of_2(max(1, channels - 2 * half)),
+            num_warps=8,
+        )
+    return q_TQC

@@ -1,0 +1,59 @@
+"""Norm, residual sum and quantization in one kernel against the reference's three steps; only a mean may be summed in another order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pointsman.kernels import norm_quant, reference
+from pointsman.kernels.weight import FP8
+from tests.kernels.interpreter import correct
+
+correct()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# a mean summed in another order may move a number to the neighbouring bfloat16, and that one to the neighbouring e4m3
+ONE_BF16 = {"rtol": 2**-7, "atol": 1e-6}
+
+
+def normal(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("width", [1, 100, 128, 256, 384, 3072])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_sum_is_exact_and_the_norm_is_the_references(width: int, dtype: torch.dtype) -> None:
+    x_TD, delta_TD, weight_D = normal(3, width).to(dtype), normal(3, width, seed=1).to(dtype), normal(width, seed=2).to(dtype)
+    sum_TD, normed_TD = norm_quant.rms_norm(x_TD, weight_D, 1e-6, delta_TD=delta_TD)
+    assert torch.equal(sum_TD, x_TD + delta_TD) and normed_TD.dtype == dtype
+    torch.testing.assert_close(normed_TD, reference.rms_norm(x_TD + delta_TD, weight_D, 1e-6), **ONE_BF16)
+    same_TD, alone_TD = norm_quant.rms_norm(x_TD, weight_D, 1e-6)
+    assert same_TD is x_TD
+    torch.testing.assert_close(alone_TD, reference.rms_norm(x_TD, weight_D, 1e-6), **ONE_BF16)
+
+
+@pytest.mark.parametrize("width", [64, 128, 200, 640])
+def test_quantization_has_the_references_bits(width: int) -> None:
+    x_TD = (normal(5, width) * torch.logspace(-30, 30, 5, base=2.0).to(DEVICE)[:, None]).bfloat16()
+    x_TD[2] = 0
+    got = norm_quant.quantize(x_TD)
+    q_TD, scale_TB = reference.quantize_activation(x_TD)
+    assert got.data.dtype == FP8 and torch.equal(got.data.view(torch.uint8), q_TD.contiguous().view(torch.uint8))
+    assert torch.equal(got.scale, scale_TB)
+
+
+@pytest.mark.parametrize("width", [128, 200, 384])
+def test_the_norm_is_rounded_before_it_is_quantized(width: int) -> None:
+    x_TD, delta_TD, weight_D = normal(4, width).bfloat16(), normal(4, width, seed=1).bfloat16(), normal(width, seed=2).bfloat16()
+    sum_TD, normed_TD, got = norm_quant.rms_norm_quantize(x_TD, weight_D, 1e-6, delta_TD=delta_TD, write=True)
+    assert normed_TD is not None and torch.equal(sum_TD, x_TD + delta_TD)
+    q_TD, scale_TB = reference.quantize_activation(normed_TD)
+    assert torch.equal(got.data.view(torch.uint8), q_TD.contiguous().view(torch.uint8)) and torch.equal(got.scale, scale_TB)
+    _, nothing, alone = norm_quant.rms_norm_quantize(x_TD, weight_D, 1e-6)
+    assert nothing is None and alone.data.shape == x_TD.shape
+
+
+def test_rows_too_wide_for_a_program_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rows of 16640 columns; .* up to 16384"):
+        norm_quant.quantize(torch.ones(1, 16640, dtype=torch.bfloat16, device=DEVICE))
+    assert norm_quant.quantize(torch.ones(0, 256, dtype=torch.bfloat16, device=DEVICE)).scale.shape == (0, 2)
