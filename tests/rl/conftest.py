@@ -1,0 +1,5 @@
+"""One thread, as for other small models."""
+
+from tests.models.conftest import _one_thread
+
+__all__ = ["_one_thread"]
