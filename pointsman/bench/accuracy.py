@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pointsman.bench import arithmetic, tools
-from pointsman.bench.machine import machine, settle
 from pointsman.bench.options import AccuracyOptions
+from pointsman.bench.subject import machine, settle
 from pointsman.engine.llm import LLM
 from pointsman.request import FinishReason, RequestOutput, SamplingParams
 

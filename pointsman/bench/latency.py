@@ -25,9 +25,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pointsman.bench.machine import machine, settle
 from pointsman.bench.options import LatencyOptions
 from pointsman.bench.start_up import measure_start_up
+from pointsman.bench.subject import machine, settle
 from pointsman.engine.engine import Engine
 from pointsman.engine.llm import LLM
 from pointsman.request import ChoiceDelta, Request, RequestFailed, SamplingParams

@@ -1,40 +1,18 @@
-"""What a figure was measured on: without that it means nothing. And the wait for the step that stays."""
+"""What a figure was measured on: without that it means nothing."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import pointsman
-from pointsman.engine.engine import Engine
-from pointsman.request import Request, SamplingParams
 
 CPU_INFO = Path("/proc/cpuinfo")
-LOOK_SECONDS = 0.5
-
-
-def settle(engine: Engine) -> None:
-    """Wait until the engine runs the step that it will stay with: on a machine's first run another process still compiles it."""
-    if not engine.step_is_final:
-        print("waiting for the compiled step, once for this machine", file=sys.stderr)
-    while not engine.step_is_final:
-        time.sleep(LOOK_SECONDS)
-        engine.add(Request(rid="settle", prompt_token_ids=(0,), sampling=SamplingParams(max_tokens=1)))
-        while engine.has_work:
-            engine.step()
-
-
-def machine(engine: Engine) -> dict[str, Any]:
-    """Versions, hardware, and what the engine was set up with."""
-    return {"model": engine.model_name, **engine.choices, "step": engine.step_name} | here()
 
 
 def here() -> dict[str, Any]:
@@ -42,7 +20,7 @@ def here() -> dict[str, Any]:
     return {
         "pointsman": pointsman.__version__,
         "commit": commit(),
-        "torch": torch.__version__,
+        "torch": importlib.metadata.version("torch"),
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),

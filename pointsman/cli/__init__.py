@@ -37,12 +37,14 @@ class Verb:
         options: "module:class" of the flags the verb has besides those of the engine.
         run: "module:function" that takes the engine's values and the options and returns the exit code.
         positional: the option that is given without its name.
+        engine: the verb has an engine, and so its flags.
     """
 
     summary: str
     options: str
     run: str
     positional: str | None = None
+    engine: bool = True
 
 
 VERBS = {
@@ -53,6 +55,9 @@ VERBS = {
         "accuracy on word problems", "pointsman.bench.options:AccuracyOptions", "pointsman.bench.accuracy:eval_arithmetic"
     ),
     "eval tools": Verb("accuracy of tool calls", "pointsman.bench.options:AccuracyOptions", "pointsman.bench.accuracy:eval_tools"),
+    "bench serve": Verb(
+        "load on any OpenAI endpoint", "pointsman.bench.serving.options:ServeOptions", "pointsman.bench.serving.run:run", engine=False
+    ),
     "bench latency": Verb("speed and memory, offline", "pointsman.bench.options:LatencyOptions", "pointsman.bench.latency:run"),
 }
 
@@ -73,7 +78,8 @@ def read(words: Sequence[str]) -> Command:
     options = _load(verb.options)
     parser = new_parser(f"pointsman {name}", verb.summary[0].upper() + verb.summary[1:] + ".")
     add_flags(parser, options, verb.positional)
-    add_flags(parser, EngineConfig)
+    if verb.engine:
+        add_flags(parser, EngineConfig)
     values = parse(parser, rest)
     own = {field: values.pop(field) for field in flags(options) if field in values}
     if "model_path" in values:
@@ -141,7 +147,7 @@ def _run(words: Sequence[str]) -> int:
         print(f"pointsman {pointsman.__version__}")
         return 0
     command = read(words)
-    if command.engine.get("trust_remote_code"):
+    if command.engine.get("trust_remote_code") or getattr(command.options, "trust_remote_code", False):
         print("--trust-remote-code has no effect: no code of a checkpoint ever runs", file=sys.stderr)
     with _interruptible_imports():
         run = _load(VERBS[command.name].run)

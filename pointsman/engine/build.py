@@ -37,8 +37,6 @@ from pointsman.text import ChatTemplate, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-BUNDLED_NAME = "pointsman-tiny"
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Parts:
@@ -96,7 +94,7 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
     return Parts(
         folder=folder,
         architecture=architecture,
-        model_name=config.model.served_model_name or config.model.model_path or BUNDLED_NAME,
+        model_name=config.model.served_model_name or config.model.model_path or tiny.NAME,
         context_length=context_length,
         tokenizer=tokenizer,
         generation_defaults=_generation_defaults(folder),

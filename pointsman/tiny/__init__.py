@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+NAME = "pointsman-tiny"
+
 
 def path() -> Path:
     """The checkpoint's folder."""

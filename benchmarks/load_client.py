@@ -1,0 +1,180 @@
+"""What the load client can time: streams and tokens a second on one core, against a stub server in another process.
+
+    python -m benchmarks.load_client [--streams 1 64 256 1024] [--rate 60000] [--client httpx]
+
+The stub sends every stream its next token in turn, as an OpenAI server would write it, at the rate asked for. A client keeps up as long
+as it times as many tokens as are sent and its own event loop is not late. With `--client httpx` a plain loop over httpx's lines
+is measured instead, which is the reason for a client of our own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Awaitable, Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pointsman.bench.machine import here
+from pointsman.bench.serving.backends import BACKENDS, Wish
+from pointsman.bench.serving.http import HttpClient, Origin
+from pointsman.bench.serving.load import LATE_SECONDS, Load, Run
+from pointsman.bench.serving.metrics import percentile
+from pointsman.bench.serving.query import Query
+
+TOKENS = 400
+TICK_SECONDS = 0.005
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENT = (
+    b'data: {"id":"cmpl-0123456789abcdef","object":"text_completion","created":1764000000,"model":"stub","choices":'
+    b'[{"index":0,"text":" token","logprobs":null,"finish_reason":null}]}\n\n'
+)
+CHUNK = b"%x\r\n%s\r\n" % (len(EVENT), EVENT)
+END = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+
+
+class Stub(asyncio.Protocol):
+    """Answers every request with TOKENS events, one whenever its turn comes."""
+
+    streams: list[list[Any]]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if data.startswith(b"POST"):
+            self.transport.write(HEAD)  # type: ignore[attr-defined]
+            self.streams.append([self.transport, TOKENS])
+
+
+async def pace(streams: list[list[Any]], rate: float) -> None:
+    """Give streams their next tokens in turn, `rate` a second over all."""
+    due, turn = 0.0, 0
+    last = time.perf_counter()
+    while True:
+        await asyncio.sleep(TICK_SECONDS)
+        now = time.perf_counter()
+        due, last = due + rate * (now - last), now
+        due = min(due, rate * 0.1)  # a stall is not made up for in one burst
+        while due >= 1 and streams:
+            turn = (turn + 1) % len(streams)
+            stream = streams[turn]
+            stream[0].write(CHUNK)
+            stream[1] -= 1
+            due -= 1
+            if not stream[1]:
+                stream[0].write(END)
+                streams[turn] = streams[-1]
+                streams.pop()
+
+
+def serve(ready: Connection, rate: float) -> None:
+    """The stub's process, on the last core."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+    async def run() -> None:
+        Stub.streams = []
+        server = await asyncio.get_running_loop().create_server(Stub, "127.0.0.1", 0)
+        ready.send(server.sockets[0].getsockname()[1])
+        await pace(Stub.streams, rate)
+
+    asyncio.run(run())
+
+
+async def ours(port: int, streams: int, requests: int) -> Run:
+    load = Load(client=HttpClient(Origin("127.0.0.1", port)), backend=BACKENDS["openai"], wish=Wish(model="stub"), max_concurrency=streams)
+    try:
+        return await load.run([Query(text="x", input_len=1, output_len=TOKENS)] * requests, [0.0] * requests)
+    finally:
+        load.client.close()
+
+
+async def with_httpx(port: int, streams: int, requests: int) -> Run:
+    """The same load through httpx: events are lines, each parsed and stamped."""
+    import httpx  # noqa: PLC0415 - of the tests; only this comparison needs it
+
+    from pointsman.bench.serving.load import Effort, watch_delay  # noqa: PLC0415
+    from pointsman.bench.serving.query import Outcome  # noqa: PLC0415
+
+    turns, effort = asyncio.Semaphore(streams), Effort()
+    outcomes = [Outcome(query=Query(text="x", input_len=1, output_len=TOKENS)) for _ in range(requests)]
+
+    async def one(client: Any, outcome: Outcome) -> None:
+        async with turns, client.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x"}) as response:
+            outcome.sent_s = time.perf_counter() - start
+            async for line in response.aiter_lines():
+                if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["text"]:
+                    outcome.piece_s.append(time.perf_counter() - start)
+                    outcome.counted += 1
+        outcome.end_s = time.perf_counter() - start
+
+    watch = asyncio.create_task(watch_delay(effort))
+    start, spent = time.perf_counter(), time.process_time()
+    limits = httpx.Limits(max_connections=streams, max_keepalive_connections=streams)
+    async with httpx.AsyncClient(limits=limits, timeout=None) as client:
+        await asyncio.gather(*(one(client, outcome) for outcome in outcomes))
+    duration = time.perf_counter() - start
+    effort.busy_share = (time.process_time() - spent) / duration
+    watch.cancel()
+    return Run(outcomes=outcomes, duration_s=duration, effort=effort)
+
+
+CLIENTS: dict[str, Callable[[int, int, int], Awaitable[Run]]] = {"ours": ours, "httpx": with_httpx}
+
+
+def measure(client: str, streams: int, rate: float, seconds: float) -> dict[str, Any]:
+    """One load: what was timed, and what it cost."""
+    here_end, there_end = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there_end, rate), daemon=True)
+    process.start()
+    try:
+        port = here_end.recv()
+        requests = max(streams, round(rate * seconds / TOKENS))
+        run = asyncio.run(CLIENTS[client](port, streams, requests))
+    finally:
+        process.terminate()
+        process.join()
+    assert all(outcome.error is None and outcome.counted == TOKENS for outcome in run.outcomes)
+    tokens = sum(outcome.counted for outcome in run.outcomes)
+    late = percentile(sorted(run.effort.late_s), 99)
+    return {
+        "client": client,
+        "streams": streams,
+        "asked_tokens_per_s": rate,
+        "tokens_per_s": round(tokens / run.duration_s),
+        "busy_share": round(run.effort.busy_share, 3),
+        "us_per_token": round(1e6 * run.effort.busy_share * run.duration_s / tokens, 2),
+        "p99_late_ms": round(1000 * late, 2),
+        "keeps_up": run.effort.busy_share < 0.8 and late < LATE_SECONDS,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256, 1024])
+    parser.add_argument("--rate", type=float, nargs="+", default=[10_000.0, 30_000.0, 1e6], help="tokens a second; 1e6: as many as can be")
+    parser.add_argument("--client", nargs="+", default=["ours", "httpx"], choices=CLIENTS)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each load, at the rate asked for and at most 60,000 tokens a second")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    rows = []
+    print(f"{'client':<8}{'streams':>8}{'asked/s':>12}{'tokens/s':>12}{'busy':>8}{'us/token':>10}{'late p99 ms':>13}")
+    for client in arguments.client:
+        for streams in arguments.streams:
+            for rate in arguments.rate:
+                row = measure(client, streams, rate, arguments.seconds * min(1.0, 60_000 / rate))
+                rows.append(row)
+                print(
+                    f"{client:<8}{streams:>8}{rate:>12,.0f}{row['tokens_per_s']:>12,}{100 * row['busy_share']:>7.0f}%"
+                    f"{row['us_per_token']:>10.2f}{row['p99_late_ms']:>13.2f}",
+                    flush=True,
+                )
+    print(json.dumps({"bench": "load_client", "rows": rows} | here()))
+
+
+if __name__ == "__main__":
+    main()
