@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -22,6 +23,7 @@ MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_K = 1 << 20
+MAX_POSITION = 1 << 30
 
 
 class QueueFull(ValueError):
@@ -168,12 +170,73 @@ def _real(name: str, value: object, low: float, high: float, *, open_low: bool =
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """Experts that tokens shall use instead of those that the router would choose: rows of ids, as plain data.
+
+    Row r is of the token at position start + r of prompt and output together. `pointsman.replay` makes one of a routing record, and
+    checks the ids.
+
+    Attributes:
+        start: position of the first row.
+        shape: rows, layers, experts a token.
+        data: the ids in C order, a byte each, or two, little endian, for models of more than 256 experts.
+        missing: half-open ranges of rows that are none, ascending and apart: those positions route freely.
+
+    Raises:
+        ValueError: the fields do not fit each other.
+    """
+
+    start: int = 0
+    shape: tuple[int, int, int]
+    data: bytes = field(repr=False)
+    missing: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        _whole("start", self.start, 0, MAX_POSITION)
+        for size in self.shape:
+            _whole("shape", size, 0, MAX_POSITION)
+        if len(self.data) not in ((size := math.prod(self.shape)), 2 * size):
+            raise ValueError(f"data has {len(self.data)} bytes; shape {list(self.shape)} has {size} of one byte or two")
+        before = 0
+        for first, last in self.missing:
+            if not before <= first < last <= self.shape[0]:
+                raise ValueError(f"missing has ({first}, {last}); ranges must ascend, be apart and lie within {self.shape[0]} rows")
+            before = last
+
+    @property
+    def end(self) -> int:
+        """The position after the last row's."""
+        return self.start + self.shape[0]
+
+    @property
+    def forced(self) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of the positions that have a row."""
+        first = 0
+        for gap, after in (*self.missing, (self.shape[0], 0)):
+            if first < gap:
+                yield self.start + first, self.start + gap
+            first = after
+
+    def row(self, position: int) -> bytes | None:
+        """The ids of a position; None where it routes freely."""
+        row = position - self.start
+        if not 0 <= row < self.shape[0]:
+            return None
+        gap = bisect_right(self.missing, row, key=lambda missing: missing[0]) - 1
+        if gap >= 0 and row < self.missing[gap][1]:
+            return None
+        size = len(self.data) // self.shape[0]
+        return self.data[row * size : (row + 1) * size]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One prompt on its way through the engine.
 
     Attributes:
         rid: the client's or the server's name for it, unique among the requests in flight.
         prompt_token_ids: at least one token.
+        replay: the experts that its tokens, and those of each of its choices, shall use; None routes freely.
         priority: larger runs first; equal ones in the order of arrival.
         cache_salt: prompts share cached prefixes only under the same salt.
     """
@@ -181,6 +244,7 @@ class Request:
     rid: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    replay: Replay | None = None
     priority: int = 0
     cache_salt: str = ""
 
@@ -202,7 +266,13 @@ class Logprob:
 
 @dataclass(kw_only=True, slots=True)
 class CompletionOutput:
-    """One choice. `routed_experts` is a numpy array [prompt + output - 1 - start, layers, top_k] when asked for."""
+    """One choice.
+
+    Attributes:
+        routed_experts: a numpy array [prompt + output - 1 - start, layers, top_k], when asked for.
+        routing_agreement: of a replay, the share of (token, layer) choices that free routing would have made alike: the same set of
+            experts, given the forced routing of all layers and tokens before. None where no position was forced.
+    """
 
     index: int
     text: str = ""
@@ -211,6 +281,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     routed_experts: Any = None
+    routing_agreement: float | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -243,6 +314,7 @@ class ChoiceDelta:
         routed_experts: with the last delta, when asked for and the engine has not given up on the choice: a numpy array
             [prompt + output - 1 - start, layers, top_k].
         routed_experts_missing: half-open ranges of its rows that are not known, because the choice was aborted before.
+        routing_agreement: with the last delta of a replay: see `CompletionOutput`.
         error: why the engine gave up on this choice, with finish reason ERROR.
         refused: it never began with the request, and the error is meant for whoever asked: the grammar could not be used.
     """
@@ -259,6 +331,7 @@ class ChoiceDelta:
     num_cached_tokens: int = 0
     routed_experts: Any = None
     routed_experts_missing: list[tuple[int, int]] = field(default_factory=list)
+    routing_agreement: float | None = None
     error: str | None = None
     refused: bool = False
 

@@ -11,14 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pointsman.request import Logprob, SamplingParams
+from pointsman.request import Logprob, Replay, SamplingParams
 
 PENDING = -1
 
 
 @dataclass(frozen=True, slots=True)
 class LaneStart:
-    """A sequence takes a lane. `output` is not empty when it comes back after a preemption."""
+    """A sequence takes a lane.
+
+    Attributes:
+        output: not empty when it comes back after a preemption.
+        replays: experts that its positions shall use, whenever they are fed; where two have a row for one position, the later.
+    """
 
     lane: int
     seq: int
@@ -26,6 +31,7 @@ class LaneStart:
     output: tuple[int, ...]
     sampling: SamplingParams
     seed: int
+    replays: tuple[Replay, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ The model knows nothing of requests: it sees rows (token, position, slot) and, f
 tables behind that live here, one row a lane: pages, last sampled token, sampling state. They change only by what a plan
 says, in the order of the plans, so that every rank that is sent the same plans holds the same tables.
 
-Shape suffixes: T rows of the step, L lanes, P pages of a lane, R rows whose logits are needed.
+Shape suffixes: T rows of the step, L lanes, P pages of a lane, R rows whose logits are needed, F forced rows, N model layers, K experts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from pointsman.replay import ForcedRows, Ids
 from pointsman.sampling.constraint import Constraint
 from pointsman.sampling.lane import LaneSampling
 from pointsman.step import PENDING, LaneStart, Segment, StepPlan
@@ -33,6 +34,14 @@ class PromptRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Forced:
+    """Rows that are forced to use these experts: which, ascending, and the ids, uint8 or uint16."""
+
+    rows_F: Ints
+    ids_FNK: Ids
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step's rows.
 
@@ -42,6 +51,7 @@ class Batch:
         rows_R: the rows whose logits are needed, ascending.
         samples: index into rows_R of each segment that samples, in the plan's order.
         prompts: the rows of rows_R that score prompts.
+        forced: the rows whose experts are given; None where all route freely.
     """
 
     tokens_T: Ints
@@ -52,6 +62,7 @@ class Batch:
     rows_R: Ints
     samples: list[int]
     prompts: list[PromptRows]
+    forced: Forced | None = None
 
 
 @dataclass
@@ -73,6 +84,7 @@ class Lanes:
     last_token_L: list[int] = field(init=False)
     sampling_L: list[LaneSampling | None] = field(init=False)
     prompt_L: list[tuple[int, ...]] = field(init=False)
+    forced_L: list[ForcedRows | None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.page_table_LP = np.zeros((self.max_lanes, self.max_pages), np.int32)
@@ -80,6 +92,7 @@ class Lanes:
         self.last_token_L = [PENDING] * self.max_lanes
         self.sampling_L = [None] * self.max_lanes
         self.prompt_L = [()] * self.max_lanes
+        self.forced_L = [None] * self.max_lanes
 
     def lay_out(self, plan: StepPlan) -> Batch:
         """Bring the tables up to date with the plan and return its rows."""
@@ -87,6 +100,7 @@ class Lanes:
             self.num_pages_L[start.lane] = 0
             self.last_token_L[start.lane] = PENDING
             self.prompt_L[start.lane] = start.prompt
+            self.forced_L[start.lane] = ForcedRows(start.replays) if start.replays else None
             self._start_sampling(start)
         tokens: list[int] = []
         positions: list[int] = []
@@ -105,7 +119,17 @@ class Lanes:
         pages_T = self.page_table_LP[lanes_T, positions_T // self.page_size].astype(np.int64)
         slots_T = pages_T * self.page_size + positions_T % self.page_size
         rows, samples, prompts = self._wanted(plan, segments)
-        return Batch(np.array(tokens, np.int64), positions_T, lanes_T, slots_T, segments, np.array(rows, np.int64), samples, prompts)
+        return Batch(
+            np.array(tokens, np.int64),
+            positions_T,
+            lanes_T,
+            slots_T,
+            segments,
+            np.array(rows, np.int64),
+            samples,
+            prompts,
+            self._forced(plan, segments),
+        )
 
     def _start_sampling(self, start: LaneStart) -> None:
         before = self.sampling_L[start.lane]
@@ -118,6 +142,20 @@ class Lanes:
             first = self.num_pages_L[segment.lane]
             self.num_pages_L[segment.lane] = first + len(segment.pages)
             self.page_table_LP[segment.lane, first : first + len(segment.pages)] = segment.pages
+
+    def _forced(self, plan: StepPlan, segments: list[tuple[int, int, int]]) -> Forced | None:
+        rows: list[Ints] = []
+        ids: list[Ids] = []
+        for segment, (lane, first, length) in zip(plan.segments, segments, strict=True):
+            replay = self.forced_L[lane]
+            if replay is None:
+                continue
+            if segment.start >= replay.end:
+                self.forced_L[lane] = None
+            elif (found := replay.within(segment.start, length)) is not None:
+                rows.append(first + found[0])
+                ids.append(found[1])
+        return Forced(np.concatenate(rows), np.concatenate(ids)) if rows else None
 
     def _wanted(self, plan: StepPlan, segments: list[tuple[int, int, int]]) -> tuple[list[int], list[int], list[PromptRows]]:
         rows: list[int] = []

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -59,14 +60,14 @@ def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: Rou
         logger.info("CPU step: torch (%s)", "asked for" if wanted == "torch" else f"compiled: {reason}")
         return torch_step
     weights = _pack(decoder, len_positions=lanes.max_pages * lanes.page_size)
-    cache = CpuCache(_array(kv.k), _array(kv.v), _array(routes.rows_SLK), lanes.page_table_LP)
+    cache = CpuCache(_array(kv.k), _array(kv.v), _array(routes.rows_SLK), _array(routes.alike_S), lanes.page_table_LP)
     kinds = kinds_of(weights, cache)
     max_rows = config.scheduler.chunked_prefill_size
     num_threads = config.kernel.num_threads or len(os.sched_getaffinity(0))
     shape = _shape(decoder.architecture)
 
     def make() -> CompiledStep:
-        return CompiledStep(CpuStep(shape, weights, cache, max_rows=max_rows, num_threads=num_threads))
+        return CompiledStep(CpuStep(shape, weights, cache, max_rows=max_rows, num_threads=num_threads), cache.routes)
 
     if wanted == "compiled" or is_cached(kinds):
         logger.info("CPU step: compiled, %d threads", num_threads)
@@ -94,11 +95,16 @@ class CompiledStep:
     name = "compiled"
     final = True
 
-    def __init__(self, step: CpuStep) -> None:
-        self._step = step
+    def __init__(self, step: CpuStep, routes: npt.NDArray[Any]) -> None:
+        self._step, self._routes = step, routes
 
     def __call__(self, batch: Batch, lanes: Lanes) -> Tensor:
-        return torch.from_numpy(self._step.run(batch.tokens_T, batch.positions_T, batch.lanes_T, batch.rows_R))
+        forced_T = None
+        if batch.forced is not None:
+            forced_T = np.zeros(len(batch.tokens_T), np.int64)
+            forced_T[batch.forced.rows_F] = 1
+            self._routes[batch.slots_T[batch.forced.rows_F]] = batch.forced.ids_FNK
+        return torch.from_numpy(self._step.run(batch.tokens_T, batch.positions_T, batch.lanes_T, batch.rows_R, forced_T))
 
 
 class ChangingStep:

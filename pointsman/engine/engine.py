@@ -18,6 +18,7 @@ from pointsman.engine.build import Parts, build
 from pointsman.engine.executor import Executor, Inline, Pending, Threaded
 from pointsman.engine.waiting_room import WaitingRoom
 from pointsman.grammar import Grammar
+from pointsman.replay import check_sizes, keep, rows_of
 from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, QueueFull, Request
 from pointsman.scheduler import Advance, Sequence
 from pointsman.step import StepPlan
@@ -80,6 +81,12 @@ class Engine:
         self.num_steps = 0
 
     @property
+    def routing_sizes(self) -> dict[str, int]:
+        """What a replay must fit."""
+        architecture = self.architecture
+        return {"num_layers": architecture.num_layers, "num_experts": architecture.num_experts, "top_k": architecture.top_k}
+
+    @property
     def has_work(self) -> bool:
         return self._in_flight is not None or self.scheduler.has_work or bool(self._room)
 
@@ -122,6 +129,8 @@ class Engine:
         if request.rid in self._live:
             raise ValueError(f"rid {request.rid!r} is already in use by a running request")
         vocab = self.architecture.vocab_size
+        if request.replay is not None:
+            check_sizes(request.replay, **self.routing_sizes)
         ids = (*request.prompt_token_ids, *request.sampling.stop_token_ids, *request.sampling.logit_bias)
         if (highest := max(ids)) >= vocab or min(ids) < 0:
             wrong = highest if highest >= vocab else min(ids)
@@ -208,9 +217,17 @@ class Engine:
     def _submit(self, plan: StepPlan | None) -> None:
         if plan is not None:
             if self.scheduler.preempted:
-                self.num_preemptions += len(self.scheduler.preempted)
-                self._runner.load.settle()
+                self._keep_rows(self.scheduler.preempted)
             self._in_flight = (plan, self._executor.submit(plan))
+
+    def _keep_rows(self, preempted: list[Sequence]) -> None:
+        """Read the routing of who was preempted, while its pages are still its own: it computes anew under the same experts."""
+        self.num_preemptions += len(preempted)
+        self._runner.load.settle()
+        for sequence in preempted:
+            if sequence.kept is None or sequence.num_computed > sequence.kept.end:
+                rows, _ = self._runner.routing(sequence.pages, 0, sequence.num_computed, sequence.num_computed)
+                sequence.kept = keep(rows)
 
     def _deliver(self, advances: list[Advance]) -> list[ChoiceDelta]:
         deltas = []
@@ -283,17 +300,29 @@ class Engine:
         """Fill in the last delta of a choice. The routing rows are read before the next plan can give its pages away."""
         delta.finish_reason, delta.stop_reason = sequence.finish_reason, sequence.stop_reason
         self._runner.load.settle()
-        sampling = sequence.request.sampling
-        if sampling.return_routed_experts and delta.finish_reason is not FinishReason.ERROR:
-            start = sampling.routed_experts_start
-            end = max(len(sequence.tokens) - 1, start)
-            delta.routed_experts, delta.routed_experts_missing = self._runner.routing(sequence.pages, start, end, sequence.num_computed)
+        sampling, replay = sequence.request.sampling, sequence.request.replay
+        if delta.finish_reason is not FinishReason.ERROR:
+            if sampling.return_routed_experts:
+                self._give_rows(sequence, delta)
+            if replay is not None:
+                delta.routing_agreement = self._runner.agreement(sequence.pages, replay.forced, sequence.num_computed)
         del self._choices[sequence.number]
         self._live[sequence.request.rid] -= 1
         if not self._live[sequence.request.rid]:
             del self._live[sequence.request.rid]
             if sampling.grammar is not None:
                 self._given_back.append(sampling.grammar)
+
+    def _give_rows(self, sequence: Sequence, delta: ChoiceDelta) -> None:
+        """The rows of a choice. One that is aborted on its way back from a preemption has those that were kept, too."""
+        start, kept = sequence.request.sampling.routed_experts_start, sequence.kept
+        end, num_computed = max(len(sequence.tokens) - 1, start), sequence.num_computed
+        rows, missing = self._runner.routing(sequence.pages, start, end, num_computed)
+        if kept is not None and missing and kept.end > (first := max(start, num_computed)):
+            last = min(kept.end, end)
+            rows[first - start : last - start] = rows_of(kept)[first:last]
+            missing = [(last - start, end - start)] if last < end else []
+        delta.routed_experts, delta.routed_experts_missing = rows, missing
 
     def stats(self) -> EngineStats:
         """What it is doing. Counts the rows that are not counted yet, so not for every step."""

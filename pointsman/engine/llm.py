@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pointsman.config import engine_config
 from pointsman.engine.engine import Engine
-from pointsman.request import ChoiceDelta, CompletionOutput, Request, RequestFailed, RequestOutput, SamplingParams
+from pointsman.replay import replay_of
+from pointsman.request import ChoiceDelta, CompletionOutput, Replay, Request, RequestFailed, RequestOutput, SamplingParams
 from pointsman.text import chat_prompt
 
 Prompt = str | Sequence[int]
@@ -45,16 +46,27 @@ class LLM:
         return self._engine
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        replay_routed_experts: Any = None,
     ) -> list[RequestOutput]:
         """Answer each prompt (a text, or token ids); results come in the order of the prompts.
 
+        Args:
+            replay_routed_experts: the experts that tokens shall use, for a single prompt, or a list with as many, or None, for each prompt:
+                a routing record, a `pointsman.routed_experts.RoutedExperts`, or an array of integers [rows, layers, top_k] for
+                positions from 0 on, in which rows of -1 route freely. Positions count prompt and output together.
+
         Raises:
-            ValueError: a prompt is empty or too long, or there are not as many sampling parameters as prompts.
+            ValueError: a prompt is empty or too long, a replay is not of this model or too long, or there are not as many sampling
+                parameters or replays as prompts.
         """
         many = _as_list(prompts)
         params = _params_for(many, sampling_params)
-        requests = [self._request(prompt, each) for prompt, each in zip(many, params, strict=True)]
+        replays = self._replays(many, replay_routed_experts)
+        requests = [self._request(*each) for each in zip(many, params, replays, strict=True)]
         texts = [prompt if isinstance(prompt, str) else None for prompt in many]
         return self._run(requests, texts)
 
@@ -64,6 +76,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        replay_routed_experts: Any = None,
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several, through the checkpoint's chat template.
@@ -71,6 +84,7 @@ class LLM:
         Args:
             messages: one conversation or a list of them.
             tools: OpenAI function descriptions, the same for all conversations.
+            replay_routed_experts: as in `generate`.
             **template: passed on to the chat template.
 
         Raises:
@@ -78,7 +92,7 @@ class LLM:
         """
         conversations = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
         prompts = [self.render(conversation, tools=tools, **template) for conversation in conversations]  # type: ignore[arg-type]
-        return self.generate(prompts, sampling_params)
+        return self.generate(prompts, sampling_params, replay_routed_experts=replay_routed_experts)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, **template: Any
@@ -88,9 +102,12 @@ class LLM:
             raise ValueError(f"{self._engine.model_name} has no chat template; use generate with a text or token ids")
         return chat_prompt(self._engine.tokenizer, messages, tools, **template).ids
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[ChoiceDelta, None, None]:
-        """Yield what each step adds to the answer. Closing the iterator aborts the request."""
-        request = self._request(prompt, sampling_params or SamplingParams())
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, replay_routed_experts: Any = None
+    ) -> Generator[ChoiceDelta, None, None]:
+        """Yield what each step adds to the answer. Closing the iterator aborts the request. Arguments are as in `generate`."""
+        [replay] = self._replays([prompt], replay_routed_experts)
+        request = self._request(prompt, sampling_params or SamplingParams(), replay)
         self._engine.add(request)
         left = request.sampling.n
         try:
@@ -106,12 +123,22 @@ class LLM:
         """End the engine's threads."""
         self._engine.close()
 
-    def _request(self, prompt: Prompt, sampling: SamplingParams) -> Request:
+    def _replays(self, prompts: Sequence[Prompt], given: Any) -> list[Replay | None]:
+        """A replay, or None, for each prompt."""
+        if given is None:
+            return [None] * len(prompts)
+        many = list(given) if isinstance(given, (list, tuple)) else [given]
+        if len(many) != len(prompts):
+            raise ValueError(f"replay_routed_experts has {len(many)} entries for {len(prompts)} prompts; give one, or None, for each")
+        return [None if each is None else replay_of(each, **self._engine.routing_sizes) for each in many]
+
+    def _request(self, prompt: Prompt, sampling: SamplingParams, replay: Replay | None) -> Request:
         if isinstance(prompt, str):
             if self._engine.tokenizer is None:
                 raise ValueError("this checkpoint has no tokenizer.json; pass token ids")
             prompt = self._engine.tokenizer.encode(prompt)
-        return Request(rid=f"llm-{next(self._names)}", prompt_token_ids=tuple(int(token) for token in prompt), sampling=sampling)
+        ids = tuple(int(token) for token in prompt)
+        return Request(rid=f"llm-{next(self._names)}", prompt_token_ids=ids, sampling=sampling, replay=replay)
 
     def _run(self, requests: list[Request], texts: list[str | None]) -> list[RequestOutput]:
         results = {
@@ -177,7 +204,7 @@ def merge(result: RequestOutput, delta: ChoiceDelta) -> None:
         result.num_cached_tokens = delta.num_cached_tokens
     if delta.finish_reason is not None:
         output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
-        output.routed_experts = delta.routed_experts
+        output.routed_experts, output.routing_agreement = delta.routed_experts, delta.routing_agreement
         result.finished = all(choice.finish_reason is not None for choice in result.outputs)
 
 

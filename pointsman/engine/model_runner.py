@@ -7,7 +7,7 @@ compiled one takes its place (see `compiled`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pointsman.engine.batch import Batch, Lanes
+from pointsman.engine.batch import Batch, Forced, Lanes
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.decoder import Decoder
@@ -60,8 +60,16 @@ class TorchStep:
             page_table_LP=torch.from_numpy(lanes.page_table_LP),
             kv=self._kv,
             routes=self._routes,
+            replay_TNK=None if batch.forced is None else torch.from_numpy(_replay(batch.forced, len(batch.tokens_T))),
         )
         return self._decoder.forward(torch.from_numpy(batch.tokens_T), context, torch.from_numpy(batch.rows_R))
+
+
+def _replay(forced: Forced, num_rows: int) -> npt.NDArray[np.int64]:
+    """The experts of every row, -1 where they are not given."""
+    replay_TNK = np.full((num_rows, *forced.ids_FNK.shape[1:]), -1, np.int64)
+    replay_TNK[forced.rows_F] = forced.ids_FNK
+    return replay_TNK
 
 
 class ModelRunner:
@@ -126,9 +134,7 @@ class ModelRunner:
 
         Rows [end - start, layers, top_k] are copied out of the slots of the pages; positions from num_known on were never computed.
         """
-        positions = np.arange(start, max(start, min(end, num_known)))
-        page_size = self._lanes.page_size
-        slots = np.asarray(pages, np.int64)[positions // page_size] * page_size + positions % page_size
+        slots = self._slots(pages, start, min(end, num_known))
         known: npt.NDArray[np.integer[Any]] = self._routes.gather(torch.from_numpy(slots)).numpy()
         if len(known) == end - start:
             return known, []
@@ -137,3 +143,16 @@ class ModelRunner:
         rows[: len(known)] = known
         fill_missing(rows, missing)
         return rows, missing
+
+    def _slots(self, pages: list[int], start: int, end: int) -> npt.NDArray[np.int64]:
+        positions, page_size = np.arange(start, max(start, end)), self._lanes.page_size
+        slots: npt.NDArray[np.int64] = np.asarray(pages, np.int64)[positions // page_size] * page_size + positions % page_size
+        return slots
+
+    def agreement(self, pages: list[int], forced: Iterable[tuple[int, int]], num_known: int) -> float | None:
+        """The share of (position, layer) choices that free routing would have made alike, over the forced positions that were computed."""
+        slots = np.concatenate([np.zeros(0, np.int64), *(self._slots(pages, first, min(last, num_known)) for first, last in forced)])
+        if not len(slots):
+            return None
+        num_alike = int(self._routes.alike_S.numpy()[slots].sum(dtype=np.int64))
+        return num_alike / (len(slots) * self._routes.rows_SLK.shape[1])

@@ -99,18 +99,20 @@ def judge(step, layer, row, num_rows):
 def route(step, layer, row, slot, forced):
     """From the router's logits in `scores`, choose a row's experts by sigmoid plus bias and weigh them by sigmoid alone.
 
-    They are written down by cache slot, best first; a forced row takes those that stand there.
+    They are written down by cache slot, best first; a forced row takes those that stand there, and how many layers would have
+    chosen the same set is counted by slot.
     """
     scores = at(step.scores, row * step.expert_stride)
     chosen, weights = at(step.chosen, row * step.top_k), at(step.weights, row * step.top_k)
     for i in range(0, step.expert_stride, 16):
         store(scores, i, sigmoid(load(scores, i)))
     place = (slot * step.layers + layer) * step.top_k
+    choose(scores, at(step.bias, layer * step.experts), chosen, step.experts, step.top_k)
     if forced:
+        counted = np.int64(step.alike[slot]) if layer > 0 else whole(0)
+        step.alike[slot] = np.int16(counted + same_set(step, chosen, place))
         for k in range(step.top_k):
             chosen[k] = np.int64(step.routes16[place + k]) if step.wide_routes else np.int64(step.routes8[place + k])
-    else:
-        choose(scores, at(step.bias, layer * step.experts), chosen, step.experts, step.top_k)
     sum_ = np.float32(0)
     for k in range(step.top_k):
         sum_ += scores[chosen[k]]
@@ -120,6 +122,19 @@ def route(step, layer, row, slot, forced):
             step.routes16[place + k] = np.uint16(chosen[k])
         else:
             step.routes8[place + k] = np.uint8(chosen[k])
+
+
+@kernel
+def same_set(step, chosen, place):
+    """1 if the experts that stand at a place are those chosen, in whatever order; else 0."""
+    for k in range(step.top_k):
+        expert = np.int64(step.routes16[place + k]) if step.wide_routes else np.int64(step.routes8[place + k])
+        found = False
+        for other in range(step.top_k):
+            found |= chosen[other] == expert
+        if not found:
+            return whole(0)
+    return whole(1)
 
 
 @kernel

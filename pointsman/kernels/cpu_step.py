@@ -56,12 +56,14 @@ class CpuCache:
     Attributes:
         k, v: [layers, pages, kv_heads, page_size, head_dim], float32, uint16 (bfloat16) or uint8 (e4m3, scale 1).
         routes: [pages * page_size, layers, top_k], uint8, or uint16 for more than 256 experts: the experts of the token in each slot.
+        alike: int16 [pages * page_size]: of a forced token, the layers whose free choice would have been the same set of experts.
         page_table: int32 [lanes, most pages]; read in place at every step.
     """
 
     k: NDArray[np.generic]
     v: NDArray[np.generic]
     routes: NDArray[np.generic]
+    alike: NDArray[np.int16]
     page_table: NDArray[np.int32]
 
 
@@ -106,7 +108,8 @@ class CpuStep:
         """Feed rows: store their keys, values and experts, and return float32 logits [len(logit_rows), vocab].
 
         Rows of one lane may come in any number; what a row attends to must be in the cache or among the rows of this step. A row
-        that is `forced` takes the experts that stand at its slot in `routes`. The logits are a view that the next run overwrites.
+        that is `forced` takes the experts that stand at its slot in `routes`, and its entry in `alike` is set. The logits are a view
+        that the next run overwrites.
         One run at a time: the buffers are the step's own.
 
         Raises:
@@ -159,6 +162,7 @@ def _check_cache(shape: ModelShape, cache: CpuCache) -> None:
         ("k", cache.k, right, cache.k.dtype),
         ("v", cache.v, right, cache.k.dtype),
         ("routes", cache.routes, (pages * page_size, shape.layers, shape.top_k), routes),
+        ("alike", cache.alike, (pages * page_size,), np.dtype(np.int16)),
         ("page_table", cache.page_table, (*cache.page_table.shape[:1], cache.page_table.shape[-1]), np.dtype(np.int32)),
     ):
         if array.shape != form or array.dtype != dtype or not array.flags.c_contiguous:
@@ -229,7 +233,7 @@ def _settings(
     values |= {"qkv_stride": padded((shape.heads + 2 * shape.kv_heads) * shape.head_dim), "max_positions": len(weights.cos)}
     values |= {"num_pages": cache.k.shape[1], "page_size": cache.k.shape[3]}
     values |= {"num_lanes": cache.page_table.shape[0], "max_pages": cache.page_table.shape[1], "page_table": cache.page_table}
-    values |= {"pipe_in": pipe[1], "pipe_out": pipe[0], "cache_k": cache.k, "cache_v": cache.v}
+    values |= {"pipe_in": pipe[1], "pipe_out": pipe[0], "cache_k": cache.k, "cache_v": cache.v, "alike": cache.alike}
     values |= {
         "wide_routes": wide,
         "routes16": cache.routes if wide else none[np.uint16],

@@ -57,7 +57,7 @@ def step_fields(attention: str, experts: str, head: str, cache: str) -> Fields:
     fields: Fields = {}
     for names, kind in ((INTS, "int"), (FLOATS, "float"), (WEIGHTS, "float32*"), (BUFFERS, "float32*"), (NUMBERS, "int64*")):
         fields |= dict.fromkeys(names.split(), kind)
-    fields |= {"page_table": "int32*", "embed16": "uint16*", "routes16": "uint16*", "routes8": "uint8*"}
+    fields |= {"page_table": "int32*", "embed16": "uint16*", "routes16": "uint16*", "routes8": "uint8*", "alike": "int16*"}
     fields |= {"cache_k": f"{FORMS[cache]}*", "cache_v": f"{FORMS[cache]}*"}
     forms = {"qkv": attention, "o": attention, "gate": "float32", "gate_up": experts, "down": experts, "head": head}
     return fields | {name: linear_fields(form) for name, form in forms.items()}

@@ -54,6 +54,9 @@ class MoE:
         if ctx.replay_TNK is None:
             return route(logits_TE, self.spec, bias_E=self.bias_E)
         given_TK = ctx.replay_TNK[:, self.layer]
+        forced_T = (given_TK >= 0).all(-1)
         free_TK = route(logits_TE, self.spec, bias_E=self.bias_E).ids_TK
-        ids_TK = torch.where((given_TK < 0).any(-1, keepdim=True), free_TK, given_TK)
-        return route(logits_TE, self.spec, ids_TK=ids_TK)
+        if ctx.routes is not None:
+            alike_T = (free_TK.sort(-1).values == given_TK.sort(-1).values).all(-1)
+            ctx.routes.compare(self.layer, ctx.slots_T[forced_T], alike_T[forced_T])
+        return route(logits_TE, self.spec, ids_TK=torch.where(forced_T.unsqueeze(-1), given_TK, free_TK))

@@ -32,7 +32,7 @@ from pointsman.cache.pages import PagePool
 from pointsman.cache.radix import RadixCache
 from pointsman.request import FinishReason, Logprob, Request
 from pointsman.scheduler.queue import Queue, order
-from pointsman.scheduler.sequence import Advance, Sequence, limit_of
+from pointsman.scheduler.sequence import Advance, Sequence, check_replay, limit_of
 from pointsman.step import PENDING, LaneStart, Sampled, Segment, StepPlan, StepResult
 
 MAX_IN_FLIGHT = 2
@@ -123,6 +123,7 @@ class Scheduler:
         if request.rid in self._requests:
             raise ValueError(f"rid {request.rid!r} is the name of a request that is not finished yet; each needs its own")
         limit = limit_of(request, self._max_context, self._pool.num_pages * self._page_size)
+        check_replay(request, limit)
         prompt, first = request.prompt_token_ids, self._num_added
         self._num_added += len(seeds)
         sequences = [
@@ -240,7 +241,7 @@ class Scheduler:
             return None
         hit: list[int] = []
         if self._radix is not None and not sequence.wants_prompt_rows:
-            hit = self._radix.match(sequence.tokens[:-1], sequence.request.cache_salt)
+            hit = self._radix.match(sequence.keys[: len(sequence.tokens) - 1], sequence.request.cache_salt)
             self._pool.share(hit)
         num_new = self._pages_for(len(sequence.tokens)) - len(hit)
         if self._num_available < num_new + margin:
@@ -258,7 +259,9 @@ class Scheduler:
         if not sequence.num_preemptions:
             sequence.num_cached = sequence.num_computed
         request, output = sequence.request, tuple(sequence.tokens[sequence.num_prompt :])
-        return LaneStart(sequence.lane, sequence.number, request.prompt_token_ids, output, request.sampling, sequence.seed)
+        return LaneStart(
+            sequence.lane, sequence.number, request.prompt_token_ids, output, request.sampling, sequence.seed, sequence.replays
+        )
 
     def _take(self, num_pages: int) -> list[int]:
         """Pages that are known to be available."""
@@ -325,7 +328,7 @@ class Scheduler:
             num_full = min(sequence.num_computed, sequence.num_prompt) // self._page_size
             if num_full > sequence.num_shared:
                 sequence.num_shared = self._radix.extend(
-                    sequence.tokens, sequence.pages[:num_full], sequence.request.cache_salt, sequence.num_shared
+                    sequence.keys, sequence.pages[:num_full], sequence.request.cache_salt, sequence.num_shared
                 )
         if sequence.num_computed >= sequence.num_prompt:
             self._queue.release(sequence)
@@ -369,7 +372,7 @@ class Scheduler:
         sequence.lane = None
         if self._radix is not None and sequence.cacheable and sequence.finish_reason is not FinishReason.ERROR:
             full = sequence.pages[: sequence.num_computed // self._page_size]
-            self._radix.insert(sequence.tokens, full, sequence.request.cache_salt, sequence.num_shared)
+            self._radix.insert(sequence.keys, full, sequence.request.cache_salt, sequence.num_shared)
         self._pool.release(sequence.pages)
 
     def reset_cache(self) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
-from pointsman.request import FinishReason, Logprob, Request
+from pointsman.request import FinishReason, Logprob, Replay, Request
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Sequence:
         lane: where it runs; None while it waits and after it ends.
         num_prompt_rows: rows of prompt log-probabilities handed out so far.
         num_wanted: pages that it lacked when it was last refused a start; 0 before.
+        kept: the experts that its first positions used before it was preempted; it recomputes those positions under them.
+        replayed: what stands for its first tokens in the prefix tree, where the request has a replay.
     """
 
     number: int
@@ -50,6 +53,8 @@ class Sequence:
     cacheable: bool = True
     num_prompt_rows: int = 0
     num_wanted: int = 0
+    kept: Replay | None = None
+    replayed: list[int] = field(default_factory=list)
     num_prompt: int = field(init=False)
     order: tuple[int, int] = field(init=False)
 
@@ -60,6 +65,26 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def keys(self) -> list[int]:
+        """What stands for its tokens in the prefix tree: keys and values depend on a token and on the experts it is forced to use.
+
+        So a token with a row of a replay is another than the same token without, or with another row. Nothing changes for rows that
+        were kept over a preemption: that routing was free.
+        """
+        replay = self.request.replay
+        if replay is None:
+            return self.tokens
+        for position in range(len(self.replayed), len(self.tokens)):
+            token, row = self.tokens[position], replay.row(position)
+            self.replayed.append(token if row is None else _forced_key(token, row))
+        return self.replayed
+
+    @property
+    def replays(self) -> tuple[Replay, ...]:
+        """The experts that its positions are to use."""
+        return tuple(replay for replay in (self.kept, self.request.replay) if replay is not None)
 
     @property
     def wants_prompt_rows(self) -> bool:
@@ -78,6 +103,23 @@ class Sequence:
             if token in sampling.stop_token_ids:
                 return FinishReason.STOP, token
         return (FinishReason.LENGTH, None) if len(self.tokens) >= self.limit else None
+
+
+def _forced_key(token: int, row: bytes) -> int:
+    """A number below every token's, the same for the same token and row alone."""
+    return -1 - int.from_bytes(blake2b(token.to_bytes(8, "little") + row, digest_size=16).digest(), "little")
+
+
+def check_replay(request: Request, limit: int) -> None:
+    """Raises ValueError where a replay has rows of positions that are never fed: the last token of an output is not."""
+    if request.replay is None:
+        return
+    num_prompt = len(request.prompt_token_ids)
+    if (end := request.replay.end) > (most := max(num_prompt, limit - 1)):
+        raise ValueError(
+            f"replay_routed_experts has rows up to position {end - 1}; with a prompt of {num_prompt} tokens and at most"
+            f" {limit - num_prompt} of output the last one that is fed is {most - 1}"
+        )
 
 
 def limit_of(request: Request, max_context: int, room: int) -> int:

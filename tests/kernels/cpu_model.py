@@ -131,21 +131,22 @@ class Model:
         size = (shape.layers, lanes * pages, shape.kv_heads, page_size, shape.head_dim)
         k, v = (np.full(size, np.nan if cache == "float32" else 0x7F if cache == "e4m3" else 0x7FC0, dtype) for _ in range(2))
         routes = np.full((lanes * pages * page_size, shape.layers, shape.top_k), 251, np.uint8 if shape.experts <= 256 else np.uint16)
+        alike = np.full(lanes * pages * page_size, -7, np.int16)
         table = generator.permutation(lanes * pages).astype(np.int32).reshape(lanes, pages)
-        held = CpuCache(k, v, routes, table)
+        held = CpuCache(k, v, routes, alike, table)
         return CpuStep(shape, self.weights(), held, max_rows=max_rows, num_threads=num_threads), held
 
     def forward(
         self, tokens: NDArray[np.int64], cache: str = "bfloat16", forced: NDArray[np.integer[Any]] | None = None
     ) -> tuple[Floats, NDArray[np.int64]]:
-        """Logits [T, vocab] and chosen experts [T, layers, top_k], best first, of one sequence, or of one with its experts given."""
+        """Logits [T, vocab] of one sequence, or of one with its experts given, and the router's choice [T, layers, top_k], best first."""
         x, routes = self.embed[tokens], []
         for index, layer in enumerate(self.layers):
             x = x + self.attention(layer, rms(x, layer.packed.input_norm, self.shape.epsilon), cache)
             given = None if forced is None else forced[:, index].astype(np.int64)
-            update, chosen = self.experts(layer, rms(x, layer.packed.post_norm, self.shape.epsilon), given)
+            update, best = self.experts(layer, rms(x, layer.packed.post_norm, self.shape.epsilon), given)
             x = x + update
-            routes.append(chosen)
+            routes.append(best)
         return rms(x, self.final_norm, self.shape.epsilon) @ self.head.T, np.stack(routes, axis=1)
 
     def attention(self, layer: Layer, h: Floats, cache: str) -> Floats:
@@ -180,7 +181,7 @@ class Model:
             for expert, weight in zip(chosen[row], weights[row], strict=True):
                 gate, up = np.split(layer.gate_up[expert] @ h[row], 2)
                 out[row] += weight * (layer.down[expert] @ (gate / (1 + np.exp(-gate)) * up))
-        return out, chosen
+        return out, best
 
 
 def rms(x: Floats, weight: NDArray[np.float32], epsilon: float) -> Floats:

@@ -197,13 +197,22 @@ def test_forced_experts(experts: int) -> None:
     step, cache = model.step("float32")
     tokens = prompt(model, 30, 1)
     free, place = feed(step, {0: tokens})[0], slots(cache, 0, 30)
+    assert (cache.alike == -7).all(), "what is not forced counts nothing"
     assert feed(step, {0: tokens}, forced=True)[0].tobytes() == free.tobytes()
+    assert (cache.alike[place] == 2).all()
+    cache.routes[place] = cache.routes[place][:, :, [2, 0, 1]]
+    feed(step, {0: tokens}, forced=True)
+    assert (cache.alike[place] == 2).all(), "the order of experts does not count"
     generator = np.random.default_rng(2)
     given = np.stack([[generator.permutation(experts)[:3] for _ in range(2)] for _ in range(30)]).astype(cache.routes.dtype)
+    given[::3] = cache.routes[place][::3]
     cache.routes[place] = given
     got = feed(step, {0: tokens}, forced=True)[0]
     assert (cache.routes[place] == given).all()
-    np.testing.assert_allclose(got, model.forward(tokens, "float32", given)[0], rtol=0, atol=TOLERANCE["float32"])
+    logits, free_choice = model.forward(tokens, "float32", given)
+    np.testing.assert_allclose(got, logits, rtol=0, atol=TOLERANCE["float32"])
+    same = (np.sort(free_choice, -1) == np.sort(given, -1)).all(-1)
+    assert (cache.alike[place] == same.sum(1)).all()
 
 
 def test_logits_only_of_rows_that_ask() -> None:
@@ -276,6 +285,8 @@ def test_wrong_arrays_are_refused() -> None:
         replace(cache, k=cache.k[:, :, :1]),
         replace(cache, v=cache.v.astype(np.float32)),
         replace(cache, routes=cache.routes.astype(np.uint16)),
+        replace(cache, alike=cache.alike[1:]),
+        replace(cache, alike=cache.alike.astype(np.int32)),
         replace(cache, page_table=cache.page_table.astype(np.int64)),
         replace(cache, page_table=cache.page_table[0]),
     ):
