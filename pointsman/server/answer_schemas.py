@@ -55,7 +55,10 @@ _RECORD = _object(
         "data": TEXT,
     }
 )
-_ROUTING = {"routed_experts": {"anyOf": [_RECORD, TEXT]}}
+_ROUTING = {
+    "routed_experts": {"anyOf": [_ref("RoutingRecord"), TEXT]},
+    "routing_agreement": _or_null(NUMBER),
+}
 FINISH = _or_null({"enum": ["stop", "length", "tool_calls", "abort"]})
 _ENVELOPE = {"id": TEXT, "created": WHOLE, "model": TEXT}
 _TOKEN = {"token": TEXT, "logprob": NUMBER, "bytes": _list(WHOLE)}
@@ -107,6 +110,7 @@ _META = _object(
 )
 
 ANSWERS: dict[str, Schema] = {
+    "RoutingRecord": _RECORD,
     "Error": _object({"error": _object({"message": TEXT, "type": TEXT, "param": _or_null(TEXT), "code": _or_null(TEXT)})}),
     "Usage": _object(
         {

@@ -83,6 +83,7 @@ class OpenAIAnswer:
         self._form = form
         self._envelope = {"id": form.id, "created": int(time.time()), "model": form.model}
         self._places = {request.rid: index * request.sampling.n for index, request in enumerate(requests)}
+        self._replayed = {request.rid for request in requests if request.replay is not None}
         self._usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in requests))
         self._pieces: list[list[dict[str, Any]]] = [[] for request in requests for _ in range(request.sampling.n)]
         self._open = set(range(len(self._pieces)))
@@ -117,6 +118,8 @@ class OpenAIAnswer:
             choice["token_ids"] = delta.token_ids
         if delta.routed_experts is not None:
             choice["routed_experts"] = delta.routed_experts
+        if finish is not None and delta.rid in self._replayed:
+            choice["routing_agreement"] = delta.routing_agreement
         if not self.stream:
             self._pieces[index].append(choice)
         chunk = {**self._envelope, "object": self.piece_kind, "choices": [choice]}
@@ -139,6 +142,8 @@ class OpenAIAnswer:
             choice["token_ids"] = [token for piece in pieces for token in piece["token_ids"]]
         if self._form.routing is not None:
             choice["routed_experts"] = pieces[-1]["routed_experts"]
+        if "routing_agreement" in pieces[-1]:
+            choice["routing_agreement"] = pieces[-1]["routing_agreement"]
         return choice
 
     def _piece(self, index: int, delta: ChoiceDelta) -> tuple[dict[str, Any] | None, str | None]:

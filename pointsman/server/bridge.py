@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 LAST_WORDS_SECONDS = 0.2
 REPLY_SECONDS = 30.0
 MAX_WAITING_TOKENS = 1 << 24
+REPLAY_BYTES_PER_TOKEN = 256
 WATCHDOG_LOOKS = 10
 
 
@@ -108,7 +109,7 @@ class Bridge:
             names: what `abort_named` calls each of them; several may have one name.
         """
         self.served()
-        num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        num_tokens = sum(map(_burden, requests))
         if len(requests) > self._max_requests:
             raise ApiError(400, f"{len(requests)} prompts are more than this server takes at once, which is {self._max_requests}")
         if self.running + len(requests) > self._max_requests or self._num_tokens + num_tokens > MAX_WAITING_TOKENS:
@@ -157,7 +158,7 @@ class Bridge:
         if self._streams.pop(request.rid, None) is None:
             return
         self.meter.end(request.rid)
-        self._num_tokens -= len(request.prompt_token_ids)
+        self._num_tokens -= _burden(request)
         name = self._named.pop(request.rid)
         self._names[name].remove(request.rid)
         if not self._names[name]:
@@ -236,6 +237,11 @@ class Bridge:
         """The process has ended: if it said why, that has arrived by now."""
         how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
         self.fail(f"the engine's process ended without saying why ({how})", _engine_failed())
+
+
+def _burden(request: Request) -> int:
+    """What a waiting request holds, in tokens; the rows of a replay count as a token for each so many bytes."""
+    return len(request.prompt_token_ids) + (0 if request.replay is None else len(request.replay.data) // REPLAY_BYTES_PER_TOKEN)
 
 
 def _queue_full(message: str) -> ApiError:

@@ -15,7 +15,7 @@ from pointsman.server import bounds
 from pointsman.server.errors import ApiError
 from pointsman.server.formats import GrammarText
 from pointsman.server.protocol import TOKEN_LISTS, prompts_of
-from pointsman.server.routing import RoutingFields
+from pointsman.server.routing import Record, Records, RoutingFields
 
 T = TypeVar("T")
 
@@ -78,6 +78,7 @@ class GenerateRequest(RoutingFields, kw_only=True, forbid_unknown_fields=True):
     stream: bool | None = None
     priority: bounds.Priority | None = None
     cache_salt: bounds.Salt | None = None
+    replay_routed_experts: Record | Records | None = None
 
     @property
     def single(self) -> bool:

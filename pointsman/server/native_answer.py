@@ -48,6 +48,7 @@ class _Item:
     output: list[Entry] = field(default_factory=list)
     output_top: list[list[Entry] | None] = field(default_factory=list)
     routing: Any = None
+    agreement: float | None = None
     finish: dict[str, Any] | None = None
 
 
@@ -102,7 +103,7 @@ class NativeAnswer:
         item.texts.append(delta.text)
         item.tokens += delta.token_ids
         item.cached = delta.num_cached_tokens
-        item.routing = delta.routed_experts
+        item.routing, item.agreement = delta.routed_experts, delta.routing_agreement
         item.finish = _finish(delta, len(item.tokens))
         if item.listing is not None:
             self._list(item, item.listing, delta)
@@ -125,6 +126,8 @@ class NativeAnswer:
         }
         if item.routing is not None:
             information["routed_experts"] = item.routing
+        if item.finish is not None and item.request.replay is not None:
+            information["routing_agreement"] = item.agreement
         if item.listing is not None:
             information |= {"input_token_logprobs": item.input, "output_token_logprobs": item.output}
             if item.listing.top:

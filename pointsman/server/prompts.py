@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pointsman.request import Request, SamplingParams
+from pointsman.request import Replay, Request, SamplingParams
 from pointsman.server import constraints, sampling
 from pointsman.server.answers import Form
 from pointsman.server.bounds import MAX_ANSWERS
@@ -22,7 +22,7 @@ from pointsman.server.native import GenerateRequest, NativeSampling
 from pointsman.server.native_answer import Listing, NativeAnswer
 from pointsman.server.output import Reasoning
 from pointsman.server.protocol import ChatRequest, CompletionRequest, Conversation, offered
-from pointsman.server.routing import routing_of
+from pointsman.server.routing import replays_of, routing_of
 from pointsman.server.tags import THINK_OPEN, Tag
 from pointsman.server.wire import ModelInfo
 from pointsman.text import ChatPrompt, Tokenizer, chat_prompt
@@ -71,7 +71,8 @@ class ServedModel:
         opened = _opens_thinking(self._last_turn(prompt), continued=bool(request.continue_final_message))
         grammar = constraints.of_chat(request, tools, str(Tag.THINK_CLOSE) if opened else None)
         params = sampling.of_chat(request, self.info.generation_defaults, grammar)
-        run = self._request(name, tuple(prompt.ids), params, request, "messages", given=params.max_tokens)
+        [replay] = self._replays(request, 1)
+        run = self._request(name, tuple(prompt.ids), params, request, "messages", given=params.max_tokens, replay=replay)
         reading = Reading(
             reasoning=None if request.separate_reasoning is False else self.reasoning,
             tools=tools,
@@ -91,8 +92,10 @@ class ServedModel:
         if self.tokenizer is None and (request.echo or params.logprobs is not None):
             raise ApiError(400, f"{self.info.name} has no tokenizer: echo and logprobs are not supported", param="logprobs")
         ids = self._encode(prompts, "prompt")
-        given = request.max_tokens
-        runs = [self._request(f"{name}-{index}", tokens, params, request, "prompt", given=given) for index, tokens in enumerate(ids)]
+        runs = [
+            self._request(f"{name}-{index}", tokens, params, request, "prompt", given=request.max_tokens, replay=replay)
+            for index, (tokens, replay) in enumerate(zip(ids, self._replays(request, len(ids)), strict=True))
+        ]
         texts = None
         if request.echo:
             texts = [prompt if isinstance(prompt, str) else self.decode(prompt, params.skip_special_tokens) for prompt in prompts]
@@ -106,6 +109,7 @@ class ServedModel:
         wanted = request.each("return_logprob", request.return_logprob, count, False)
         starts = request.each("logprob_start_len", request.logprob_start_len, count, -1)
         tops = request.each("top_logprobs_num", request.top_logprobs_num, count, 0)
+        replays = self._replays(request, count)
         field = "text" if request.input_ids is None else "input_ids"
         runs: list[Request] = []
         listings: list[Listing | None] = []
@@ -117,7 +121,8 @@ class ServedModel:
             both = {"logprobs": logprobs, "prompt_logprobs": logprobs if start is not None else None}
             both |= {"return_routed_experts": bool(request.return_routed_experts), "routed_experts_start": request.routing_start()}
             params = sampling.of_native(asked[index], self.info.generation_defaults, both, place)
-            runs.append(self._request(f"{name}-{index}", ids, params, request, field, given=asked[index].max_new_tokens))
+            given = asked[index].max_new_tokens
+            runs.append(self._request(f"{name}-{index}", ids, params, request, field, given=given, replay=replays[index]))
             listings.append(listing)
         _check_count([run.sampling for run in runs], "sampling_params")
         names = self._names(request, name, count)
@@ -182,6 +187,10 @@ class ServedModel:
                 message = f"{name} has the token id {token}; ids of this model go from 0 to {self.info.vocab_size - 1}"
                 raise ApiError(400, message, param=name)
 
+    def _replays(self, request: ChatRequest | CompletionRequest | GenerateRequest, count: int) -> list[Replay | None]:
+        info = self.info
+        return replays_of(request.replay_routed_experts, count, num_layers=info.num_layers, num_experts=info.num_experts, top_k=info.top_k)
+
     def _encode(self, prompts: Sequence[str | list[int]], field: str) -> list[tuple[int, ...]]:
         return [self.encode(prompt, field) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
 
@@ -214,6 +223,7 @@ class ServedModel:
         field: str,
         *,
         given: int | None,
+        replay: Replay | None,
     ) -> Request:
         """One prompt for the engine. `given`: how long an answer the client asks for; a default gives way to the room that there is."""
         for name, tokens in ((field, ids), ("stop_token_ids", params.stop_token_ids), ("logit_bias", tuple(params.logit_bias))):
@@ -227,7 +237,14 @@ class ServedModel:
         if params.max_tokens is not None and params.max_tokens > room:
             params = params.replace(max_tokens=room)
         try:
-            return Request(rid=rid, prompt_token_ids=ids, sampling=params, priority=asked.priority or 0, cache_salt=asked.cache_salt or "")
+            return Request(
+                rid=rid,
+                prompt_token_ids=ids,
+                sampling=params,
+                replay=replay,
+                priority=asked.priority or 0,
+                cache_salt=asked.cache_salt or "",
+            )
         except ValueError as error:
             raise ApiError(400, str(error), param=field) from None
 

@@ -14,7 +14,7 @@ from pointsman.server import bounds
 from pointsman.server.errors import ApiError
 from pointsman.server.formats import GrammarText, ResponseFormat
 from pointsman.server.messages import AssistantMessage, Message, check_messages, role_of
-from pointsman.server.routing import RoutingFields
+from pointsman.server.routing import Record, Records, RoutingFields
 from pointsman.server.tools import ToolChoice, Tools, check_tools
 
 TEMPLATE_ARGUMENTS = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
@@ -113,14 +113,16 @@ class ChatRequest(Fields, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
+    replay_routed_experts: Record | None = None
 
     def check(self) -> None:
         """Raises ApiError for what the types cannot say."""
         check_conversation(self)
         check_shared(self)
-        if self.tools and self.parallel_tool_calls is False and self.return_routed_experts:
-            text = "parallel_tool_calls false ends a turn before its routing is known; leave it out, or return_routed_experts"
-            raise ApiError(400, text, param="parallel_tool_calls")
+        for name in ("return_routed_experts", "replay_routed_experts"):
+            if self.tools and self.parallel_tool_calls is False and getattr(self, name):
+                text = f"parallel_tool_calls false ends a turn before its routing is known; leave it out, or {name}"
+                raise ApiError(400, text, param="parallel_tool_calls")
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
@@ -133,6 +135,7 @@ class CompletionRequest(Fields, kw_only=True, forbid_unknown_fields=True):
     prompt: str | Annotated[list[Any], Meta(extra_json_schema=PROMPT)]
     echo: bool | None = None
     logprobs: bounds.Top | None = None
+    replay_routed_experts: Record | Records | None = None
 
     def check(self) -> None:
         """Raises ApiError for what the types cannot say."""

@@ -37,7 +37,6 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "prompt_cache_key": (None,),
     "reasoning_effort": (None,),
-    "replay_routed_experts": (None,),
     "return_hidden_states": (None, False),
     "safety_identifier": (None,),
     "service_tier": (None, "auto", "default"),

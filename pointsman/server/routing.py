@@ -1,4 +1,4 @@
-"""Routing records in answers: the fields that ask for one, and the form in which it is given.
+"""Routing records in answers and requests: the fields that ask for one or give one to replay, and the form in which it is given.
 
 The engine hands over bare rows with the last tokens of a choice. They become a record here, in a thread: a long one takes milliseconds,
 and other clients are waiting for their tokens. numpy is loaded with the first record, so that a server starts without.
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from pointsman.request import ChoiceDelta
+from pointsman.request import ChoiceDelta, Replay
+from pointsman.server import bounds
 from pointsman.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -24,8 +25,14 @@ if TYPE_CHECKING:
 WEIGHT_VERSION = "0"
 START_NAMES = ("routed_experts_start", "routed_experts_start_len", "routed_experts_prompt_start")
 
+REPLAY = "replay_routed_experts"
+_RECORD = {"$ref": "#/components/schemas/RoutingRecord"}
+_RECORDS = {"items": {"anyOf": [_RECORD, {"type": "null"}]}}
+
 RecordForm = Literal["record", "npy", "int32"]
 Start = Annotated[int, Meta(ge=0, le=1 << 30)]
+Record = Annotated[dict[str, Any], Meta(extra_json_schema=_RECORD)]
+Records = Annotated[list[dict[str, Any] | None], Meta(max_length=bounds.MAX_PROMPTS, extra_json_schema=_RECORDS)]
 
 
 class RoutingFields(msgspec.Struct, kw_only=True):
@@ -98,3 +105,26 @@ def routing_of(fields: RoutingFields, num_experts: int, requests: Sequence[Any],
         return None
     starts = {request.rid: request.sampling.routed_experts_start for request in requests}
     return Routing(fields.routed_experts_format or default, num_experts, starts)
+
+
+def replays_of(
+    given: dict[str, Any] | list[dict[str, Any] | None] | None, count: int, *, num_layers: int, num_experts: int, top_k: int
+) -> list[Replay | None]:
+    """What the body says of replays, for each of so many prompts. Raises ApiError."""
+    if given is None:
+        return [None] * count
+    records = given if isinstance(given, list) else [given]
+    if len(records) != count:
+        what = f"has {len(given)} entries" if isinstance(given, list) else "is one record"
+        raise ApiError(400, f"{REPLAY} {what} for {count} prompts; give a list with a record, or null, for each", param=REPLAY)
+    from pointsman.replay import replay_of  # noqa: PLC0415 - numpy comes with it
+
+    sizes = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k}
+    replays: list[Replay | None] = []
+    for index, record in enumerate(records):
+        try:
+            replays.append(None if record is None else replay_of(record, **sizes))
+        except ValueError as error:
+            place = f"{REPLAY}[{index}]" if isinstance(given, list) else REPLAY
+            raise ApiError(400, str(error), param=place) from None
+    return replays

@@ -77,7 +77,7 @@ class Stream:
         """End every choice of a request that has not ended, as aborted; at once, unless the engine has something to add."""
         if rid not in self._left:
             return
-        if self._requests[rid].sampling.return_routed_experts:
+        if self._requests[rid].sampling.return_routed_experts or self._requests[rid].replay is not None:
             self._owner.abort(rid, tell=True)
         else:
             self._owner.abort(rid)

@@ -156,8 +156,13 @@ class FakeEngine:
         return delta
 
     def _route(self, choice: _Choice, delta: ChoiceDelta, num_known: int) -> None:
-        """Rows as `routes_of` has them, known up to a position."""
-        sampling = choice.request.sampling
+        """Rows as `routes_of` has them, known up to a position; a replay agrees where it has these."""
+        sampling, replay = choice.request.sampling, choice.request.replay
+        if replay is not None:
+            tokens = [*choice.request.prompt_token_ids, *choice.tokens[: choice.done]][:num_known]
+            given = [(replay.row(position), routes_of(token)) for position, token in enumerate(tokens)]
+            alike = [row[2 * layer : 2 * layer + 2] == bytes(free[layer]) for row, free in given if row for layer in range(LAYERS)]
+            delta.routing_agreement = sum(alike) / len(alike) if alike else None
         for token in (*choice.request.prompt_token_ids, *choice.tokens[: choice.done])[:num_known]:
             self._load += numpy.eye(EXPERTS, dtype=numpy.int64)[routes_of(token)].sum(axis=1)
         if sampling.return_routed_experts:
