@@ -87,22 +87,6 @@ def test_an_aborted_choice_has_the_rows_that_were_computed(folder: Path, whole: 
     llm.close()
 
 
-def test_an_aborted_choice_that_had_to_make_room_has_no_rows(folder: Path) -> None:
-    llm = LLM(str(folder), load_format="dummy", progress=False, cpu_step="torch", page_size=4, max_total_tokens=140)
-    engine = llm.engine
-    for index in range(3):
-        prompt = tuple(range(50 * index, 50 * index + 10))
-        engine.add(Request(rid=str(index), prompt_token_ids=prompt, sampling=GREEDY.replace(max_tokens=90)))
-    for _ in range(80):
-        if not engine.num_preemptions:
-            engine.step()
-    assert engine.num_preemptions == 1 and engine.scheduler.num_waiting == 1
-    delta = aborted(engine, "2")
-    assert delta.routed_experts_missing == [(0, len(delta.routed_experts))]
-    assert (delta.routed_experts == np.arange(TOP_K)).all()
-    llm.close()
-
-
 @pytest.mark.parametrize("disable_overlap_schedule", [False, True])
 def test_every_row_of_every_step_is_counted(folder: Path, disable_overlap_schedule: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle looks at each step's rows right after it. The cache is too small, so that pages change hands all the time."""

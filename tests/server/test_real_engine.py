@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from pointsman import tiny
-from pointsman.routed_experts import decode_int32, decode_record
+from pointsman.routed_experts import decode_int32, decode_record, encode
 from tests.server.conftest import start_server
 
 TURNS = [{"role": "user", "content": "Ann has 3 apples and buys 4. How many are there?"}]
@@ -158,6 +159,30 @@ def test_routing_is_the_same_streamed_whole_and_found_in_the_cache(client: httpx
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     assert np.array_equal(whole[0].rows_RLK[:num_prompt], whole[1].rows_RLK[:num_prompt])
     assert not np.array_equal(whole[0].rows_RLK[num_prompt:], whole[1].rows_RLK[num_prompt:])
+
+
+def test_a_record_sent_back_gives_the_answer_again(client: httpx.Client) -> None:
+    """With the same log-probabilities; one of random rows gives another, and is returned as it was given."""
+    fields = {"return_routed_experts": True, "n": 2, "temperature": 1, "seed": 3, "logprobs": True}
+    first = ask(client, **fields)["choices"][0]
+    again = ask(client, **fields, replay_routed_experts=first["routed_experts"])["choices"][0]
+    assert again["routing_agreement"] == 1.0 and "routing_agreement" not in first
+    for name in ("message", "logprobs"):
+        assert again[name] == first[name]
+    record = decode_record(first["routed_experts"])
+    generator = np.random.default_rng(1)
+    rows = np.argsort(generator.random((*record.rows_RLK.shape[:2], record.num_experts)), -1)[..., : record.rows_RLK.shape[2]]
+    other = encode(dataclasses.replace(record, rows_RLK=rows.astype(np.uint8)))
+    forced = ask(client, **fields, replay_routed_experts=other)["choices"][1]
+    assert np.array_equal(decode_record(forced["routed_experts"]).rows_RLK, rows)
+    assert forced["routing_agreement"] < 0.1 and forced["logprobs"] != first["logprobs"]
+
+
+def test_a_replay_of_more_than_is_fed(client: httpx.Client) -> None:
+    """Only the engine knows, and says it to the client."""
+    record = ask(client, return_routed_experts=True)["choices"][0]["routed_experts"]
+    response = client.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 3, "replay_routed_experts": record})
+    assert response.status_code == 400 and "the last one that is fed is 3" in response.json()["error"]["message"]
 
 
 @pytest.mark.skipif(not (tiny.path() / "model.safetensors").is_file(), reason="the bundled checkpoint has no weights yet")
