@@ -22,6 +22,7 @@ MAX_DEPTH = 64
 MAX_NAME = 256
 MAX_TEMPLATE_VARIABLES = 64
 MAX_TOKENS = 1 << 30
+MAX_COUNTED_TOKENS = 1 << 17
 MAX_INTEGER = (1 << 63) - 1
 
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]

@@ -7,6 +7,7 @@ it, is cut off. A client that reads slowly, but reads, is left alone: its answer
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import h11
@@ -37,6 +38,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # asyncio does so only for sockets that name their protocol, which ours do not: a small write would wait for the client's
+        # acknowledgement of the one before, 40 ms where the client has nothing to send.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._waiting_since = self.loop.time()
         self._looking = self.loop.call_later(LOOK_SECONDS, self._look)
 

@@ -40,7 +40,10 @@ _MANY = bounds.MAX_PROMPTS
 
 
 class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """`sampling_params`: what SamplingParams of the engine has, by SGLang's names."""
+    """`sampling_params`: what SamplingParams of the engine has, by SGLang's names.
+
+    `spaces_between_special_tokens` is accepted for whoever has it: byte-level tokenizers put none there, whatever it says.
+    """
 
     max_new_tokens: bounds.TokenCount | None = None
     min_new_tokens: bounds.TokenCount | None = None
@@ -59,6 +62,7 @@ class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     json_schema: str | dict[str, Any] | None = None
     regex: GrammarText | None = None
     ebnf: GrammarText | None = None

@@ -25,7 +25,7 @@ from pointsman.server.protocol import ChatRequest, CompletionRequest, Conversati
 from pointsman.server.routing import replays_of, routing_of
 from pointsman.server.tags import THINK_OPEN, Tag
 from pointsman.server.wire import ModelInfo
-from pointsman.text import ChatPrompt, Tokenizer, chat_prompt
+from pointsman.text import ChatPrompt, Tokenizer, TooManyTokens, chat_prompt
 
 PARSERS: dict[str, tuple[Reasoning, str]] = {"MiniMaxM2ForCausalLM": ("minimax", "minimax-m2")}
 
@@ -136,8 +136,8 @@ class ServedModel:
             routing=routing_of(request, self.info.num_experts, runs, default="int32"),
         )
 
-    def prompt_of(self, request: Conversation) -> ChatPrompt:
-        """The prompt that a conversation makes. Raises ApiError."""
+    def prompt_of(self, request: Conversation, *, most: int | None = None) -> ChatPrompt:
+        """The prompt that a conversation makes. Raises ApiError, also where it is far longer than `most` tokens: else the context."""
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise ApiError(400, f"{self.info.name} has no chat template; use /v1/completions", param="messages")
         try:
@@ -146,10 +146,11 @@ class ServedModel:
                 plain_messages(request.messages),
                 offered(request),
                 continue_final_message=bool(request.continue_final_message),
+                most=most or self.info.context_length,
                 **(request.chat_template_kwargs or {}),
             )
         except ValueError as error:
-            raise ApiError(400, str(error), param="messages") from None
+            raise _not_encoded(error, "messages") from None
 
     def _last_turn(self, prompt: ChatPrompt) -> str:
         """The text behind the last control token, which no client can write: what turns before say of thinking means nothing."""
@@ -159,14 +160,15 @@ class ServedModel:
             start -= 1
         return self.tokenizer.decode(prompt.ids[start:], skip_special_tokens=False)
 
-    def encode(self, text: str, field: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """The tokens of a text, which the client gave in this field. Raises ApiError."""
+    def encode(self, text: str, field: str, *, add_special_tokens: bool = True, most: int | None = None) -> tuple[int, ...]:
+        """The tokens of a text, which the client gave in this field. Raises ApiError, also where they are far more than `most`: else the
+        context."""
         if self.tokenizer is None:
             raise ApiError(400, f"{self.info.name} has no tokenizer; give the prompt as token ids", param=field)
         try:
-            return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, most=most or self.info.context_length))
         except ValueError as error:
-            raise ApiError(400, str(error), param=field) from None
+            raise _not_encoded(error, field) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of tokens. Raises ApiError."""
@@ -247,6 +249,11 @@ class ServedModel:
             )
         except ValueError as error:
             raise ApiError(400, str(error), param=field) from None
+
+
+def _not_encoded(error: ValueError, field: str) -> ApiError:
+    code = "context_length_exceeded" if isinstance(error, TooManyTokens) else None
+    return ApiError(400, str(error), param=field, code=code)
 
 
 def _check_count(each: Sequence[SamplingParams], field: str) -> None:

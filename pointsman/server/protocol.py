@@ -17,7 +17,7 @@ from pointsman.server.messages import AssistantMessage, Message, check_messages,
 from pointsman.server.routing import Record, Records, RoutingFields
 from pointsman.server.tools import ToolChoice, Tools, check_tools
 
-TEMPLATE_ARGUMENTS = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
+TEMPLATE_ARGUMENTS = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message", "most"}
 _TOKENS = {"$ref": "#/components/schemas/PromptTokens"}
 TOKEN_LISTS = {"anyOf": [_TOKENS, {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": bounds.MAX_PROMPTS}]}
 _TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": bounds.MAX_PROMPTS}

@@ -40,6 +40,7 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "return_hidden_states": (None, False),
     "safety_identifier": (None,),
     "service_tier": (None, "auto", "default"),
+    "spaces_between_special_tokens": (None, True, False),
     "store": (None, False),
     "structural_tag": (None,),
     "suffix": (None, ""),

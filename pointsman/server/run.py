@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import signal
 import socket
@@ -117,6 +118,8 @@ def _web_config(bridge: Bridge, engine: EngineConfig, server: ServerConfig) -> u
 
 async def _announce(bridge: Bridge, server: ServerConfig, port: int) -> None:
     await bridge.ready.wait()
+    gc.collect()
+    gc.freeze()  # what was imported stays, and a collection that walks through it holds up every stream for some 70 ms
     host = f"[{server.host}]" if ":" in server.host else server.host
     if server.api_key is None and not is_loopback(server.host):
         log.warning("everyone who reaches %s can use this server; --api-key keeps it to those who have the key", server.host)

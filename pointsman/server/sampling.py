@@ -19,6 +19,7 @@ Advice = Mapping[str, int | float]
 
 _SHARED = tuple(name for name in SamplingParams.__dataclass_fields__ if name in Fields.__struct_fields__ and name != "max_tokens")
 _FORMS = ("json_schema", "regex", "ebnf")
+_APART = (*_FORMS, "spaces_between_special_tokens")
 _NATIVE = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -47,7 +48,7 @@ def of_completion(request: CompletionRequest, advice: Advice, grammar: Grammar |
 
 def of_native(request: NativeSampling, advice: Advice, logprobs: Mapping[str, int | None], place: str) -> SamplingParams:
     """For SGLang's form: 128 tokens. Raises ApiError for values that do not go together; `place` is where they stand in the body."""
-    given = {name: getattr(request, name) for name in request.__struct_fields__ if name not in _FORMS}
+    given = {name: getattr(request, name) for name in request.__struct_fields__ if name not in _APART}
     values: dict[str, Any] = dict(advice) | {_NATIVE.get(name, name): value for name, value in given.items() if value is not None}
     values.setdefault("max_tokens", max(NATIVE_TOKENS, values.get("min_tokens", 0)))
     values["logit_bias"] = _biases(request.logit_bias)

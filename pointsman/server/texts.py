@@ -59,16 +59,17 @@ def tokenize(model: ServedModel, request: TokenizeRequest) -> dict[str, Any]:
     if (request.prompt is None) == (request.messages is None):
         raise ApiError(400, "give prompt or messages, and not both", param="prompt" if request.prompt is None else "messages")
     tokens: list[int] | list[list[int]]
+    most = max(model.info.context_length, bounds.MAX_COUNTED_TOKENS)
     if request.messages is not None:
         if request.add_special_tokens is not None:
             raise ApiError(400, "add_special_tokens is for a prompt; a chat template writes them itself", param="add_special_tokens")
         check_conversation(request)  # type: ignore[arg-type]  # messages are there
-        tokens = model.prompt_of(request).ids  # type: ignore[arg-type]
+        tokens = model.prompt_of(request, most=most).ids  # type: ignore[arg-type]
         count: int | list[int] = len(tokens)
     else:
         special = request.add_special_tokens is not False
         texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt or []
-        encoded = [list(model.encode(text, "prompt", add_special_tokens=special)) for text in texts]
+        encoded = [list(model.encode(text, "prompt", add_special_tokens=special, most=most)) for text in texts]
         tokens = encoded[0] if isinstance(request.prompt, str) else encoded
         count = len(encoded[0]) if isinstance(request.prompt, str) else [len(each) for each in encoded]
     return {"tokens": tokens, "count": count, "max_model_len": model.info.context_length}

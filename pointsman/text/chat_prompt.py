@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pointsman.text.marks import Marks
 from pointsman.text.template import prepare
-from pointsman.text.tokenizer import Tokenizer
+from pointsman.text.tokenizer import Tokenizer, TooManyTokens
 
 
 class ChatPrompt(NamedTuple):
@@ -28,16 +28,19 @@ class ChatPrompt(NamedTuple):
 
 def chat_prompt(
     tokenizer: Tokenizer,
+    /,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None = None,
     *,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
+    most: int | None = None,
     **variables: Any,
 ) -> ChatPrompt:
-    """The prompt of a conversation; the arguments are those of `ChatTemplate.render`.
+    """The prompt of a conversation; the arguments are those of `ChatTemplate.render`, and `most` is that of `Tokenizer.encode`.
 
     Raises:
+        TooManyTokens: as `Tokenizer.encode`.
         ValueError: there is no template, or it refuses; or a text cannot be encoded.
     """
     template = tokenizer.chat_template
@@ -53,8 +56,10 @@ def chat_prompt(
     )
     text = marks.plain(rendered)
     if not marks.used or marks.places(text) == marks.places(rendered):
-        return ChatPrompt(text, tokenizer.encode(text, add_special_tokens=False))
+        return ChatPrompt(text, tokenizer.encode(text, add_special_tokens=False, most=most))
     ids: list[int] = []
     for index, piece in enumerate(marks.split(rendered)):
-        ids += tokenizer.encode_plain(marks.plain(piece)) if index % 2 == 0 else [tokenizer.special_id(piece)]
+        ids += tokenizer.encode_plain(marks.plain(piece), most=most) if index % 2 == 0 else [tokenizer.special_id(piece)]
+        if most is not None and len(ids) > 2 * most:
+            raise TooManyTokens(f"the text has more than {2 * most} tokens; there is room for {most}")
     return ChatPrompt(text, ids)

@@ -21,6 +21,12 @@ from tokenizers.decoders import ByteLevel
 from pointsman.text.template import ChatTemplate
 
 MAX_TOKEN_ID = (1 << 32) - 1
+LONG = 1 << 14
+CHARACTERS_PER_TOKEN = 8
+
+
+class TooManyTokens(ValueError):
+    """A text has more tokens than there is room for."""
 
 
 class Tokenizer:
@@ -83,16 +89,23 @@ class Tokenizer:
         template = None if source is None else ChatTemplate(source, special_tokens)
         return cls(backend, eos_ids=eos_ids, special_tokens=special_tokens, chat_template=template, folder=folder)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. A rendered chat already has its special tokens: encode it without adding any."""
-        _check_characters(text)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+    def encode(self, text: str, add_special_tokens: bool = True, *, most: int | None = None) -> list[int]:
+        """Token ids of a text. A rendered chat already has its special tokens: encode it without adding any.
 
-    def encode_plain(self, text: str) -> list[int]:
+        Args:
+            most: how many the caller has room for. The answer may have more, but a text that is far too long is not encoded as a whole.
+
+        Raises:
+            TooManyTokens: the text has more than twice that.
+            ValueError: the text has what is no character.
+        """
+        _check_text(self._backend, text, most)
+        return _encode(self._backend, text, add_special_tokens)
+
+    def encode_plain(self, text: str, *, most: int | None = None) -> list[int]:
         """Token ids of a text in which nothing is special: what looks like a special token is spelt out. Raises ValueError as `encode`."""
-        _check_characters(text)
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        _check_text(self._plain, text, most)
+        ids = _encode(self._plain, text, False)
         if not self.special_ids.isdisjoint(ids):
             raise ValueError("the text has the name of a special token, which this tokenizer cannot spell out")
         return ids
@@ -113,7 +126,10 @@ class Tokenizer:
         for token in ids:
             if not 0 <= token <= MAX_TOKEN_ID:
                 raise ValueError(f"token id {token} is out of range; the vocabulary has {self.vocab_size} tokens")
-        text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) < LONG:
+            text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        else:  # lets other threads run meanwhile
+            [text] = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token: int) -> bytes:
@@ -136,6 +152,31 @@ class Tokenizer:
         """The id of the token with exactly this text (of an added token, such as `</think>`), or None."""
         found: int | None = self._backend.token_to_id(text)
         return found
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """A long text lets other threads run meanwhile, which `Tokenizer.encode` of the library does not."""
+    if len(text) < LONG:
+        encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+    else:
+        [encoding] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = encoding.ids
+    return ids
+
+
+def _check_text(backend: tokenizers.Tokenizer, text: str, most: int | None) -> None:
+    """Raises as `Tokenizer.encode`. An encoded text takes some 300 bytes a token, so one that is much too long is counted in pieces.
+
+    A cut changes the tokens next to it and no others: twice the number is beyond doubt.
+    """
+    _check_characters(text)
+    if most is None or len(text) <= most * CHARACTERS_PER_TOKEN:
+        return
+    count = 0
+    for start in range(0, len(text), LONG):
+        count += len(backend.encode_batch_fast([text[start : start + LONG]], add_special_tokens=False)[0])
+        if count > 2 * most:
+            raise TooManyTokens(f"the text has more than {2 * most} tokens; there is room for {most}")
 
 
 def _check_characters(text: str) -> None:

@@ -31,6 +31,12 @@ def test_one_text(client: httpx.Client) -> None:
     }
 
 
+def test_spaces_that_no_byte_level_tokenizer_puts(client: httpx.Client) -> None:
+    for value in (True, False, None):
+        answer = generate(client, text="x", sampling_params={"spaces_between_special_tokens": value}).json()
+        assert answer["text"] == REPLY
+
+
 def test_limits(client: httpx.Client) -> None:
     answer = generate(client, text="ENDLESS").json()
     assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 128}

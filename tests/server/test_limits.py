@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -13,7 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
+from pointsman.server import serve
+from pointsman.server.connection import Connection
 from tests.server.asking import chat, complete, events, fault
 from tests.server.conftest import Server, start_server
 from tests.server.test_endings import Reader
@@ -39,6 +44,34 @@ def connect(server: Server) -> Iterator[socket.socket]:
     port = int(server.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         yield connection
+
+
+class Transport:
+    """What a connection asks of asyncio's."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return {"socket": self._end, "peername": self._end.getpeername(), "sockname": self._end.getsockname()}.get(name, default)
+
+    def close(self) -> None:
+        """The test closes it."""
+
+
+def test_small_writes_do_not_wait_for_the_client() -> None:
+    """Sockets are made as the server makes them: asyncio leaves these as they are."""
+
+    async def delay() -> int:
+        with serve._listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+            end, _ = listener.accept()
+            with end:
+                made = Connection(uvicorn.Config(lambda scope: None, log_config=None), ServerState(), {})
+                made.connection_made(Transport(end))  # type: ignore[arg-type]  # all that is asked of it
+                made.connection_lost(None)
+                return end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    assert asyncio.run(delay())
 
 
 def read_all(connection: socket.socket) -> bytes:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
 import httpx
 import pytest
 
-from pointsman.server.bounds import MAX_BODY_BYTES
+from pointsman.server.bounds import MAX_BODY_BYTES, MAX_COUNTED_TOKENS
+from pointsman.server.protocol import TEMPLATE_ARGUMENTS
+from pointsman.text import chat_prompt
 from tests.server.asking import HELLO, chat, complete, fault
 from tests.server.fake_engine import CONTEXT, VOCABULARY
 
@@ -127,6 +130,30 @@ def test_completions_refuse(client: httpx.Client, fields: dict[str, Any], param:
 def test_bodies_that_are_no_request(client: httpx.Client, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     assert fault(client.post("/v1/completions", content=body, headers=headers), 400)["message"].startswith("the body")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "x" * 100_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 100_000}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "[e~[" * 100_000}]}),
+        ("/generate", {"text": ["x", "x" * 100_000]}),
+        ("/tokenize", {"prompt": "x" * (9 * MAX_COUNTED_TOKENS)}),
+    ],
+)
+def test_a_prompt_that_is_far_too_long(client: httpx.Client, path: str, fields: dict[str, Any]) -> None:
+    error = fault(client.post(path, json=fields), 400)
+    assert error["code"] == "context_length_exceeded" and "there is room for" in error["message"]
+
+
+def test_variables_of_templates_have_any_name_but_ours(client: httpx.Client) -> None:
+    ours = inspect.signature(chat_prompt).parameters.values()
+    assert {one.name for one in ours if one.kind not in (one.POSITIONAL_ONLY, one.VAR_KEYWORD)} <= TEMPLATE_ARGUMENTS
+    others = ("tokenizer", "text", "kwargs", "variables", "source", "request")
+    assert chat(client, chat_template_kwargs=dict.fromkeys(others, "x")).status_code == 200
+    for name in TEMPLATE_ARGUMENTS:
+        assert name in fault(chat(client, chat_template_kwargs={name: "x"}), 400)["message"]
 
 
 def test_other_refusals(client: httpx.Client) -> None:

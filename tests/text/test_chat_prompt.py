@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pointsman import tiny
-from pointsman.text import ChatTemplate, Tokenizer, chat_prompt
+from pointsman.text import ChatTemplate, Tokenizer, TooManyTokens, chat_prompt
 from tests.text.small_vocabulary import backend
 
 BUNDLED = Tokenizer.load(tiny.path())
@@ -126,6 +126,19 @@ def test_a_conversation_that_leaves_no_mark() -> None:
     assert chat_prompt(BUNDLED, [{"role": "user", "content": every}]).text.count(every) == 1
     with pytest.raises(ValueError, match="private plane"):
         chat_prompt(BUNDLED, [{"role": "user", "content": every + "[e~["}])
+
+
+@pytest.mark.parametrize("content", ["hello " * 2000, "[e~[" * 2000, "x[e~[" * 2000], ids=["words", "control tokens", "both"])
+def test_a_conversation_that_is_far_too_long(content: str) -> None:
+    messages = [{"role": "user", "content": content}]
+    assert chat_prompt(BUNDLED, messages, most=100_000) == chat_prompt(BUNDLED, messages)
+    with pytest.raises(TooManyTokens, match="more than 20 tokens"):
+        chat_prompt(BUNDLED, messages, most=10)
+
+
+def test_variables_of_any_name() -> None:
+    source = "{{ tokenizer }}{{ self_ }}"
+    assert chat_prompt(Tokenizer(backend(), chat_template=ChatTemplate(source)), [], tokenizer="a", self_="b").text == "ab"
 
 
 def test_without_a_template() -> None:

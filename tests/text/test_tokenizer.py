@@ -1,6 +1,8 @@
 """Against `tokenizers` itself, and folders with each file present, absent or broken."""
 
 import re
+import threading
+import time
 
 import pytest
 import tokenizers
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from pointsman.text import Tokenizer
+from pointsman.text import Tokenizer, TooManyTokens
+from pointsman.text.tokenizer import CHARACTERS_PER_TOKEN, LONG
 from tests.text.small_vocabulary import MARKS, ODD_MARK, ODD_SPECIAL, SPECIAL, backend, write_folder
 
 TOKENIZER = Tokenizer(backend())
@@ -50,6 +53,52 @@ def test_ids_without_a_token_are_empty_and_impossible_ids_are_refused() -> None:
 def test_lone_surrogate_is_refused() -> None:
     with pytest.raises(ValueError, match="lone surrogate at 1"):
         TOKENIZER.encode("a\ud800")
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.text(min_size=1, max_size=40), st.booleans())
+def test_long_texts_have_the_same_tokens(text: str, special: bool) -> None:
+    long = text * (LONG // len(text) + 1)
+    ids = TOKENIZER.encode(long, add_special_tokens=special)
+    assert ids == backend().encode(long, add_special_tokens=special).ids
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == long
+    assert len(ids) < LONG or TOKENIZER.decode(ids) == backend().decode(ids)
+
+
+def test_a_long_text_lets_other_threads_run() -> None:
+    """The library's own call keeps the interpreter to itself, and then the count stays where it is."""
+    ticks, done = [0], threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            time.sleep(0.001)
+            ticks[0] += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        before = ticks[0]
+        ids = TOKENIZER.encode("x " * 300_000)
+        between = ticks[0]
+        TOKENIZER.decode(ids)
+        after = ticks[0]
+    finally:
+        done.set()
+        thread.join()
+    assert between - before > 5 and after - between > 5
+
+
+@pytest.mark.parametrize("encode", [TOKENIZER.encode, TOKENIZER.encode_plain])
+def test_a_text_that_is_far_too_long_is_not_encoded_whole(encode) -> None:
+    """One that may fit, or nearly does, is encoded: its number of tokens is exact."""
+    word = "x " * LONG
+    room = len(encode(word))
+    for most in (room, room // 2, None):
+        assert len(encode(word, most=most)) == room
+    long = "hello " * LONG
+    most = len(long) // CHARACTERS_PER_TOKEN // 4
+    with pytest.raises(TooManyTokens, match=f"more than {2 * most} tokens; there is room for {most}"):
+        encode(long, most=most)
 
 
 def test_truncation_of_the_file_is_switched_off() -> None:
