@@ -89,7 +89,7 @@ class KernelConfig:
 
     device: str = flag("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     moe_runner_backend: str = flag("auto", "what runs the experts", choices=MOE_RUNNERS)
-    fp8_gemm_backend: str = flag("auto", "what runs the FP8 linear layers", choices=("auto", "reference", "cpu"))
+    fp8_gemm_backend: str = flag("auto", "what runs the FP8 linear layers", choices=("auto", "triton", "cpu", "reference"))
     attention_backend: str = flag("auto", "what runs attention", choices=("auto", "triton", "reference", "flashinfer"))
     cpu_step: str = flag("auto", "a step on a CPU: compiled as one region, or torch op by op", choices=("auto", "torch", "compiled"))
     num_threads: int | None = flag(None, "threads of a step on a CPU (default: one a core)", low=1, high=1024)

@@ -4,7 +4,12 @@ An operation has one signature and a table of implementations. Each says why it 
 at start-up, before any weight is touched. Who names an implementation gets that one or a ValueError with every reason; "auto"
 takes the first that can serve and logs it.
 
-`linear(x_TK, weight) -> y_TN`. `prepare` turns a checkpoint's weight into what the implementation multiplies with.
+`linear(x_TK, weight) -> y_TN`. `prepare` turns a checkpoint's weight into what the implementation multiplies with. One that takes
+`Quantized` rows too says so (`takes_quantized`); whoever norms the rows before it can then quantize them in the same kernel.
+
+`glue` is what stands between the matrices of a layer: `norm(x_TD, delta_TD | None, weight_D, epsilon, quantize) -> (x + delta, normed)`
+and `qkv_post(qkv_TN, q_weight, k_weight, epsilon, cos_TR, sin_TR, k_PHSC, v_PHSC, slots_T) -> q_TQC`, which norms and rotates q and k and
+writes the cache.
 
 Attention is two functions. `plan(spans, num_rows, shape, device)` is called once a step, on the host, with the runs of rows that share a
 lane; what it answers is the implementation's own and goes unread to
@@ -17,6 +22,7 @@ The Triton kernels are imported where they are chosen, and nowhere else: this pa
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pointsman.kernels import reference, triton_support
-from pointsman.kernels.weight import Weight
+from pointsman.kernels.weight import Quantized, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +41,32 @@ TRITON_CAPABILITY = (8, 9)
 TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 TRITON_MOST_HEADS = 16
 
-Unsupported = Callable[[torch.device, torch.dtype], str | None]
+Block = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A way to multiply with a weight matrix."""
+    """A way to multiply with a weight matrix.
 
-    unsupported: Unsupported
-    prepare: Callable[[Weight, torch.dtype], Weight]
-    run: Callable[[Tensor, Weight], Tensor]
+    Attributes:
+        unsupported: given the blocks of FP8 weights, None where there are none.
+        prepare: of a weight, for rows of this dtype.
+        takes_quantized: `run` takes `Quantized` rows for a weight that is quantized.
+    """
+
+    unsupported: Callable[[torch.device, torch.dtype, Block], str | None]
+    prepare: Callable[[Weight, torch.dtype], Any]
+    run: Callable[[Any, Any], Tensor]
+    takes_quantized: bool = False
+
+
+@dataclass(frozen=True)
+class Glue:
+    """A way to do what stands between the matrices of a layer."""
+
+    unsupported: Callable[[torch.device, torch.dtype], str | None]
+    norm: Callable[[Tensor, Tensor | None, Tensor, float, bool], tuple[Tensor, Any]]
+    qkv_post: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class AttentionShape(NamedTuple):
@@ -57,18 +79,23 @@ class AttentionShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Attention:
-    """A way to attend over the paged cache."""
+    """A way to attend over the paged cache.
+
+    Attributes:
+        run_quantize: `run` that answers `Quantized` rows, for heads of 128 channels; None where there is none.
+    """
 
     unsupported: Callable[[torch.device, torch.dtype, AttentionShape], str | None]
     plan: Callable[[Sequence[reference.Span], int, AttentionShape, torch.device], Any]
     run: Callable[[Tensor, Tensor, Tensor, Any, Tensor, Tensor, float], Tensor]
+    run_quantize: Callable[[Tensor, Tensor, Tensor, Any, Tensor, Tensor, float], Quantized] | None = None
 
 
-def _anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
+def _anywhere(*what: Any) -> str | None:
     return None
 
 
-def _needs_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+def _needs_cpu(device: torch.device, dtype: torch.dtype, block: Block) -> str | None:
     return None if device.type == "cpu" else f"it is made for CPUs; the device is {device.type}"
 
 
@@ -84,58 +111,93 @@ def _plain_linear(x_TK: Tensor, weight: Weight) -> Tensor:
     return F.linear(x_TK, weight.data)
 
 
+def _reference_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, epsilon: float, quantize: bool) -> tuple[Tensor, Tensor]:
+    assert not quantize, "no linear beside the reference's norm takes quantized rows"
+    sum_TD = x_TD if delta_TD is None else x_TD + delta_TD
+    return sum_TD, reference.rms_norm(sum_TD, weight_D, epsilon)
+
+
 def _spans(spans: Sequence[reference.Span], num_rows: int, shape: AttentionShape, device: torch.device) -> Sequence[reference.Span]:
     return spans
 
 
-def _triton_attention_unsupported(device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> str | None:
+def _triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = triton_support.reason_against(device, needs=TRITON_CAPABILITY)
-    if reason is not None:
-        return reason
-    if dtype != torch.bfloat16:
+    if reason is None and dtype != torch.bfloat16:
         return f"it computes in bfloat16; the model computes in {str(dtype).removeprefix('torch.')}"
+    return reason
+
+
+def _triton_linear_unsupported(device: torch.device, dtype: torch.dtype, block: Block) -> str | None:
+    if block not in (None, (128, 128)):
+        return f"it takes FP8 weights in blocks of 128 x 128; this model has {block[0]} x {block[1]}"
+    return _triton_unsupported(device, dtype)
+
+
+def _triton_attention_unsupported(device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> str | None:
     if shape.head_dim not in TRITON_HEAD_DIMS:
         return f"it takes heads of {', '.join(map(str, TRITON_HEAD_DIMS))} channels; this model has {shape.head_dim}"
     if (group := shape.num_heads // shape.num_kv_heads) > TRITON_MOST_HEADS:
         return f"it takes up to {TRITON_MOST_HEADS} query heads per key/value head; this model has {group}"
-    return None
+    return _triton_unsupported(device, dtype)
 
 
-def _triton_plan(spans: Sequence[reference.Span], num_rows: int, shape: AttentionShape, device: torch.device) -> Any:
-    from pointsman.kernels import paged_attention  # noqa: PLC0415 - Triton is not everywhere
+def _later(module: str, function: str, **fixed: Any) -> Callable[..., Any]:
+    """A function of a module of this package that is imported when it is first called."""
 
-    return paged_attention.plan(spans, num_rows, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, device=device)
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(*args, **fixed)
+
+    return call
 
 
-def _triton_attention(
-    q_TQC: Tensor, k_PHSC: Tensor, v_PHSC: Tensor, plan: Any, positions_T: Tensor, page_table_LP: Tensor, scale: float
-) -> Tensor:
-    from pointsman.kernels import paged_attention  # noqa: PLC0415
+def _triton_linear(*, invariant: bool) -> Linear:
+    prepare, run = _later("block_gemm", "prepare", invariant=invariant), _later("block_gemm", "linear_or_torch")
+    return Linear(_triton_linear_unsupported, prepare, run, takes_quantized=True)
 
-    return paged_attention.attention(q_TQC, k_PHSC, v_PHSC, plan, positions_T, page_table_LP, scale)
+
+def _triton_attention(*, invariant: bool) -> Attention:
+    plan, run = _later("paged_attention", "plan", uniform=invariant), _later("paged_attention", "attention")
+    return Attention(_triton_attention_unsupported, plan, run, _later("paged_attention", "attention_quantize"))
 
 
 LINEARS: dict[str, Linear] = {
+    "triton": _triton_linear(invariant=False),
     "cpu": Linear(_needs_cpu, _dequantized, _plain_linear),
     "reference": Linear(_anywhere, _as_stored, reference.linear),
 }
 ATTENTIONS: dict[str, Attention] = {
-    "triton": Attention(_triton_attention_unsupported, _triton_plan, _triton_attention),
-    "reference": Attention(lambda device, dtype, shape: None, _spans, reference.attention),
+    "triton": _triton_attention(invariant=False),
+    "reference": Attention(_anywhere, _spans, reference.attention),
 }
+GLUES: dict[str, Glue] = {
+    "triton": Glue(_triton_unsupported, _later("norm_quant", "norm"), _later("qkv_post", "qkv_post")),
+    "reference": Glue(_anywhere, _reference_norm, reference.qkv_post),
+}
+# What a row gets does not depend on the rows beside it, not even in the last bit.
+INVARIANT_LINEARS: dict[str, Linear] = {"triton": _triton_linear(invariant=True)}
+INVARIANT_ATTENTIONS: dict[str, Attention] = {"triton": _triton_attention(invariant=True)}
+VARIES = "on a GPU a row's bits depend there on the rows beside it"
 
 
-def choose_linear(wanted: str, *, device: torch.device, dtype: torch.dtype) -> Linear:
+def choose_linear(wanted: str, *, device: torch.device, dtype: torch.dtype, block: Block = None, invariant: bool = False) -> Linear:
     """The implementation of `linear` by name, or the first that can serve for "auto"."""
-    reasons = {name: entry.unsupported(device, dtype) for name, entry in LINEARS.items()}
-    return LINEARS[choose("FP8 linear backend", wanted, reasons)]
+    table = INVARIANT_LINEARS if invariant else LINEARS
+    reasons = {name: table[name].unsupported(device, dtype, block) if name in table else VARIES for name in LINEARS}
+    return table[choose("FP8 linear backend", wanted, reasons)]
 
 
-def choose_attention(wanted: str, *, device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> Attention:
+def choose_attention(wanted: str, *, device: torch.device, dtype: torch.dtype, shape: AttentionShape, invariant: bool = False) -> Attention:
     """The implementation of `attention` by name, or the first that can serve for "auto"."""
-    reasons = {name: entry.unsupported(device, dtype, shape) for name, entry in ATTENTIONS.items()}
+    table = INVARIANT_ATTENTIONS if invariant else ATTENTIONS
+    reasons = {name: table[name].unsupported(device, dtype, shape) if name in table else VARIES for name in ATTENTIONS}
     reasons["flashinfer"] = "it needs a CUDA device" if device.type != "cuda" else "this version does not have it yet"
-    return ATTENTIONS[choose("attention backend", wanted, reasons)]
+    return table[choose("attention backend", wanted, reasons)]
+
+
+def choose_glue(*, device: torch.device, dtype: torch.dtype) -> Glue:
+    """The first implementation of `glue` that can serve; a row's bits never depend there on the rows beside it."""
+    return GLUES[choose("layer glue", "auto", {name: entry.unsupported(device, dtype) for name, entry in GLUES.items()})]
 
 
 def choose(what: str, wanted: str, reasons: Mapping[str, str | None]) -> str:

@@ -72,21 +72,15 @@ def norm_kernel(
         store_quantized(x, q_ptr, scale_ptr, row, group, column, inside, D, NUM_BLOCKS)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, epsilon: float, *, delta_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(sum, normed): x + delta, or x itself where there is no delta, and its norm; both in x's dtype."""
-    normed_TD = torch.empty_like(x_TD)
-    sum_TD, _ = _launch(x_TD, delta_TD, weight_D, epsilon, normed_TD=normed_TD)
-    return sum_TD, normed_TD
-
-
-def rms_norm_quantize(
-    x_TD: Tensor, weight_D: Tensor, epsilon: float, *, delta_TD: Tensor | None = None, write: bool = False
-) -> tuple[Tensor, Tensor | None, Quantized]:
-    """(sum, normed, quantized): as `rms_norm`, and the normed row quantized; the row itself only where `write` asks for it."""
-    normed_TD = torch.empty_like(x_TD) if write else None
-    sum_TD, quantized = _launch(x_TD, delta_TD, weight_D, epsilon, normed_TD=normed_TD, quantize=True)
-    assert quantized is not None
-    return sum_TD, normed_TD, quantized
+def norm(
+    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, epsilon: float, quantize: bool = False
+) -> tuple[Tensor, Tensor | Quantized]:
+    """(sum, normed): x + delta, or x itself where there is no delta, in x's dtype; and its norm, in x's dtype or quantized."""
+    normed_TD = None if quantize else torch.empty_like(x_TD)
+    sum_TD, quantized = _launch(x_TD, delta_TD, weight_D, epsilon, normed_TD=normed_TD, quantize=quantize)
+    normed = quantized if normed_TD is None else normed_TD
+    assert normed is not None
+    return sum_TD, normed
 
 
 def quantize(x_TD: Tensor) -> Quantized:

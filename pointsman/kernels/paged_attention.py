@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,17 @@ from torch import Tensor
 
 from pointsman.kernels.reference import Span
 from pointsman.kernels.weight import FP8, Quantized
+
+
+class Shape(Protocol):
+    """Sizes of the heads, as `kernels.AttentionShape`."""
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
 
 Tiles = npt.NDArray[np.int32]
 
@@ -231,16 +243,14 @@ def write_tiles(into_N3: Tiles, tiles: Sequence[Span]) -> None:
         into_N3[index] = (start, length, lane)
 
 
-def plan(
-    spans: Sequence[Span], num_rows: int, *, num_heads: int, num_kv_heads: int, device: torch.device, uniform: bool = False
-) -> TilePlan:
+def plan(spans: Sequence[Span], num_rows: int, shape: Shape, device: torch.device, *, uniform: bool = False) -> TilePlan:
     """A plan with exactly the tiles of one step, for a step that is not captured."""
     tiles = []
-    for found in lay_out_tiles(spans, num_rows, rows_per_tile(num_heads, num_kv_heads), uniform=uniform):
+    for found in lay_out_tiles(spans, num_rows, rows_per_tile(shape.num_heads, shape.num_kv_heads), uniform=uniform):
         array = np.empty((len(found), 3), np.int32)
         write_tiles(array, found)
         tiles.append(torch.from_numpy(array).to(device))
-    return TilePlan(decode_D3=tiles[0], prefill_P3=tiles[1], num_splits=num_splits(len(tiles[0]), num_kv_heads))
+    return TilePlan(decode_D3=tiles[0], prefill_P3=tiles[1], num_splits=num_splits(len(tiles[0]), shape.num_kv_heads))
 
 
 def attention(

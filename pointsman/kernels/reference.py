@@ -124,6 +124,30 @@ def write_kv(k_PHSC: Tensor, v_PHSC: Tensor, k_THC: Tensor, v_THC: Tensor, slots
         pages[page_T, :, offset_T] = rows.to(pages.dtype)
 
 
+def qkv_post(
+    qkv_TN: Tensor,
+    q_weight_Q: Tensor,
+    k_weight_W: Tensor,
+    epsilon: float,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    k_PHSC: Tensor,
+    v_PHSC: Tensor,
+    slots_T: Tensor,
+) -> Tensor:
+    """What stands between the joined projection and attention: the queries [T, Q, C], normed over all heads and rotated.
+
+    Keys, treated the same, and values go to their slots of one layer's pages; a row with a negative slot is padding and writes nothing.
+    """
+    num_rows, channels = len(qkv_TN), k_PHSC.shape[3]
+    q, k, v = torch.split(qkv_TN, [len(q_weight_Q), len(k_weight_W), len(k_weight_W)], dim=-1)
+    q_TQC = rotate(rms_norm(q, q_weight_Q, epsilon).view(num_rows, -1, channels), cos_TR, sin_TR)
+    k_THC = rotate(rms_norm(k, k_weight_W, epsilon).view(num_rows, -1, channels), cos_TR, sin_TR)
+    real_T = slots_T >= 0
+    write_kv(k_PHSC, v_PHSC, k_THC[real_T], v.reshape(num_rows, -1, channels)[real_T], slots_T[real_T])
+    return q_TQC
+
+
 def read_kv(pages_PHSC: Tensor, page_table_P: Tensor, num_positions: int) -> Tensor:
     """The first positions of a sequence, in order, as float32 [H, X, C]; slots past them are not looked at."""
     page_size = pages_PHSC.shape[2]

@@ -8,17 +8,17 @@ Shape suffixes: T rows, D hidden, Q query heads, H key/value heads, C channels o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from pointsman.kernels import Attention as Implementation
-from pointsman.kernels import reference
+from pointsman.kernels import Glue, reference
 from pointsman.layers.context import StepContext
 from pointsman.layers.linear import Linear
-from pointsman.layers.norm import RMSNorm
 from pointsman.layers.paged_kv import PagedKV
+
+BLOCK = 128
 
 __all__ = ["Attention", "PagedKV", "Rotation"]
 
@@ -38,21 +38,33 @@ class Attention:
     """The attention of one layer; `qkv` is the joined projection, whose parts are the widths of q, k and v."""
 
     def __init__(
-        self, layer: int, qkv: Linear, o: Linear, q_norm: RMSNorm, k_norm: RMSNorm, head_dim: int, implementation: Implementation
+        self,
+        layer: int,
+        qkv: Linear,
+        o: Linear,
+        q_weight_Q: Tensor,
+        k_weight_W: Tensor,
+        epsilon: float,
+        head_dim: int,
+        implementation: Implementation,
+        glue: Glue,
     ) -> None:
         self.layer = layer
-        self.qkv, self.o, self.q_norm, self.k_norm = qkv, o, q_norm, k_norm
-        self.head_dim = head_dim
+        self.qkv, self.o = qkv, o
+        self.q_weight_Q, self.k_weight_W, self.epsilon = q_weight_Q, k_weight_W, epsilon
+        self._scale = head_dim**-0.5
+        self._glue = glue
         self._run = implementation.run
+        # a head's row is then one block of what the next linear wants quantized
+        self._run_quantize = implementation.run_quantize if head_dim == BLOCK and o.takes_quantized else None
 
-    def __call__(self, x_TD: Tensor, rotation: Rotation, ctx: StepContext) -> Tensor:
-        q, k, v = torch.split(self.qkv(x_TD), list(self.qkv.weight.parts), dim=-1)
-        q_TQC = reference.rotate(self._heads(self.q_norm(q)), *rotation)
-        k_THC = reference.rotate(self._heads(self.k_norm(k)), *rotation)
+    def __call__(self, x_TD: Any, rotation: Rotation, ctx: StepContext) -> Tensor:
+        """Rows in x's dtype; x may be `Quantized` where the joined projection takes it."""
         k_pages, v_pages = ctx.kv.k[self.layer], ctx.kv.v[self.layer]
-        reference.write_kv(k_pages, v_pages, k_THC, self._heads(v), ctx.slots_T)
-        mixed_TQC = self._run(q_TQC, k_pages, v_pages, ctx.attention_plan, ctx.positions_T, ctx.page_table_LP, self.head_dim**-0.5)
-        return self.o(mixed_TQC.flatten(1))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(len(x), -1, self.head_dim)
+        q_TQC = self._glue.qkv_post(
+            self.qkv(x_TD), self.q_weight_Q, self.k_weight_W, self.epsilon, *rotation, k_pages, v_pages, ctx.slots_T
+        )
+        cache = (k_pages, v_pages, ctx.attention_plan, ctx.positions_T, ctx.page_table_LP)
+        if self._run_quantize is not None:
+            return self.o(self._run_quantize(q_TQC, *cache, self._scale))
+        return self.o(self._run(q_TQC, *cache, self._scale).flatten(1))

@@ -6,6 +6,8 @@ region packs the checkpoint's form itself and never asks for the other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,14 @@ class Linear:
         self.weight = weight
         self._implementation = implementation
         self._dtype = dtype
-        self._ready: Weight | None = None
+        self._ready: Any = None
 
-    def prepare(self) -> Weight:
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether rows may come `Quantized`."""
+        return self._implementation.takes_quantized and self.weight.quantized
+
+    def prepare(self) -> Any:
         """The weight in the implementation's form, made once."""
         if self._ready is None:
             self._ready = self._implementation.prepare(self.weight, self._dtype)
@@ -32,7 +39,7 @@ class Linear:
         """Drop that form; it is made again at the next use."""
         self._ready = None
 
-    def __call__(self, x_TK: Tensor) -> Tensor:
+    def __call__(self, x_TK: Any) -> Tensor:
         return self._implementation.run(x_TK, self.prepare())
 
 

@@ -30,8 +30,8 @@ from pointsman.moe.runner import MoERunner
 class Backends:
     """The implementations that a decoder was given, chosen once."""
 
-    def __init__(self, linear: kernels.Linear, attention: kernels.Attention, moe: MoERunner) -> None:
-        self.linear, self.attention, self.moe = linear, attention, moe
+    def __init__(self, linear: kernels.Linear, attention: kernels.Attention, glue: kernels.Glue, moe: MoERunner) -> None:
+        self.linear, self.attention, self.glue, self.moe = linear, attention, glue, moe
 
 
 class DecoderLayer:
@@ -39,23 +39,27 @@ class DecoderLayer:
 
     def __init__(self, index: int, parameters: LayerParameters, architecture: Architecture, backends: Backends, dtype: torch.dtype) -> None:
         epsilon = architecture.norm_epsilon
-        self.attention_norm = RMSNorm(parameters.attention_norm_D, epsilon)
+        self.attention_norm = RMSNorm(parameters.attention_norm_D, epsilon, backends.glue)
         self.attention = Attention(
             index,
             qkv=Linear(parameters.qkv, backends.linear, dtype),
             o=Linear(parameters.o, backends.linear, dtype),
-            q_norm=RMSNorm(parameters.q_norm_Q, epsilon),
-            k_norm=RMSNorm(parameters.k_norm_W, epsilon),
+            q_weight_Q=parameters.q_norm_Q,
+            k_weight_W=parameters.k_norm_W,
+            epsilon=epsilon,
             head_dim=architecture.head_dim,
             implementation=backends.attention,
+            glue=backends.glue,
         )
-        self.expert_norm = RMSNorm(parameters.expert_norm_D, epsilon)
+        self.expert_norm = RMSNorm(parameters.expert_norm_D, epsilon, backends.glue)
         spec = routing_spec(architecture)
         self.moe = MoE(index, parameters.gate_ED, parameters.bias_E, parameters.experts, spec, backends.moe, dtype)
 
-    def __call__(self, x_TD: Tensor, rotation: Rotation, ctx: StepContext) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, ctx)
-        return x_TD + self.moe(self.expert_norm(x_TD), ctx)
+    def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, rotation: Rotation, ctx: StepContext) -> tuple[Tensor, Tensor]:
+        """Takes and gives the hidden state as a sum not yet made: who norms it next adds it up in the same breath."""
+        x_TD, normed = self.attention_norm(x_TD, delta_TD, quantize=self.attention.qkv.takes_quantized)
+        x_TD, normed = self.expert_norm(x_TD, self.attention(normed, rotation, ctx))
+        return x_TD, self.moe(normed, ctx)
 
 
 class Decoder:
@@ -74,7 +78,7 @@ class Decoder:
         self.dtype = dtype
         self.embedding = Embedding(parameters.embed_VD, dtype)
         self.layers = [DecoderLayer(index, layer, architecture, backends, dtype) for index, layer in enumerate(parameters.layers)]
-        self.norm = RMSNorm(parameters.norm_D, architecture.norm_epsilon)
+        self.norm = RMSNorm(parameters.norm_D, architecture.norm_epsilon, backends.glue)
         self.head = Linear(parameters.head, backends.linear, dtype)
 
     def prepare(self) -> None:
@@ -101,10 +105,11 @@ class Decoder:
     def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
         """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""
         rotation = Rotation.at(ctx.positions_T, self.architecture.rotary_dim, self.architecture.rope_theta)
-        x_TD = self.embedding(tokens_T)
+        x_TD, delta_TD = self.embedding(tokens_T), None
         for layer in self.layers:
-            x_TD = layer(x_TD, rotation, ctx)
-        return self.head(self.norm(x_TD[rows_R])).float()
+            x_TD, delta_TD = layer(x_TD, delta_TD, rotation, ctx)
+        _, normed_RD = self.norm(x_TD[rows_R], None if delta_TD is None else delta_TD[rows_R])
+        return self.head(normed_RD).float()
 
 
 def routing_spec(architecture: Architecture) -> RoutingSpec:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from pointsman.kernels import AttentionShape, choose_attention, choose_linear
+from pointsman.kernels import AttentionShape, choose_attention, choose_glue, choose_linear
 from pointsman.kernels.weight import FP8, FP8_MAX, num_blocks
 from pointsman.models import MODELS, architecture_of
 from pointsman.models.architecture import Architecture
@@ -74,8 +74,9 @@ def load_model(
     compute = resolve_dtype(dtype, on)
     heads = AttentionShape(architecture.num_heads, architecture.num_kv_heads, architecture.head_dim)
     backends = Backends(
-        choose_linear(linear_backend, device=on, dtype=compute),
+        choose_linear(linear_backend, device=on, dtype=compute, block=architecture.quantization_block),
         choose_attention(attention_backend, device=on, dtype=compute, shape=heads),
+        choose_glue(device=on, dtype=compute),
         choose_runner(moe_backend, routing_spec(architecture), device=on, dtype=compute),
     )
     parameters = (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels import norm_quant, reference
-from pointsman.kernels.weight import FP8
+from pointsman.kernels.weight import FP8, Quantized
 from tests.kernels.interpreter import correct
 
 correct()
@@ -24,10 +24,10 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_sum_is_exact_and_the_norm_is_the_references(width: int, dtype: torch.dtype) -> None:
     x_TD, delta_TD, weight_D = normal(3, width).to(dtype), normal(3, width, seed=1).to(dtype), normal(width, seed=2).to(dtype)
-    sum_TD, normed_TD = norm_quant.rms_norm(x_TD, weight_D, 1e-6, delta_TD=delta_TD)
-    assert torch.equal(sum_TD, x_TD + delta_TD) and normed_TD.dtype == dtype
+    sum_TD, normed_TD = norm_quant.norm(x_TD, delta_TD, weight_D, 1e-6)
+    assert torch.equal(sum_TD, x_TD + delta_TD) and isinstance(normed_TD, Tensor) and normed_TD.dtype == dtype
     torch.testing.assert_close(normed_TD, reference.rms_norm(x_TD + delta_TD, weight_D, 1e-6), **ONE_BF16)
-    same_TD, alone_TD = norm_quant.rms_norm(x_TD, weight_D, 1e-6)
+    same_TD, alone_TD = norm_quant.norm(x_TD, None, weight_D, 1e-6)
     assert same_TD is x_TD
     torch.testing.assert_close(alone_TD, reference.rms_norm(x_TD, weight_D, 1e-6), **ONE_BF16)
 
@@ -45,12 +45,12 @@ def test_quantization_has_the_references_bits(width: int) -> None:
 @pytest.mark.parametrize("width", [128, 200, 384])
 def test_the_norm_is_rounded_before_it_is_quantized(width: int) -> None:
     x_TD, delta_TD, weight_D = normal(4, width).bfloat16(), normal(4, width, seed=1).bfloat16(), normal(width, seed=2).bfloat16()
-    sum_TD, normed_TD, got = norm_quant.rms_norm_quantize(x_TD, weight_D, 1e-6, delta_TD=delta_TD, write=True)
-    assert normed_TD is not None and torch.equal(sum_TD, x_TD + delta_TD)
+    sum_TD, normed_TD = norm_quant.norm(x_TD, delta_TD, weight_D, 1e-6)
+    again_TD, got = norm_quant.norm(x_TD, delta_TD, weight_D, 1e-6, quantize=True)
+    assert torch.equal(sum_TD, x_TD + delta_TD) and torch.equal(again_TD, sum_TD)
+    assert isinstance(normed_TD, Tensor) and isinstance(got, Quantized)
     q_TD, scale_TB = reference.quantize_activation(normed_TD)
     assert torch.equal(got.data.view(torch.uint8), q_TD.contiguous().view(torch.uint8)) and torch.equal(got.scale, scale_TB)
-    _, nothing, alone = norm_quant.rms_norm_quantize(x_TD, weight_D, 1e-6)
-    assert nothing is None and alone.data.shape == x_TD.shape
 
 
 def test_rows_too_wide_for_a_program_are_refused() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pointsman.kernels import norm_quant, paged_attention, reference
+from pointsman.kernels import AttentionShape, norm_quant, paged_attention, reference
 from pointsman.kernels.paged_attention import ZERO_LANE, TilePlan, lay_out_tiles, most_prefill_tiles, plan, write_tiles
 from pointsman.kernels.reference import Span
 from pointsman.kernels.weight import Quantized
@@ -37,7 +37,7 @@ class Case:
         page_size: int = 16,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.heads, self.kv_heads = heads, kv_heads
+        self.shape = AttentionShape(heads, kv_heads, channels)
         most = max(-(-(past + new) // page_size) for past, new in lanes)
         order = torch.randperm(most * len(lanes), generator=torch.Generator().manual_seed(1))
         self.table_LP = torch.full((len(lanes), most), 1 << 20, dtype=torch.int32)
@@ -61,7 +61,7 @@ class Case:
         self.scale = channels**-0.5
 
     def plan(self, *, uniform: bool = False, rows: int | None = None) -> TilePlan:
-        return plan(self.spans, rows or len(self.q_TQC), num_heads=self.heads, num_kv_heads=self.kv_heads, device=DEVICE, uniform=uniform)
+        return plan(self.spans, rows or len(self.q_TQC), self.shape, DEVICE, uniform=uniform)
 
     def run(self, tiles: TilePlan) -> Tensor:
         return paged_attention.attention(self.q_TQC, self.k, self.v, tiles, self.positions_T, self.table_LP, self.scale)
