@@ -33,3 +33,20 @@ class LatencyOptions:
     seed: int = flag(0, "which prompts", low=0)
     start_up: bool = flag(False, "measure `pointsman serve` from the command to the first token instead")
     log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsOptions:
+    """One layer of MiniMax-M2.5 at several sizes."""
+
+    num_tokens: tuple[int, ...] = flag((), "tokens of a step, one or several numbers (default: powers of two to 8192)", low=1, high=65536)
+    tp_sizes: tuple[int, ...] = flag((), "devices that share the experts' width, 1, 2 or 4, one or several (default: all)", low=1, high=4)
+    quick: bool = flag(False, "fewer sizes, on one device")
+    seed: int = flag(0, "which weights and batches", low=0)
+    plot: str | None = flag(None, "draw the shares of the read bandwidth into this SVG file")
+    log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)
+
+    def __post_init__(self) -> None:
+        for size in self.tp_sizes:
+            if size not in (1, 2, 4):
+                raise ValueError(f"--tp-sizes is {size}; it must be 1, 2 or 4: other shares of the width are no multiple of 128")

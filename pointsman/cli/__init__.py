@@ -59,6 +59,9 @@ VERBS = {
         "load on any OpenAI endpoint", "pointsman.bench.serving.options:ServeOptions", "pointsman.bench.serving.run:run", engine=False
     ),
     "bench latency": Verb("speed and memory, offline", "pointsman.bench.options:LatencyOptions", "pointsman.bench.latency:run"),
+    "bench kernels": Verb(
+        "the experts' kernels on a GPU", "pointsman.bench.options:KernelsOptions", "pointsman.bench.kernels:run", engine=False
+    ),
 }
 
 

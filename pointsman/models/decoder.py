@@ -25,6 +25,7 @@ from pointsman.models.architecture import Architecture
 from pointsman.models.parameters import LayerParameters, Parameters
 from pointsman.moe.routing import RoutingSpec
 from pointsman.moe.runner import MoERunner
+from pointsman.moe.weights import ExpertForm
 
 
 class Backends:
@@ -115,3 +116,8 @@ class Decoder:
 def routing_spec(architecture: Architecture) -> RoutingSpec:
     """How the model routes."""
     return RoutingSpec(num_experts=architecture.num_experts, top_k=architecture.top_k, score=architecture.score)
+
+
+def expert_form(architecture: Architecture) -> ExpertForm:
+    """What the model's experts are like."""
+    return ExpertForm(architecture.hidden_size, architecture.expert_width, architecture.quantization_block)

@@ -26,7 +26,7 @@ from pointsman.kernels.weight import FP8, FP8_MAX, num_blocks
 from pointsman.models import MODELS, architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import Checkpoint, locate, open_checkpoint, read_json
-from pointsman.models.decoder import Backends, Decoder, routing_spec
+from pointsman.models.decoder import Backends, Decoder, expert_form, routing_spec
 from pointsman.models.names import Kind, Place, Row, places
 from pointsman.models.parameters import Parameters, Storage
 from pointsman.moe.runner import choose_runner
@@ -77,7 +77,7 @@ def load_model(
         choose_linear(linear_backend, device=on, dtype=compute, block=architecture.quantization_block),
         choose_attention(attention_backend, device=on, dtype=compute, shape=heads),
         choose_glue(device=on, dtype=compute),
-        choose_runner(moe_backend, routing_spec(architecture), device=on, dtype=compute),
+        choose_runner(moe_backend, routing_spec(architecture), expert_form(architecture), device=on, dtype=compute),
     )
     parameters = (
         make_parameters(architecture, seed=seed, device=on)

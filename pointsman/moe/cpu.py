@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pointsman.kernels import reference
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.weights import ExpertWeights
+from pointsman.moe.weights import ExpertForm, ExpertWeights
 
 
 class CpuRunner:
@@ -26,7 +26,7 @@ class CpuRunner:
     routes_itself: ClassVar[bool] = False
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else f"it is made for CPUs; the device is {device.type}"
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:

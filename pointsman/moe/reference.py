@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pointsman.kernels import reference
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.weights import ExpertWeights
+from pointsman.moe.weights import ExpertForm, ExpertWeights
 
 
 class ReferenceRunner:
@@ -22,7 +22,7 @@ class ReferenceRunner:
     routes_itself: ClassVar[bool] = False
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:

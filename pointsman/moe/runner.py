@@ -15,9 +15,10 @@ from torch import Tensor
 from pointsman.config import MOE_RUNNERS
 from pointsman.kernels import choose
 from pointsman.moe.cpu import CpuRunner
+from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.weights import ExpertWeights
+from pointsman.moe.weights import ExpertForm, ExpertWeights
 
 
 class MoERunner(Protocol):
@@ -27,7 +28,7 @@ class MoERunner(Protocol):
     routes_itself: ClassVar[bool]
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot serve, or None."""
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
@@ -37,12 +38,16 @@ class MoERunner(Protocol):
         """The weighted sum of each token's experts [T, D], in x's dtype."""
 
 
-RUNNERS: dict[str, type[MoERunner]] = {"cpu": CpuRunner, "reference": ReferenceRunner}
+# in the order in which "auto" asks them
+RUNNERS: dict[str, type[MoERunner]] = {
+    "routed": RoutedRunner,
+    "triton": TritonRunner,
+    "cpu": CpuRunner,
+    "reference": ReferenceRunner,
+}
 
 _NEEDS = {
-    "triton": "a CUDA device (sm_80 or later)",
     "fused": "a CUDA device (sm_90)",
-    "routed": "a CUDA device (sm_90)",
     "deep_gemm": "a CUDA device (sm_90) and the deep_gemm library",
     "flashinfer_trtllm": "a CUDA device (sm_100) and the flashinfer library",
     "flashinfer_trtllm_routed": "a CUDA device (sm_100) and the flashinfer library",
@@ -50,21 +55,21 @@ _NEEDS = {
 }
 
 
-def unsupported(name: str, spec: RoutingSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the runner of this name cannot serve, or None."""
     if name in RUNNERS:
-        return RUNNERS[name].unsupported(spec, device, dtype)
+        return RUNNERS[name].unsupported(spec, form, device, dtype)
     if device.type != "cuda":
         return f"it needs {_NEEDS[name]}; the device is {device.type}"
     return "this version does not have it yet"
 
 
-def choose_runner(wanted: str, spec: RoutingSpec, *, device: torch.device, dtype: torch.dtype) -> MoERunner:
+def choose_runner(wanted: str, spec: RoutingSpec, form: ExpertForm, *, device: torch.device, dtype: torch.dtype) -> MoERunner:
     """The runner of this name, or for "auto" the first that can serve.
 
     Raises:
         ValueError: the name is unknown or cannot serve; the message has the reasons and what would work.
     """
-    names = sorted((name for name in MOE_RUNNERS if name != "auto"), key=lambda name: name == "reference")
-    reasons = {name: unsupported(name, spec, device, dtype) for name in names}
+    names = [*RUNNERS, *(name for name in MOE_RUNNERS if name not in RUNNERS and name != "auto")]
+    reasons = {name: unsupported(name, spec, form, device, dtype) for name in names}
     return RUNNERS[choose("MoE runner", wanted, reasons)]()

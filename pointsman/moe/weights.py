@@ -15,6 +15,14 @@ import torch
 from pointsman.kernels.weight import Weight
 
 
+class ExpertForm(NamedTuple):
+    """What a runner must know of the experts before it is chosen: `block` is that of FP8 weights, None for plain ones."""
+
+    hidden: int
+    width: int
+    block: tuple[int, int] | None
+
+
 class ExpertWeights(NamedTuple):
     """`gate_up` is [E, 2F, D] with parts (F, F); `down` is [E, D, F]."""
 

@@ -11,10 +11,12 @@ from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.weight import Weight
 from pointsman.moe.routing import Routing, RoutingSpec, route
 from pointsman.moe.runner import RUNNERS, choose_runner, unsupported
-from pointsman.moe.weights import ExpertWeights, stack_experts
+from pointsman.moe.weights import ExpertForm, ExpertWeights, stack_experts
 
 SPEC = RoutingSpec(num_experts=7, top_k=3, score="sigmoid")
 D, WIDTH = 40, 24
+FORM = ExpertForm(D, WIDTH, None)
+ANYWHERE = ("cpu", "reference")
 CPU = torch.device("cpu")
 
 
@@ -48,7 +50,7 @@ def run(name: str, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Te
     return runner(x_TD, routing, runner.prepare(weights, x_TD.dtype))
 
 
-@pytest.mark.parametrize("name", RUNNERS)
+@pytest.mark.parametrize("name", ANYWHERE)
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_weights(name: str, num_tokens: int, dtype: torch.dtype) -> None:
@@ -69,7 +71,7 @@ def test_fp8_weights(name: str, bound: float, block: tuple[int, int]) -> None:
     assert 0 < float((got - want).square().mean().sqrt() / want.square().mean().sqrt()) < bound
 
 
-@pytest.mark.parametrize("name", RUNNERS)
+@pytest.mark.parametrize("name", ANYWHERE)
 @pytest.mark.parametrize("block", [None, (16, 8)])
 def test_a_token_does_not_see_the_others(name: str, block: tuple[int, int] | None) -> None:
     (x_TD, routing), weights = problem(12), experts(block)
@@ -78,7 +80,7 @@ def test_a_token_does_not_see_the_others(name: str, block: tuple[int, int] | Non
     torch.testing.assert_close(alone, together, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", RUNNERS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_all_tokens_on_one_expert(name: str) -> None:
     x_TD, weights = normal(9, D), experts(None)
     routing = Routing(torch.full((9, 1), 6), torch.ones(9, 1))
@@ -97,18 +99,18 @@ def test_stacking_keeps_the_scales_of_each_expert() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_name_has_an_answer(device: str) -> None:
     for name in MOE_RUNNERS[1:]:
-        reason = unsupported(name, SPEC, torch.device(device), torch.float32)
+        reason = unsupported(name, SPEC, FORM, torch.device(device), torch.float32)
         assert (reason is None) == (name == "reference" or (name == "cpu" and device == "cpu"))
         if reason is not None:
             with pytest.raises(ValueError, match=f"MoE runner '{name}' cannot serve here: {reason[:12]}"):
-                choose_runner(name, SPEC, device=torch.device(device), dtype=torch.float32)
+                choose_runner(name, SPEC, FORM, device=torch.device(device), dtype=torch.float32)
 
 
 def test_auto_and_names() -> None:
-    assert choose_runner("auto", SPEC, device=CPU, dtype=torch.float32).name == "cpu"
-    assert choose_runner("auto", SPEC, device=torch.device("cuda"), dtype=torch.float32).name == "reference"
-    assert choose_runner("reference", SPEC, device=CPU, dtype=torch.float32).name == "reference"
-    with pytest.raises(ValueError, match="unknown MoE runner 'marlin'; known are auto, cpu, "):
-        choose_runner("marlin", SPEC, device=CPU, dtype=torch.float32)
+    assert choose_runner("auto", SPEC, FORM, device=CPU, dtype=torch.float32).name == "cpu"
+    assert choose_runner("auto", SPEC, FORM, device=torch.device("cuda"), dtype=torch.float32).name == "reference"
+    assert choose_runner("reference", SPEC, FORM, device=CPU, dtype=torch.float32).name == "reference"
+    with pytest.raises(ValueError, match="unknown MoE runner 'marlin'; known are auto, routed, "):
+        choose_runner("marlin", SPEC, FORM, device=CPU, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"sm_100.*these can: cpu, reference"):
-        choose_runner("flashinfer_trtllm_routed", SPEC, device=CPU, dtype=torch.float32)
+        choose_runner("flashinfer_trtllm_routed", SPEC, FORM, device=CPU, dtype=torch.float32)

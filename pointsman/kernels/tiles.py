@@ -1,0 +1,120 @@
+"""How the experts' products are cut into programs: tables for known devices and shapes, and a rule for the others.
+
+A table is data: rows of `tiles.json`, keyed by device, shape and type, each saying up to how many tokens it holds. What has no
+table is cut by the rule below, which is right everywhere and good on Hopper; that a table is missing is said once.
+
+Shape letters: D hidden, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MANY_PROGRAMS = 2 * 132  # two rounds of a large GPU's processors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One product's cut.
+
+    Attributes:
+        block: rows (pairs) of a program; the same for both products of a step.
+        columns: columns of a program; of `up`, of a pass.
+        warps, stages: of a program.
+        swap: weights are the left operand.
+        quantize: hidden rows leave `up` quantized; a program then makes 128 columns, in two passes if `columns` is 64.
+    """
+
+    block: int
+    columns: int
+    warps: int
+    stages: int
+    swap: bool
+    quantize: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """The cuts of `up` and `down`."""
+
+    up: Tile
+    down: Tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a layer's experts."""
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    width: int
+    quantized: bool
+
+    @property
+    def key(self) -> str:
+        kind = "fp8-128x128" if self.quantized else "bfloat16"
+        return f"E={self.num_experts},K={self.top_k},D={self.hidden},F={self.width},{kind}"
+
+
+def rule(runner: str, shape: Shape, num_tokens: int) -> Tiles:
+    """Cuts for any shape: blocks about as high as an expert has rows, and columns fine enough that there are many programs."""
+    rows = num_tokens * shape.top_k / shape.num_experts
+    used = min(num_tokens * shape.top_k, shape.num_experts)
+    block = 16 if rows <= 8 else 32 if rows <= 24 else 64 if rows <= 96 else 128
+    swap = block <= 32
+    down = Tile(block=block, columns=_columns(used, shape.hidden, 32), warps=8 if block == 128 else 4, stages=3, swap=swap)
+    if runner == "triton":
+        return Tiles(up=dataclasses.replace(down, columns=_columns(used, 2 * shape.width, 32)), down=down)
+    columns = _columns(used, shape.width, 16)
+    if not shape.quantized or columns < 128:
+        return Tiles(up=Tile(block=block, columns=min(columns, 64), warps=down.warps, stages=3, swap=swap), down=down)
+    if block == 128:
+        return Tiles(up=Tile(block=block, columns=64, warps=8, stages=3, swap=False, quantize=True), down=down)
+    return Tiles(up=Tile(block=block, columns=128, warps=4 if block == 16 else 8, stages=2, swap=swap, quantize=True), down=down)
+
+
+def _columns(used: int, width: int, least: int) -> int:
+    """At most 128 columns, halved while fewer programs than MANY_PROGRAMS would come of them."""
+    columns = 128
+    while columns > least and used * (width // columns) < MANY_PROGRAMS:
+        columns //= 2
+    return columns
+
+
+class TileTable:
+    """A runner's cuts of one shape on one device, by number of tokens."""
+
+    def __init__(self, runner: str, shape: Shape, device: str) -> None:
+        self._runner, self._shape = runner, shape
+        self._rows = _rows(runner, device, shape.key)
+
+    def __call__(self, num_tokens: int) -> Tiles:
+        for most, tiles in self._rows:
+            if num_tokens <= most:
+                return tiles
+        return rule(self._runner, self._shape, num_tokens)
+
+
+@functools.cache
+def _rows(runner: str, device: str, key: str) -> tuple[tuple[int, Tiles], ...]:
+    table = load_tables().get(device, {}).get(key, {}).get(runner)
+    if table is None:
+        logger.info("%s has no tiles measured for %s on %s: a rule cuts its products", runner, key, device)
+        return ()
+    return tuple((row["tokens"], Tiles(up=Tile(**row["up"]), down=Tile(**row["down"]))) for row in table)
+
+
+def load_tables() -> dict[str, dict[str, dict[str, list[dict[str, Any]]]]]:
+    """All tables: by device name, shape and runner, rows in order of tokens."""
+    text = (resources.files("pointsman.kernels") / "tiles.json").read_text()
+    tables: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = json.loads(text)
+    return tables

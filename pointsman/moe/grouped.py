@@ -1,0 +1,126 @@
+"""The experts on a GPU, in Triton kernels over pairs sorted by expert: runners `triton` and `routed`.
+
+`triton` is the plain arrangement that other engines run by default and stands here for comparison: sort, product, activation,
+product, sum, each a kernel that passes bfloat16 on. `routed` keeps the reference's numerics, which round nowhere but there: hidden
+rows are made, activated and quantized in one kernel, a choice's output stays float32 until the sum. Its kernels are chained: each
+is launched while the one before still runs, and waits inside for its results.
+
+Both take a Routing on the device, ids below zero being padding, and keep no state: buffers come from torch's allocator, which in a
+CUDA graph gives them the graph's own memory, and grids depend on shapes alone. With `deterministic` every batch is cut alike, so
+that a token's result cannot depend on how many others there are; otherwise only the cut, hence the order of nothing but K, differs.
+
+Triton is imported when a runner is made, for installs without it must be able to ask why it cannot serve.
+
+Shape suffixes: T tokens, K experts per token, D hidden, P padded pairs, F expert width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pointsman.kernels.tiles import Shape, Tiles, TileTable
+from pointsman.kernels.triton_support import chains, reason_against
+from pointsman.moe.routing import Routing, RoutingSpec
+from pointsman.moe.weights import ExpertForm, ExpertWeights
+
+BLOCK = 128
+MOST_EXPERTS = 1024  # what one program counts
+FIXED_TOKENS = 512  # the batch for which deterministic cuts are made
+
+
+def reason_against_form(spec: RoutingSpec, form: ExpertForm, dtype: torch.dtype) -> str | None:
+    """What the kernels were not written for, or None."""
+    if dtype != torch.bfloat16:
+        return f"it computes in bfloat16; the dtype is {str(dtype).removeprefix('torch.')}"
+    if form.block not in (None, (BLOCK, BLOCK)):
+        return f"it multiplies FP8 in blocks of {BLOCK}x{BLOCK}; the checkpoint's are {form.block[0]}x{form.block[1]}"
+    if form.hidden % BLOCK or form.width % BLOCK:
+        return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
+    if spec.num_experts > MOST_EXPERTS:
+        return f"it sorts by at most {MOST_EXPERTS} experts; the model has {spec.num_experts}"
+    return None
+
+
+class _Grouped:
+    """What both runners share: kernels, cuts, and weights as they are stored."""
+
+    name: ClassVar[str]
+    routes_itself: ClassVar[bool] = False
+
+    def __init__(self, *, deterministic: bool = False) -> None:
+        self._deterministic = deterministic
+        self._arrange = importlib.import_module("pointsman.kernels.arrange")
+        self._gemm = importlib.import_module("pointsman.kernels.grouped_gemm")
+
+    def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
+        return weights if weights.quantized else weights.dequantize(dtype)
+
+    def _tiles(self, num_tokens: int, top_k: int, weights: ExpertWeights) -> Tiles:
+        num_experts, hidden, width = weights.down.data.shape
+        shape = Shape(num_experts=num_experts, top_k=top_k, hidden=hidden, width=width, quantized=weights.quantized)
+        return tile_table(self.name, shape, weights.down.data.device)(FIXED_TOKENS if self._deterministic else num_tokens)
+
+
+@functools.cache
+def tile_table(runner: str, shape: Shape, device: torch.device) -> TileTable:
+    """A runner's cuts of this shape on this device."""
+    return TileTable(runner, shape, torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+
+
+class TritonRunner(_Grouped):
+    """Sort, product, activation, product, sum; what passes between kernels is bfloat16."""
+
+    name: ClassVar[str] = "triton"
+
+    @staticmethod
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+        # e4m3 exists from 8.9 on
+        needs = (8, 0) if form.block is None else (8, 9)
+        return reason_against(device, needs=needs) or reason_against_form(spec, form, dtype)
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+        ids_TK, weights_TK = routing
+        num_tokens, top_k = ids_TK.shape
+        if num_tokens == 0:
+            return torch.empty_like(x_TD)
+        num_pairs, tiles, gemm = num_tokens * top_k, self._tiles(num_tokens, top_k, weights), self._gemm
+        arranged, q_TD, scale_TG = self._arrange.arrange(ids_TK, weights.num_experts, tiles.up.block, x_TD if weights.quantized else None)
+        both_PF = x_TD.new_empty(len(arranged.pairs_P), weights.gate_up.data.shape[1])
+        rows_TD = x_TD if q_TD is None else q_TD
+        gemm.gemm(rows_TD, scale_TG, weights.gate_up, arranged, num_pairs, tiles.up, both_PF, gather=top_k)
+        h_PF, scale_PG = gemm.activate(both_PF, arranged, num_pairs, tiles.up.block, quantize=weights.quantized)
+        y_RD = x_TD.new_empty(num_pairs, x_TD.shape[1])
+        gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tiles.down, y_RD)
+        out_TD: Tensor = gemm.combine(y_RD, ids_TK, weights_TK, x_TD.dtype)
+        return out_TD
+
+
+class RoutedRunner(_Grouped):
+    """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics."""
+
+    name: ClassVar[str] = "routed"
+
+    @staticmethod
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+        return reason_against(device, needs=(9, 0), exactly=True) or reason_against_form(spec, form, dtype)
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+        ids_TK, weights_TK = routing
+        num_tokens, top_k = ids_TK.shape
+        if num_tokens == 0:
+            return torch.empty_like(x_TD)
+        num_pairs, tiles, gemm, pdl = num_tokens * top_k, self._tiles(num_tokens, top_k, weights), self._gemm, chains(x_TD.device)
+        arranged, q_TD, scale_TG = self._arrange.arrange(
+            ids_TK, weights.num_experts, tiles.up.block, x_TD if weights.quantized else None, pdl=pdl
+        )
+        rows_TD = x_TD if q_TD is None else q_TD
+        h_PF, scale_PG = gemm.up(rows_TD, scale_TG, weights.gate_up, arranged, num_pairs, top_k, tiles.up, pdl=pdl)
+        y_RD = torch.empty(num_pairs, x_TD.shape[1], device=x_TD.device)
+        gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tiles.down, y_RD, pdl=pdl)
+        out_TD: Tensor = gemm.combine(y_RD, ids_TK, weights_TK, x_TD.dtype, pdl=pdl)
+        return out_TD

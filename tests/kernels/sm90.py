@@ -1,0 +1,128 @@
+"""Compiling kernels for sm_90 without a GPU: the launches that the host code makes, caught and compiled rather than run.
+
+The host code runs on tensors of the meta device, in the sizes of the real model; each launch it makes is compiled for Hopper with
+its very arguments. Triton must not be interpreting in this process: tests run `python -m tests.kernels.sm90_report` apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED_LIMIT = 227 * 1024
+TYPES = {
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.uint16: "u16",
+}
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg", "num_ctas")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the arguments it was launched with."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """What the compiler sees of it."""
+        signature, constants, attributes = self.source_parts()
+        return f"{self.kernel.__name__} {signature} {constants} {attributes} {self.options}"
+
+    def source_parts(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for index, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = f"*{TYPES[value.dtype]}"
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, int):
+                signature[parameter.name] = "i32"
+                if not parameter.do_not_specialize and value % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                signature[parameter.name] = "fp32"
+        return signature, constants, attributes
+
+    def compile(self) -> Binary:
+        """Compile for sm_90 and read what the assembler says."""
+        signature, constants, attributes = self.source_parts()
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=TARGET, options=self.options)
+        return Binary(compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["ttgir"], *_resources(compiled.asm["cubin"]))
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel: bytes of shared memory, its assembly, registers a thread and bytes of stack (spills)."""
+
+    shared: int
+    ptx: str
+    ttgir: str
+    registers: int
+    stack: int
+
+    @property
+    def uses_wgmma(self) -> bool:
+        return "wgmma.mma_async" in self.ptx
+
+    @property
+    def uses_async_copies(self) -> bool:
+        return "cp.async" in self.ptx
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[list[Launch]]:
+    """Launches made while it lasts are collected and not run."""
+    found: list[Launch] = []
+
+    def catch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert all(isinstance(size, int) and size > 0 for size in grid), grid
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        names = [parameter.name for parameter in kernel.params]
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        assert set(arguments) == set(names), set(arguments) ^ set(names)
+        found.append(Launch(kernel, arguments, options))
+
+    original = JITFunction.run
+    JITFunction.run = catch  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        JITFunction.run = original  # type: ignore[method-assign]
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of the kernel in a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
+    assert registers is not None and stack is not None, text
+    return int(registers[1]), int(stack[1])
