@@ -374,7 +374,7 @@ def gemm(
 
 
 def activate(
-    gate_up_PF: Tensor, arrangement: Arrangement, block: int, *, quantize: bool, pdl: bool = False
+    gate_up_PF: Tensor, arrangement: Arrangement, num_pairs: int, block: int, *, quantize: bool, pdl: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """silu(gate) * up of bfloat16 rows [P, 2F]: e4m3 [P, F] and scales [P, G], or bfloat16 and None."""
     num_rows, width = len(gate_up_PF), gate_up_PF.shape[1] // 2

@@ -23,7 +23,8 @@ CPU = torch.device("cpu")
 def layer(monkeypatch: pytest.MonkeyPatch) -> Layer:
     monkeypatch.setattr(kernels, "HIDDEN", 256)
     monkeypatch.setattr(kernels, "WIDTH", 256)
-    monkeypatch.setattr(kernels, "SPEC", RoutingSpec(num_experts=6, top_k=2, score="sigmoid"))
+    monkeypatch.setattr("pointsman.kernels.tiles.MANY_PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "SPEC", RoutingSpec(num_experts=4, top_k=2, score="sigmoid"))
     return Layer.draw(2, CPU, 0)
 
 
@@ -46,8 +47,8 @@ def test_what_is_wrong_is_found(layer: Layer, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Block, "__call__", lambda *_: next(results))
     assert "other bits" in (check(layer, block, x_TD, 0.004)[0] or "")
     for wrong, word in [
-        (Routing((good.ids_TK + 1) % 6, good.weights_TK), "better than one it chose"),
-        (Routing(good.ids_TK + 6, good.weights_TK), "do not exist"),
+        (Routing((good.ids_TK + 1) % 4, good.weights_TK), "better than one it chose"),
+        (Routing(good.ids_TK + 4, good.weights_TK), "do not exist"),
         (Routing(good.ids_TK, good.weights_TK.flip(1)), "weights are not the scores"),
     ]:
         monkeypatch.setattr(Block, "route", lambda *_, wrong=wrong: wrong)
