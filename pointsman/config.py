@@ -67,7 +67,9 @@ class CacheConfig:
 
     kv_cache_dtype: str = flag("auto", "auto: bfloat16, or float32 where --dtype float32 is asked for", choices=KV_DTYPES)
     page_size: int = flag(16, "tokens a page; prefixes are shared by whole pages", low=1, high=1024)
-    mem_fraction_static: float = flag(0.5, "share of memory for weights and cache together", low=0.01, high=0.99)
+    mem_fraction_static: float | None = flag(
+        None, "share of memory for weights and cache together (default: 0.5 of a machine's, 0.9 of a GPU's)", low=0.01, high=0.99
+    )
     max_total_tokens: int | None = flag(None, "tokens the cache holds (default: what the memory share allows)", low=1)
     disable_radix_cache: bool = flag(False, "do not share the prefixes of prompts")
     enable_return_routed_experts: bool = flag(False, "accepted and without effect: routing is always recorded, requests ask for it")
@@ -87,13 +89,16 @@ class SchedulerConfig:
 class KernelConfig:
     """What computes a step."""
 
-    device: str = flag("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
+    device: str = flag("auto", "where the model runs; auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     moe_runner_backend: str = flag("auto", "what runs the experts", choices=MOE_RUNNERS)
     fp8_gemm_backend: str = flag("auto", "what runs the FP8 linear layers", choices=("auto", "triton", "cpu", "reference"))
     attention_backend: str = flag("auto", "what runs attention", choices=("auto", "triton", "reference", "flashinfer"))
     cpu_step: str = flag("auto", "a step on a CPU: compiled as one region, or torch op by op", choices=("auto", "torch", "compiled"))
     num_threads: int | None = flag(None, "threads of a step on a CPU (default: one a core)", low=1, high=1024)
-    enforce_piecewise_cuda_graph: bool = flag(False, "CUDA graphs at every size, prefill too")
+    disable_cuda_graph: bool = flag(False, "launch the kernels of a step one by one")
+    cuda_graph_max_bs: int | None = flag(None, "most tokens of a step that is a CUDA graph (default: the chunk size)", low=1, high=1 << 20)
+    enforce_piecewise_cuda_graph: bool = flag(False, "CUDA graphs at every size, prefill too: this is so where graphs are on")
+    enable_deterministic_inference: bool = flag(False, "the same bits for a request whatever shares its steps, at some speed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,17 +40,25 @@ class Forced:
     rows_F: Ints
     ids_FNK: Ids
 
+    def spread(self, num_rows: int) -> Ints:
+        """The experts of every row of the step [T, N, K], -1 where they are not given."""
+        replay_TNK = np.full((num_rows, *self.ids_FNK.shape[1:]), -1, np.int64)
+        replay_TNK[self.rows_F] = self.ids_FNK
+        return replay_TNK
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One step's rows.
 
     Attributes:
-        tokens_T, positions_T, lanes_T, slots_T: int64, one entry a row; slot = page * page_size + offset.
+        tokens_T, positions_T, lanes_T, slots_T: int64, one entry a row; slot = page * page_size + offset. A token is PENDING where the
+            device alone knows it.
         segments: (lane, first row, number of rows) of each run of consecutive rows.
         rows_R: the rows whose logits are needed, ascending.
         samples: index into rows_R of each segment that samples, in the plan's order.
         prompts: the rows of rows_R that score prompts.
+        growths: (lane, first, pages) of what the page tables grew by.
         forced: the rows whose experts are given; None where all route freely.
     """
 
@@ -62,6 +70,7 @@ class Batch:
     rows_R: Ints
     samples: list[int]
     prompts: list[PromptRows]
+    growths: list[tuple[int, int, tuple[int, ...]]]
     forced: Forced | None = None
 
 
@@ -70,6 +79,7 @@ class Lanes:
     """The tables of one rank, a row a lane.
 
     Attributes:
+        last_token_L: PENDING where none was drawn yet, or where the device drew it and the host need not know.
         constrain: what keeps a sequence that starts to its grammar, if it has one.
     """
 
@@ -106,13 +116,12 @@ class Lanes:
         positions: list[int] = []
         lanes: list[int] = []
         segments: list[tuple[int, int, int]] = []
+        growths = [self._grow(segment) for segment in plan.segments if segment.pages]
         for segment in plan.segments:
-            self._grow(segment)
             segments.append((segment.lane, len(tokens), len(segment.tokens)))
             tokens.extend(segment.tokens)
             if segment.tokens[-1] == PENDING:
                 tokens[-1] = self.last_token_L[segment.lane]
-                assert tokens[-1] != PENDING, f"lane {segment.lane} has not sampled yet"
             positions.extend(range(segment.start, segment.start + len(segment.tokens)))
             lanes.extend([segment.lane] * len(segment.tokens))
         positions_T, lanes_T = np.array(positions, np.int64), np.array(lanes, np.int64)
@@ -128,6 +137,7 @@ class Lanes:
             np.array(rows, np.int64),
             samples,
             prompts,
+            growths,
             self._forced(plan, segments),
         )
 
@@ -137,11 +147,11 @@ class Lanes:
             before.constraint.close()
         self.sampling_L[start.lane] = LaneSampling(start, self.vocab_size, self.eos_token_ids, self.constrain(start))
 
-    def _grow(self, segment: Segment) -> None:
-        if segment.pages:
-            first = self.num_pages_L[segment.lane]
-            self.num_pages_L[segment.lane] = first + len(segment.pages)
-            self.page_table_LP[segment.lane, first : first + len(segment.pages)] = segment.pages
+    def _grow(self, segment: Segment) -> tuple[int, int, tuple[int, ...]]:
+        first = self.num_pages_L[segment.lane]
+        self.num_pages_L[segment.lane] = first + len(segment.pages)
+        self.page_table_LP[segment.lane, first : first + len(segment.pages)] = segment.pages
+        return segment.lane, first, segment.pages
 
     def _forced(self, plan: StepPlan, segments: list[tuple[int, int, int]]) -> Forced | None:
         rows: list[Ints] = []

@@ -20,8 +20,12 @@ from pointsman.cache.radix import RadixCache
 from pointsman.config import EngineConfig
 from pointsman.engine.batch import Lanes
 from pointsman.engine.compiled import choose_step
+from pointsman.engine.device import MEM_FRACTION, check_options, choose_device, device_memory
+from pointsman.engine.device_lanes import DeviceLanes
+from pointsman.engine.device_sampler import DeviceSampler
+from pointsman.engine.device_step import DeviceMemory, DeviceStep, step_sizes
 from pointsman.engine.grammars import Grammars
-from pointsman.engine.memory import CacheSize, memory_bytes, size_cache
+from pointsman.engine.memory import CacheSize, memory_bytes, size_cache, workspace_bytes
 from pointsman.engine.model_runner import ModelRunner
 from pointsman.layers.paged_kv import KV_DTYPES, PagedKV, bytes_per_token
 from pointsman.models.architecture import Architecture
@@ -30,7 +34,7 @@ from pointsman.models.decoder import Decoder
 from pointsman.models.loader import load_model
 from pointsman.models.parameters import Parameters
 from pointsman.moe.capture import RouteStore
-from pointsman.moe.load import ExpertLoad
+from pointsman.moe.load import DeviceExpertLoad, ExpertLoad
 from pointsman.scheduler import Scheduler
 from pointsman.step import LaneStart
 from pointsman.text import ChatTemplate, Tokenizer
@@ -65,6 +69,8 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
     Raises:
         ValueError: the checkpoint or an option cannot be served; the message says what would work.
     """
+    device = choose_device(config.kernel.device)
+    check_options(config, device)
     _check(config)
     model_path = config.model.model_path or str(tiny.path())
     folder = locate(model_path, revision=config.model.revision, weights=config.model.load_format != "dummy")
@@ -76,6 +82,7 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
         linear_backend=config.kernel.fp8_gemm_backend,
         attention_backend=config.kernel.attention_backend,
         moe_backend=config.kernel.moe_runner_backend,
+        device=device,
         seed=config.model.random_seed,
         progress=progress,
     )
@@ -107,14 +114,10 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
 
 
 def _check(config: EngineConfig) -> None:
-    """Refuse what needs hardware that this version does not drive."""
-    if config.kernel.device == "cuda":
-        raise ValueError("device is 'cuda'; this version runs models on CPUs: use --device cpu")
+    """Refuse what this version does not do."""
     for name in ("tensor_parallel_size", "expert_parallel_size"):
         if (size := getattr(config.parallel, name)) != 1:
             raise ValueError(f"{name} is {size}; this version runs a model on one device: 1")
-    if config.kernel.enforce_piecewise_cuda_graph:
-        raise ValueError("enforce_piecewise_cuda_graph needs a CUDA device; this version runs models on CPUs: leave it out")
 
 
 def _context_length(config: EngineConfig, architecture: Architecture) -> int:
@@ -140,11 +143,17 @@ def _size(config: EngineConfig, decoder: Decoder, context_length: int) -> CacheS
         dtype=_kv_dtype(config),
     )
     routes = architecture.num_layers * architecture.top_k * (1 if architecture.num_experts <= 256 else 2)
+    fraction, device = config.cache.mem_fraction_static, decoder.device
+    total, free = memory_bytes(), None
+    if device.type == "cuda":
+        total, free = device_memory(device)
+        free -= workspace_bytes(architecture, config.scheduler.chunked_prefill_size, config.scheduler.max_running_requests)
     size = size_cache(
         bytes_per_token=keys_and_values + routes,
         weight_bytes=_num_bytes(decoder.parameters),
-        total_bytes=memory_bytes(),
-        fraction=config.cache.mem_fraction_static,
+        total_bytes=total,
+        free_bytes=free,
+        fraction=MEM_FRACTION[device.type] if fraction is None else fraction,
         page_size=config.cache.page_size,
         context_length=context_length,
         max_running=config.scheduler.max_running_requests,
@@ -157,7 +166,7 @@ def _size(config: EngineConfig, decoder: Decoder, context_length: int) -> CacheS
 def _choices(config: EngineConfig, decoder: Decoder) -> dict[str, str]:
     """What became of the wishes, by the names of their flags."""
     return {
-        "device": "cpu",
+        "device": decoder.device.type,
         "moe_runner_backend": decoder.backends.moe.name,
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "kv_cache_dtype": next(name for name, dtype in KV_DTYPES.items() if dtype == _kv_dtype(config)),
@@ -196,15 +205,18 @@ def _runner(
     grammars: Grammars | None,
 ) -> ModelRunner:
     architecture = decoder.architecture
+    launches = launches_steps(decoder.device)
+    num_pages = cache.num_pages + (1 if launches else 0)  # the last is that of rows which pad a step
     kv = PagedKV.allocate(
         num_layers=architecture.num_layers,
-        num_pages=cache.num_pages,
+        num_pages=num_pages,
         num_kv_heads=architecture.num_kv_heads,
         page_size=cache.page_size,
         head_dim=architecture.head_dim,
         dtype=_kv_dtype(config),
+        device=decoder.device,
     )
-    routes = RouteStore(cache.num_tokens, architecture.num_layers, architecture.top_k, architecture.num_experts)
+    routes = RouteStore(kv.num_slots, architecture.num_layers, architecture.top_k, architecture.num_experts, decoder.device)
     lanes = Lanes(
         max_lanes=config.scheduler.max_running_requests,
         max_pages=math.ceil(context_length / cache.page_size),
@@ -213,8 +225,18 @@ def _runner(
         eos_token_ids=eos_ids,
         constrain=_unconstrained if grammars is None else grammars.constrain,
     )
+    if launches:
+        tables = DeviceLanes(lanes.max_lanes, lanes.max_pages, decoder.device)
+        memory = DeviceMemory(kv=kv, routes=routes, lanes=tables, load=DeviceExpertLoad(routes, architecture.num_experts))
+        step = DeviceStep(decoder, memory, sizes=step_sizes(config.scheduler.chunked_prefill_size))
+        return ModelRunner(step, lanes, routes, memory.load, DeviceSampler(tables, decoder.device))
     load = ExpertLoad(routes, architecture.num_experts)
     return ModelRunner(choose_step(config, decoder, kv, routes, lanes), lanes, routes, load)
+
+
+def launches_steps(device: torch.device) -> bool:
+    """Whether steps are launched on the device and the host goes on meanwhile."""
+    return device.type == "cuda"
 
 
 def _unconstrained(start: LaneStart) -> None:

@@ -1,8 +1,7 @@
 """The engine: plan, execute, commit, deliver.
 
-`step` runs those four for one step. In the plain order each waits for the one before. Overlapped, the next step is planned
-before the result of this one is known and handed over before that result is committed and delivered: the same calls in
-another order, so both give the same tokens.
+`step` runs those four for one step. In the plain order each waits for the one before. Overlapped, the next step is planned and
+handed over before the result of this one is asked for: the same calls in another order, so both give the same tokens.
 
 A request with a grammar first waits until that is compiled (`waiting_room`), and is then one like any other.
 """
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 
 from pointsman.config import EngineConfig
 from pointsman.engine.build import Parts, build
-from pointsman.engine.executor import Executor, Inline, Pending, Threaded
+from pointsman.engine.executor import Executor, Pending, choose_executor
 from pointsman.engine.waiting_room import WaitingRoom
 from pointsman.grammar import Grammar
 from pointsman.replay import check_sizes, keep, rows_of
@@ -72,7 +71,7 @@ class Engine:
         self._given_back: list[Grammar] = []
         self._runner = parts.runner
         self._overlap = not config.scheduler.disable_overlap_schedule
-        self._executor: Executor = Threaded(parts.runner) if self._overlap else Inline(parts.runner)
+        self._executor: Executor = choose_executor(parts.runner, overlap=self._overlap)
         self._seeds = random.Random(config.model.random_seed)
         self._choices: dict[int, _Choice] = {}
         self._live: dict[str, int] = {}
@@ -165,18 +164,15 @@ class Engine:
         """Run one step and return what it added; an empty list where no choice grew. Raises what the model raises."""
         refused = self._call_room() if self._room else []
         given_back, self._given_back = self._given_back, []
-        if self._in_flight is None:
-            self._submit(self.scheduler.plan())
-        ahead = self.scheduler.plan() if self._overlap and self._in_flight is not None else None
-        if self._in_flight is None:
+        now, self._in_flight = self._in_flight or self._submit(self.scheduler.plan()), None
+        if now is None:
             self._release(given_back)
             return refused
-        plan, pending = self._in_flight
+        plan, pending = now
+        self._in_flight = self._submit(self.scheduler.plan()) if self._overlap else None
         result = pending.result()
         self._release(given_back)
-        self._in_flight = None
         self.num_steps += 1
-        self._submit(ahead)
         return refused + self._deliver(self.scheduler.commit(plan, result))
 
     def _call_room(self) -> list[ChoiceDelta]:
@@ -214,11 +210,12 @@ class Engine:
             assert self._grammars is not None
             self._grammars.release(grammar)
 
-    def _submit(self, plan: StepPlan | None) -> None:
-        if plan is not None:
-            if self.scheduler.preempted:
-                self._keep_rows(self.scheduler.preempted)
-            self._in_flight = (plan, self._executor.submit(plan))
+    def _submit(self, plan: StepPlan | None) -> tuple[StepPlan, Pending] | None:
+        if plan is None:
+            return None
+        if self.scheduler.preempted:
+            self._keep_rows(self.scheduler.preempted)
+        return plan, self._executor.submit(plan)
 
     def _keep_rows(self, preempted: list[Sequence]) -> None:
         """Read the routing of who was preempted, while its pages are still its own: it computes anew under the same experts."""

@@ -2,7 +2,8 @@
 
 An executor takes plans in order and answers each with a result. `Inline` runs a step in the caller's thread, when the result
 is asked for: nothing overlaps, and nothing is simpler. `Threaded` runs it in a thread of its own, so that the engine plans and
-delivers while the step computes. A step holds the interpreter's lock only between its kernels.
+delivers while the step computes; a step holds the interpreter's lock only between its kernels. `Launching` is for a step that runs
+on a device: the caller's thread launches it and goes on, and only the result is waited for.
 """
 
 from __future__ import annotations
@@ -10,22 +11,25 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from pointsman.engine.model_runner import ModelRunner
+from pointsman.engine.model_runner import ModelRunner, Pending
 from pointsman.step import StepPlan, StepResult
 
-
-class Pending(Protocol):
-    """A step under way."""
-
-    def result(self) -> StepResult: ...
+__all__ = ["Executor", "Inline", "Launching", "Pending", "Threaded", "choose_executor"]
 
 
 class Executor(Protocol):
-    """Runs plans in the order of submission; a fault of a step is raised by its `result()`."""
+    """Runs plans in the order of submission; a fault of a step is raised by `submit` or by its `result()`."""
 
     def submit(self, plan: StepPlan) -> Pending: ...
 
     def close(self) -> None: ...
+
+
+def choose_executor(runner: ModelRunner, *, overlap: bool) -> Executor:
+    """The executor for the order of steps that is asked for."""
+    if not overlap:
+        return Inline(runner)
+    return Launching(runner) if runner.on_device else Threaded(runner)
 
 
 class Inline:
@@ -47,6 +51,19 @@ class _Deferred:
 
     def result(self) -> StepResult:
         return self._runner.execute(self._plan)
+
+
+class Launching:
+    """Launches the step on its device at once."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    def submit(self, plan: StepPlan) -> Pending:
+        return self._runner.launch(plan)
+
+    def close(self) -> None:
+        pass
 
 
 class Threaded:

@@ -1,8 +1,9 @@
 """How many tokens the cache holds.
 
 A token costs its keys and values in every layer and one routing row. The cache gets what `--mem-fraction-static` of the
-machine's memory leaves beside the weights, but no more than all running requests can fill at full length: past that, pages
-would only be held. The operating system backs pages when they are first written, so an idle cache costs nothing.
+memory leaves beside the weights, but no more than all running requests can fill at full length: past that, pages
+would only be held. On a CPU the operating system backs pages when they are first written, so an idle cache costs nothing. On a GPU
+the share is of its memory, and what a step works in must fit as well.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from pointsman.models.architecture import Architecture
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -39,6 +42,17 @@ def memory_bytes() -> int:
     return total
 
 
+def workspace_bytes(architecture: Architecture, max_tokens: int, max_logits: int) -> int:
+    """What a step of so many rows may hold at once on a device, beside weights and cache: generously, as nothing is gained by less.
+
+    The widest moments are the experts' (for each choice its hidden state, gate and up, and output) and the head's, whose logits are
+    float32 and may be held by two steps. What CUDA itself, its graphs and compiled kernels take comes on top.
+    """
+    choice = 3 * architecture.expert_width + architecture.hidden_size
+    row = 4 * architecture.top_k * choice + 16 * (architecture.hidden_size + architecture.num_heads * architecture.head_dim)
+    return max_tokens * row + 3 * 4 * max_logits * architecture.vocab_size + (1 << 30)
+
+
 def size_cache(
     *,
     bytes_per_token: int,
@@ -49,9 +63,19 @@ def size_cache(
     context_length: int,
     max_running: int,
     max_total_tokens: int | None,
+    free_bytes: int | None = None,
 ) -> CacheSize:
-    """Raises ValueError where the memory share does not hold the weights and one request of full length."""
+    """The cache that fits.
+
+    Args:
+        free_bytes: what is free beside the weights and what steps work in, where that is known.
+
+    Raises:
+        ValueError: the memory share does not hold the weights and one request of full length.
+    """
     room = int(total_bytes * fraction) - weight_bytes
+    if free_bytes is not None:
+        room, total_bytes = min(room, free_bytes), min(total_bytes, weight_bytes + free_bytes)
     pages_per_request = -(-context_length // page_size)
     if max_total_tokens is not None:
         num_pages = -(-max_total_tokens // page_size)

@@ -1,13 +1,16 @@
 """One rank's share of a step: rows in, tokens out.
 
 The runner owns what a plan only names: the tables of the lanes and the routing rows, and through its step the weights, keys and
-values. A step is a function from a batch to logits, chosen at start-up; the plain torch one is always there, and on a CPU the
-compiled one takes its place (see `compiled`).
+values. A step is a function from a batch to logits, chosen at start-up; the plain torch one is always there, on a CPU the
+compiled one takes its place (see `compiled`), and on a device `device_step`.
+
+On a device a step is launched, and its result is what has come back when somebody asks. What it takes to launch the next one stays
+on the device, unless the host has a share in this one (`device_sampler`): then it is finished first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,18 +18,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pointsman.engine.batch import Batch, Forced, Lanes
+from pointsman.engine.batch import Batch, Lanes
+from pointsman.engine.device_sampler import DeviceSampler, Draw, Drawing
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.decoder import Decoder
 from pointsman.moe.capture import RouteStore
-from pointsman.moe.load import ExpertLoad
 from pointsman.request import Logprob
 from pointsman.routed_experts import fill_missing
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.logprobs import prompt_logprobs
-from pointsman.sampling.sampler import sample
-from pointsman.step import Sampled, StepPlan, StepResult
+from pointsman.sampling.sampler import Drawn, sample
+from pointsman.step import PENDING, Sampled, StepPlan, StepResult
+
+
+class Pending(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult: ...
 
 
 class Step(Protocol):
@@ -60,27 +69,50 @@ class TorchStep:
             page_table_LP=torch.from_numpy(lanes.page_table_LP),
             kv=self._kv,
             routes=self._routes,
-            replay_TNK=None if batch.forced is None else torch.from_numpy(_replay(batch.forced, len(batch.tokens_T))),
+            replay_TNK=None if batch.forced is None else torch.from_numpy(batch.forced.spread(len(batch.tokens_T))),
         )
         return self._decoder.forward(torch.from_numpy(batch.tokens_T), context, torch.from_numpy(batch.rows_R))
 
 
-def _replay(forced: Forced, num_rows: int) -> npt.NDArray[np.int64]:
-    """The experts of every row, -1 where they are not given."""
-    replay_TNK = np.full((num_rows, *forced.ids_FNK.shape[1:]), -1, np.int64)
-    replay_TNK[forced.rows_F] = forced.ids_FNK
-    return replay_TNK
+class Load(Protocol):
+    """Counts how often each expert is used (`moe.load`)."""
+
+    def settle(self) -> None: ...
+
+    def before_step(self) -> None: ...
+
+    def after_step(self, slots_T: npt.NDArray[np.int64]) -> None: ...
+
+    def counts_LE(self) -> npt.NDArray[np.int64]: ...
+
+
+class _Launched:
+    """A step whose result is made when it is first asked for."""
+
+    def __init__(self, finish: Callable[[], StepResult]) -> None:
+        self._finish: Callable[[], StepResult] | None = finish
+        self._result: StepResult | None = None
+
+    def result(self) -> StepResult:
+        if self._finish is not None:
+            self._result, self._finish = self._finish(), None
+        assert self._result is not None
+        return self._result
 
 
 class ModelRunner:
     """Executes plans, one at a time and in order.
 
+    Args:
+        sampler: draws on the device that the step runs on; None where that is the host.
+
     Attributes:
         load: how often each expert was used.
     """
 
-    def __init__(self, step: Step, lanes: Lanes, routes: RouteStore, load: ExpertLoad) -> None:
-        self._step, self._lanes, self._routes = step, lanes, routes
+    def __init__(self, step: Step, lanes: Lanes, routes: RouteStore, load: Load, sampler: DeviceSampler | None = None) -> None:
+        self._step, self._lanes, self._routes, self._sampler = step, lanes, routes, sampler
+        self._unfinished: _Launched | None = None
         self.load = load
 
     @property
@@ -91,28 +123,61 @@ class ModelRunner:
     def step_is_final(self) -> bool:
         return self._step.final
 
+    @property
+    def on_device(self) -> bool:
+        """Steps are launched on a device, and may be while the one before runs."""
+        return self._sampler is not None
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises whatever the model raises: such a fault is the engine's, not a request's."""
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Begin a step; on the host it is through when this returns, but for what is drawn from its logits."""
+        if self._unfinished is not None:
+            self._unfinished.result()
+            self._unfinished = None
         batch = self._lanes.lay_out(plan)
         self.load.before_step()
         logits_RV = self._step(batch, self._lanes)
         self.load.after_step(batch.slots_T)
-        return StepResult(plan.index, self._sample(plan, batch, logits_RV), self._score_prompts(batch, logits_RV))
+        draws = self._draws(plan, batch)
+        drawing = None
+        if self._sampler is not None:
+            drawing = self._sampler.draw(logits_RV, draws)
+            for index in drawing.indices:
+                self._lanes.last_token_L[draws[index].lane] = PENDING
+        launched = _Launched(lambda: self._finish(plan, batch, logits_RV, draws, drawing))
+        if batch.prompts or drawing is None or len(drawing.indices) < len(draws):
+            self._unfinished = launched
+        return launched
 
-    def _sample(self, plan: StepPlan, batch: Batch, logits_RV: Tensor) -> tuple[Sampled, ...]:
+    def _draws(self, plan: StepPlan, batch: Batch) -> list[Draw]:
         wanting = [segment for segment in plan.segments if segment.sample]
-        if not wanting:
-            return ()
-        every_row = len(batch.samples) == len(batch.rows_R)
-        lanes = [self._sampling(segment.lane) for segment in wanting]
-        drawn = sample(logits_RV if every_row else logits_RV[batch.samples], lanes)
-        logprobs: Sequence[Any] = drawn.logprobs or [None] * len(wanting)
-        for segment, token in zip(wanting, drawn.tokens, strict=True):
-            self._lanes.last_token_L[segment.lane] = max(token, 0)  # a lane with an error ends at commit; until then it runs on
-        return tuple(
-            Sampled(segment.seq, token, logprobs[row], drawn.errors.get(row), lanes[row].ended)
-            for row, (segment, token) in enumerate(zip(wanting, drawn.tokens, strict=True))
-        )
+        return [Draw(segment.lane, row, self._sampling(segment.lane)) for segment, row in zip(wanting, batch.samples, strict=True)]
+
+    def _finish(self, plan: StepPlan, batch: Batch, logits_RV: Tensor, draws: list[Draw], drawing: Drawing | None) -> StepResult:
+        sampled: dict[int, Sampled] = {}
+        seqs = [segment.seq for segment in plan.segments if segment.sample]
+
+        def take(indices: Sequence[int], drawn: Drawn) -> None:
+            logprobs: Sequence[Any] = drawn.logprobs or [None] * len(indices)
+            for at, (index, token) in enumerate(zip(indices, drawn.tokens, strict=True)):
+                sampled[index] = Sampled(seqs[index], token, logprobs[at], drawn.errors.get(at), draws[index].sampling.ended)
+
+        if drawing is not None:
+            take(drawing.indices, drawing.drawn())
+        if here := [index for index in range(len(draws)) if index not in sampled]:
+            take(here, self._sample(batch, logits_RV, [draws[index] for index in here]))
+        return StepResult(plan.index, tuple(sampled[index] for index in range(len(draws))), self._score_prompts(batch, logits_RV))
+
+    def _sample(self, batch: Batch, logits_RV: Tensor, draws: list[Draw]) -> Drawn:
+        """Draw these on the host."""
+        rows = [draw.row for draw in draws]
+        drawn = sample(logits_RV if len(rows) == len(batch.rows_R) else logits_RV[rows], [draw.sampling for draw in draws])
+        for draw, token in zip(draws, drawn.tokens, strict=True):
+            self._lanes.last_token_L[draw.lane] = max(token, 0)  # a lane with an error ends at commit; until then it runs on
+        return drawn
 
     def _sampling(self, lane: int) -> LaneSampling:
         state = self._lanes.sampling_L[lane]
@@ -154,5 +219,5 @@ class ModelRunner:
         slots = np.concatenate([np.zeros(0, np.int64), *(self._slots(pages, first, min(last, num_known)) for first, last in forced)])
         if not len(slots):
             return None
-        num_alike = int(self._routes.alike_S.numpy()[slots].sum(dtype=np.int64))
+        num_alike = int(self._routes.alike(torch.from_numpy(slots)).numpy().sum(dtype=np.int64))
         return num_alike / (len(slots) * self._routes.rows_SLK.shape[1])

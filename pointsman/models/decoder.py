@@ -82,6 +82,10 @@ class Decoder:
         self.norm = RMSNorm(parameters.norm_D, architecture.norm_epsilon, backends.glue)
         self.head = Linear(parameters.head, backends.linear, dtype)
 
+    @property
+    def device(self) -> torch.device:
+        return self.parameters.embed_VD.device
+
     def prepare(self) -> None:
         """Make every implementation's own form of its weights now rather than at first use."""
         for part in self._parts():
@@ -105,11 +109,20 @@ class Decoder:
 
     def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
         """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""
+        x_TD, delta_TD = self.hidden(tokens_T, ctx)
+        return self.logits(x_TD[rows_R], None if delta_TD is None else delta_TD[rows_R])
+
+    def hidden(self, tokens_T: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor | None]:
+        """What the layers make of the rows, in two parts [T, D] yet to be summed; keys, values and routing are stored on the way."""
         rotation = Rotation.at(ctx.positions_T, self.architecture.rotary_dim, self.architecture.rope_theta)
         x_TD, delta_TD = self.embedding(tokens_T), None
         for layer in self.layers:
             x_TD, delta_TD = layer(x_TD, delta_TD, rotation, ctx)
-        _, normed_RD = self.norm(x_TD[rows_R], None if delta_TD is None else delta_TD[rows_R])
+        return x_TD, delta_TD
+
+    def logits(self, x_RD: Tensor, delta_RD: Tensor | None) -> Tensor:
+        """Float32 logits [R, V] of rows that have been through the layers."""
+        _, normed_RD = self.norm(x_RD, delta_RD)
         return self.head(normed_RD).float()
 
 

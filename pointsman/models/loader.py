@@ -50,7 +50,7 @@ def load_model(
     linear_backend: str = "auto",
     attention_backend: str = "auto",
     moe_backend: str = "auto",
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     seed: int = 0,
     progress: bool | None = None,
 ) -> Decoder:

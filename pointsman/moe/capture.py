@@ -3,6 +3,9 @@
 A row lives, is shared and dies with its slot: a prefix hit brings its routing, and nothing has to follow requests around. One
 byte an expert id up to 256 experts, two beyond; there is no room for a sentinel, so who reads must know which slots were fed.
 
+A step on a device pads its rows; those have the slot -1. The last slot of a store is that of padding where there is any, as indices
+below zero count from the end: nobody reads it.
+
 Shape suffixes: S slots, L layers, K experts per token, T tokens.
 """
 
@@ -24,6 +27,8 @@ class RouteStore:
         dtype = torch.uint8 if num_experts <= 256 else torch.uint16
         self.rows_SLK = torch.empty(num_slots, num_layers, top_k, dtype=dtype, device=device)
         self.alike_S = torch.empty(num_slots, dtype=torch.int16, device=device)
+        on_device = self.rows_SLK.device.type == "cuda"
+        self._side = torch.cuda.Stream(self.rows_SLK.device) if on_device else None  # type: ignore[no-untyped-call]
 
     def record(self, layer: int, slots_T: Tensor, ids_TK: Tensor) -> None:
         """Store the experts that the tokens in these slots used in this layer."""
@@ -35,12 +40,26 @@ class RouteStore:
         self.alike_S[slots_T] = alike_T if layer == 0 else self.alike_S[slots_T] + alike_T
 
     def gather(self, slots: Sequence[int] | Tensor) -> Tensor:
-        """The rows of these slots, in their order: [len(slots), L, K]."""
-        index = torch.as_tensor(slots, dtype=torch.int64)
-        rows = self._writable()
-        if rows.device.type == "cpu":  # numpy stays in this thread; torch would wait for others, on cores that a step is using
-            return torch.from_numpy(rows.numpy()[index.numpy()]).view(self.rows_SLK.dtype)
-        return rows[index].view(self.rows_SLK.dtype)
+        """The rows of these slots, in their order, on the host: [len(slots), L, K]. The steps that fed them are through."""
+        return self._fetch(self._writable(), torch.as_tensor(slots, dtype=torch.int64)).view(self.rows_SLK.dtype)
+
+    def alike(self, slots: Tensor) -> Tensor:
+        """What `compare` counted of these slots, int16, on the host."""
+        return self._fetch(self.alike_S, slots)
+
+    def _fetch(self, stored: Tensor, index: Tensor) -> Tensor:
+        if self._side is None:  # numpy stays in this thread; torch would wait for others, on cores that a step is using
+            return torch.from_numpy(stored.numpy()[index.numpy()])
+        with torch.cuda.stream(self._side):  # beside the step that runs, which writes other slots
+            found = stored[index.pin_memory().to(stored.device, non_blocking=True)]
+            host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            host.copy_(found, non_blocking=True)
+        self._side.synchronize()
+        return host
+
+    def ids(self, slots_T: Tensor) -> Tensor:
+        """The experts of these slots as int64 [T, L, K], where they are stored."""
+        return self._writable()[slots_T].long() & (0xFFFF if self.rows_SLK.dtype == torch.uint16 else 0xFF)
 
     def _writable(self) -> Tensor:
         # torch indexes int16 everywhere and uint16 only in places; the bits are the same

@@ -5,6 +5,8 @@ steps are only noted, and counted together: when there are many, or before one o
 away only after a sequence has left, so whoever sees one leave says `settle`, and the next step counts before it writes. Every
 row is counted once, as it was stored; rows computed for nothing, as overlap does now and then, are counted too, for the experts ran.
 
+On a device there is no such cost: a step counts its rows as part of itself.
+
 Shape suffixes: L layers, E experts, T tokens, K experts a token.
 """
 
@@ -73,3 +75,34 @@ class ExpertLoad:
             notes.append(self._notes.popleft())
             num_rows += len(notes[-1])
         return notes
+
+
+class DeviceExpertLoad:
+    """Counts of a rank whose steps run on a device: each step counts its own rows there, and the counts are copied when asked for."""
+
+    def __init__(self, routes: RouteStore, num_experts: int) -> None:
+        num_layers = routes.rows_SLK.shape[1]
+        device = routes.rows_SLK.device
+        self._routes = routes
+        self._counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        self._first_L1 = (torch.arange(num_layers, device=device) * num_experts).unsqueeze(-1)
+
+    def count(self, slots_T: torch.Tensor) -> None:
+        """Count the rows that a step has just stored; a slot below zero is padding."""
+        rows_TLK = self._routes.ids(slots_T) + self._first_L1
+        real_T = (slots_T >= 0).long()
+        self._counts_LE.view(-1).index_add_(0, rows_TLK.flatten(), real_T[:, None, None].expand_as(rows_TLK).flatten())
+
+    def settle(self) -> None:
+        """Nothing is left to be counted."""
+
+    def before_step(self) -> None:
+        """Nothing is left to be counted."""
+
+    def after_step(self, slots_T: Ints) -> None:
+        """The step has counted its rows."""
+
+    def counts_LE(self) -> Ints:
+        """How many tokens used each expert so far, in each layer; waits for the steps that were launched."""
+        counts_LE: Ints = self._counts_LE.cpu().numpy()
+        return counts_LE

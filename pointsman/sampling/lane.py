@@ -72,6 +72,11 @@ class LaneSampling:
         return self._edited or constrained or self.num_output < self.sampling.min_tokens
 
     @property
+    def needs_host(self) -> bool:
+        """Only the host can draw the next token: it takes more than logits and parameters, or more than a token is to be told."""
+        return not self.greedy or self.edited or self.constraint is not None or self.sampling.logprobs is not None
+
+    @property
     def ended(self) -> bool:
         """The text is complete by its grammar, and its end was drawn."""
         return self.constraint is not None and self.constraint.ended
@@ -111,6 +116,11 @@ class LaneSampling:
     def uniform(self) -> float:
         """The random number of the next token."""
         return uniform(self._keys, self.num_output)
+
+    def count(self) -> None:
+        """The next token of the output is being drawn elsewhere: of a lane that does not need the host, its number is all to know."""
+        assert not self.needs_host
+        self.num_output += 1
 
     def commit(self, token: int) -> None:
         """The next token of the output was this one."""

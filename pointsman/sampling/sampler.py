@@ -3,7 +3,7 @@
 Not a chain of batched tensor operations: lanes differ in nearly every parameter, and the promise is that the same seed gives the same
 answer whatever else runs. So what is done for the whole batch is only what cannot round (largest and smallest logit), and the rest is
 done row by row on the host, on as few tokens as the lane's parameters leave (`filters`). A greedy lane without edits needs nothing but
-the first part. On an accelerator the logits are copied to the host unless all lanes are greedy.
+the first part, which `greedy` does where the logits are.
 
 Order: bias, repetition penalty, presence and frequency penalty, the grammar's mask, suppression of what would end the text before
 `min_tokens`, temperature, top-k, top-p, min-p; then one random number (`philox`) goes through the inverse of the cumulative weights
@@ -51,20 +51,16 @@ def sample(logits_BV: torch.Tensor, lanes: Sequence[LaneSampling]) -> Drawn:
     """Draw a token for each lane from its row of float32 logits, and tell the lane."""
     assert len(logits_BV) == len(lanes)
     errors: dict[int, str] = {}
-    if logits_BV.device.type != "cpu" and all(lane.plain and lane.sampling.logprobs is None for lane in lanes):
-        tokens, finite = greedy_on_device(logits_BV)
-        logprobs = None
-    else:
-        rows_BV = host_rows(logits_BV)
-        tokens = rows_BV.argmax(axis=1).tolist()
-        finite = finite_rows(rows_BV)
-        for index, lane in enumerate(lanes):
-            if finite[index] and not lane.plain:
-                try:
-                    tokens[index] = _draw(rows_BV[index], lane)
-                except ConstraintFault as fault:
-                    tokens[index], errors[index] = NO_TOKEN, str(fault)
-        logprobs = _logprobs(rows_BV, lanes, tokens, finite)
+    rows_BV = host_rows(logits_BV)
+    tokens = rows_BV.argmax(axis=1).tolist()
+    finite = finite_rows(rows_BV)
+    for index, lane in enumerate(lanes):
+        if finite[index] and not lane.plain:
+            try:
+                tokens[index] = _draw(rows_BV[index], lane)
+            except ConstraintFault as fault:
+                tokens[index], errors[index] = NO_TOKEN, str(fault)
+    logprobs = _logprobs(rows_BV, lanes, tokens, finite)
     for index, lane in enumerate(lanes):
         if not finite[index]:
             tokens[index], errors[index] = NO_TOKEN, NOT_FINITE
@@ -75,11 +71,9 @@ def sample(logits_BV: torch.Tensor, lanes: Sequence[LaneSampling]) -> Drawn:
     return Drawn(tokens, logprobs, errors)
 
 
-def greedy_on_device(logits_BV: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """The likeliest token of each row, and whether the row is finite, where the logits are: two lists are all that is copied."""
-    finite_B = torch.isfinite(logits_BV).all(dim=-1)
-    tokens, finite = torch.stack((logits_BV.argmax(dim=-1), finite_B.long())).tolist()
-    return tokens, [bool(flag) for flag in finite]
+def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest token of each row, int64, and whether the row is finite, where the logits are."""
+    return logits_BV.argmax(dim=-1), torch.isfinite(logits_BV).all(dim=-1)
 
 
 def _draw(row_V: Floats, lane: LaneSampling) -> int:

@@ -12,7 +12,7 @@ from pointsman.request import SamplingParams
 from pointsman.sampling import NO_TOKEN, LaneSampling, sample
 from pointsman.sampling.filters import kept, pick
 from pointsman.sampling.philox import round_keys, uniform
-from pointsman.sampling.sampler import greedy_on_device
+from pointsman.sampling.sampler import greedy
 from pointsman.step import LaneStart
 
 EOS = (3,)
@@ -164,7 +164,7 @@ def test_a_row_that_is_not_finite_fails_alone(wrong: float, place: int) -> None:
         assert drawn.logprobs is not None and drawn.logprobs[bad] is None
         others = [row for row in range(len(PARAMS)) if row != bad]
         assert [drawn.tokens[row] for row in others] == [expected.tokens[row] for row in others]
-        assert greedy_on_device(logits_BV)[1] == [row != bad for row in range(len(PARAMS))]
+        assert greedy(logits_BV)[1].tolist() == [row != bad for row in range(len(PARAMS))]
 
 
 def test_a_row_with_nothing_left_fails_alone() -> None:
@@ -179,7 +179,8 @@ def test_a_row_with_nothing_left_fails_alone() -> None:
 def test_the_device_path_agrees_with_the_host() -> None:
     logits_BV = logits(9, 3000).round()
     lanes = [lane(SamplingParams(temperature=0.0), 3000) for _ in range(9)]
-    assert greedy_on_device(logits_BV) == (sample(logits_BV, lanes).tokens, [True] * 9)
+    tokens_B, finite_B = greedy(logits_BV)
+    assert (tokens_B.tolist(), finite_B.tolist()) == (sample(logits_BV, lanes).tokens, [True] * 9)
 
 
 def test_no_lanes() -> None:
