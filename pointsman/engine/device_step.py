@@ -51,13 +51,13 @@ Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 def pad(batch: Batch, size: int) -> tuple[Ints, Ints, Ints, Ints]:
-    """Tokens, positions, slots and lanes of a batch, padded to `size` rows."""
+    """Tokens, positions, lanes and slots of a batch, padded to `size` rows."""
     room = size - len(batch.tokens_T)
 
     def padded(values_T: Ints, value: int) -> Ints:
         return np.pad(values_T, (0, room), constant_values=value)
 
-    return padded(batch.tokens_T, 0), padded(batch.positions_T, 0), padded(batch.slots_T, PADDING_SLOT), padded(batch.lanes_T, 0)
+    return padded(batch.tokens_T, 0), padded(batch.positions_T, 0), padded(batch.lanes_T, 0), padded(batch.slots_T, PADDING_SLOT)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -96,11 +96,11 @@ class DeviceStep:
         memory = self._memory
         memory.lanes.grow(batch.growths)
         size = size_for(len(batch.tokens_T), self._sizes)
-        tokens_T, positions_T, slots_T, lanes_T = self._upload(pad(batch, size), into=self._inputs)
+        tokens_T, positions_T, lanes_T, slots_T = self._upload(pad(batch, size), into=self._inputs)
         context = StepContext(
             positions_T=positions_T,
             slots_T=slots_T,
-            segments=[Span(*segment) for segment in batch.segments],
+            attention_plan=self._decoder.plan_attention([Span(*segment) for segment in batch.segments], size),
             page_table_LP=memory.lanes.page_table_LP,
             kv=memory.kv,
             routes=memory.routes,

@@ -105,7 +105,7 @@ class Decoder:
         """The attention plan of a step whose rows are these runs of lanes' tokens."""
         sizes = self.architecture
         shape = kernels.AttentionShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
-        return self.backends.attention.plan(spans, num_rows, shape, self.parameters.embed_VD.device)
+        return self.backends.attention.plan(spans, num_rows, shape, self.device)
 
     def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
         """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""

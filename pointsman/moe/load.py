@@ -89,9 +89,9 @@ class DeviceExpertLoad:
 
     def count(self, slots_T: torch.Tensor) -> None:
         """Count the rows that a step has just stored; a slot below zero is padding."""
-        rows_TLK = self._routes.ids(slots_T) + self._first_L1
-        real_T = (slots_T >= 0).long()
-        self._counts_LE.view(-1).index_add_(0, rows_TLK.flatten(), real_T[:, None, None].expand_as(rows_TLK).flatten())
+        real_TLK = (slots_T >= 0).long()[:, None, None].expand(-1, *self._routes.rows_SLK.shape[1:])
+        place_TLK = self._routes.ids(slots_T) * real_TLK + self._first_L1  # what is stored for padding need not be an expert
+        self._counts_LE.view(-1).index_add_(0, place_TLK.flatten(), real_TLK.flatten())
 
     def settle(self) -> None:
         """Nothing is left to be counted."""

@@ -12,13 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pointsman import LLM, RequestOutput, SamplingParams
 from pointsman.engine import build
 from pointsman.engine.batch import Batch
+from pointsman.engine.device_lanes import DeviceLanes
+from pointsman.engine.device_sampler import DeviceSampler, Draw
 from pointsman.engine.device_step import pad, size_for, step_sizes
+from pointsman.sampling.lane import LaneSampling
+from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE
+from pointsman.step import PENDING, LaneStart
 from tests.engine.test_invariance import run, same, workload
 
 SETUPS: dict[str, dict[str, Any]] = {
@@ -78,6 +84,64 @@ def test_unpadded_it_is_the_torch_step_bit_by_bit(
 
 def test_padding_changes_no_token(folder: Path, setup: dict[str, Any], torch_step: list[RequestOutput], device: None) -> None:
     compare(answers(folder, **setup)[0], torch_step, exact=False)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_sizes_hold_every_step_and_waste_little(max_tokens: int, num_tokens: int) -> None:
+    sizes = step_sizes(max_tokens)
+    assert list(sizes) == sorted(set(sizes)) and sizes[-1] == max_tokens
+    size = size_for(min(num_tokens, max_tokens), sizes)
+    assert min(num_tokens, max_tokens) <= size <= max(2 * num_tokens, num_tokens + 127)
+    assert size_for(max_tokens + 1, sizes) == max_tokens + 1
+
+
+@given(st.integers(1, 40), st.integers(0, 24))
+def test_padding_leaves_the_rows_and_writes_nowhere(num_rows: int, room: int) -> None:
+    rng = np.random.default_rng(num_rows)
+    columns = [rng.integers(0, 1 << 40, num_rows) for _ in range(4)]
+    batch = Batch(*columns, [(0, 0, num_rows)], np.arange(num_rows), [], [], [])
+    padded = pad(batch, num_rows + room)
+    for mine, given_T in zip(padded, columns, strict=True):
+        assert np.array_equal(mine[:num_rows], given_T) and len(mine) == num_rows + room
+    assert (padded[3][num_rows:] == -1).all()
+
+
+def test_a_token_that_only_the_device_knows_comes_from_its_lane() -> None:
+    lanes = DeviceLanes(4, 8, torch.device("cpu"))
+    lanes.last_token_L[:] = torch.tensor([50, 51, 52, 53])
+    tokens_T = lanes.fill_in(torch.tensor([7, PENDING, 9, PENDING]), torch.tensor([0, 3, 1, 1]))
+    assert tokens_T.tolist() == [7, 53, 9, 51]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 99), min_size=1, max_size=3)), max_size=12))
+def test_pages_on_the_device_are_those_of_the_host(handed_out: list[tuple[int, list[int]]]) -> None:
+    lanes, host_LP = DeviceLanes(4, 64, torch.device("cpu")), np.zeros((4, 64), np.int32)
+    length, steps = [0] * 4, []
+    for lane, pages in handed_out:
+        host_LP[lane, length[lane] : length[lane] + len(pages)] = pages
+        steps.append((lane, length[lane], tuple(pages)))
+        length[lane] += len(pages)
+    lanes.grow(steps[:5])
+    lanes.grow(steps[5:])
+    assert np.array_equal(lanes.page_table_LP.numpy(), host_LP)
+
+
+def test_lanes_that_need_the_host_are_left_to_it() -> None:
+    """Greedy lanes alone are drawn on the device, and counted at once; what they get is the host sampler's token."""
+    logits_RV = torch.randn(6, 40, generator=torch.Generator().manual_seed(3)).round()
+    logits_RV[4, 7] = float("nan")
+    ways: list[dict[str, Any]] = [{}, {"logprobs": 0}, {"min_tokens": 1}, {"temperature": 1.0}, {}, {"presence_penalty": 1.0}]
+    states = [
+        LaneSampling(LaneStart(lane, lane, (1,), (), SamplingParams(**{"temperature": 0.0} | way), 5), 40, (2,))
+        for lane, way in enumerate(ways)
+    ]
+    lanes = DeviceLanes(6, 1, torch.device("cpu"))
+    drawing = DeviceSampler(lanes, torch.device("cpu")).draw(logits_RV, [Draw(5 - row, row, state) for row, state in enumerate(states)])
+    assert drawing.indices == [0, 4]
+    drawn = drawing.drawn()
+    assert drawn.tokens == [int(logits_RV[0].argmax()), NO_TOKEN] and drawn.errors == {1: NOT_FINITE}
+    assert int(lanes.last_token_L[5]) == drawn.tokens[0] and 0 <= int(lanes.last_token_L[1]) < 40
+    assert [state.num_output for state in states] == [1, 0, 0, 0, 1, 0]
 
 
 def compare(mine: list[RequestOutput], theirs: list[RequestOutput], *, exact: bool) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pointsman.moe import load
 from pointsman.moe.capture import RouteStore
-from pointsman.moe.load import ExpertLoad
+from pointsman.moe.load import DeviceExpertLoad, ExpertLoad
 
 LAYERS, EXPERTS, TOP_K, SLOTS = 3, 9, 2, 40
 
@@ -21,7 +21,7 @@ def step(routes, expert_load, expected, slots, random):
     for layer in range(LAYERS):
         ids = random.random((len(slots), num_experts_of(routes))).argsort(axis=1)[:, :TOP_K]
         np.add.at(expected[layer], ids.ravel(), 1)
-        routes.record(layer, torch.tensor(slots), torch.from_numpy(ids))
+        routes.record(layer, torch.tensor(slots, dtype=torch.int64), torch.from_numpy(ids))
     expert_load.after_step(np.array(slots, np.int64))
 
 
@@ -60,3 +60,20 @@ def test_notes_do_not_pile_up_and_are_counted_in_pieces(monkeypatch):
         expert_load.after_step(np.array([1, 2], np.int64))
         assert len(expert_load._notes) <= 7
     assert expert_load.counts_LE()[:, 0].tolist() == [200 * TOP_K] * LAYERS
+
+
+@pytest.mark.parametrize("num_experts", [EXPERTS, 700])
+@settings(deadline=None, max_examples=30)
+@given(steps=st.lists(st.tuples(st.sets(st.integers(0, SLOTS - 2), max_size=8), st.integers(0, 5)), max_size=8))
+def test_on_a_device_a_step_counts_its_own_rows_and_no_padding(num_experts, steps):
+    """A CPU in the device's place. The last slot, which is that of padding, holds what is no expert."""
+    routes = RouteStore(SLOTS, LAYERS, TOP_K, num_experts)
+    routes.rows_SLK.view(torch.uint8).fill_(255)
+    expert_load = DeviceExpertLoad(routes, num_experts)
+    expected = np.zeros((LAYERS, num_experts), np.int64)
+    random = np.random.default_rng(0)
+    for slots, room in steps:
+        step(routes, expert_load, expected, sorted(slots), random)
+        expert_load.count(torch.tensor([*sorted(slots), *[-1] * room], dtype=torch.int64))
+        expert_load.settle()
+    assert np.array_equal(expert_load.counts_LE(), expected)
