@@ -97,6 +97,8 @@ class DeviceStep:
         memory.lanes.grow(batch.growths)
         size = size_for(len(batch.tokens_T), self._sizes)
         tokens_T, positions_T, lanes_T, slots_T = self._upload(pad(batch, size), into=self._inputs)
+        spread = () if batch.forced is None else (batch.forced.spread(size),)
+        rows_R, *replay = self._small_upload((batch.rows_R, *spread))
         context = StepContext(
             positions_T=positions_T,
             slots_T=slots_T,
@@ -104,8 +106,8 @@ class DeviceStep:
             page_table_LP=memory.lanes.page_table_LP,
             kv=memory.kv,
             routes=memory.routes,
+            replay_TNK=replay[0] if replay else None,
         )
-        x_TD = self._decoder.hidden(memory.lanes.fill_in(tokens_T, lanes_T), context)
+        x_TD, delta_TD = self._decoder.hidden(memory.lanes.fill_in(tokens_T, lanes_T), context)
         memory.load.count(slots_T)
-        (rows_R,) = self._small_upload((batch.rows_R,))
-        return self._decoder.logits(x_TD[rows_R])
+        return self._decoder.logits(x_TD[rows_R], None if delta_TD is None else delta_TD[rows_R])

@@ -25,7 +25,8 @@ from pointsman.engine.device_step import pad, size_for, step_sizes
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE
 from pointsman.step import PENDING, LaneStart
-from tests.engine.test_invariance import run, same, workload
+from tests.engine.test_invariance import same, workload
+from tests.engine.test_replay import rows
 
 SETUPS: dict[str, dict[str, Any]] = {
     "overlapped": {},
@@ -58,7 +59,13 @@ def unpadded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answers(folder: Path, **config: Any) -> tuple[list[RequestOutput], LLM]:
-    return run(folder, mixed(), cpu_step="torch", **config)
+    llm = LLM(str(folder), load_format="dummy", progress=False, cpu_step="torch", **config)
+    prompts, params = zip(*mixed(), strict=True)
+    replays = [rows(30, seed=index) if index % 4 == 1 else None for index in range(len(prompts))]
+    try:
+        return llm.generate(list(prompts), params, replay_routed_experts=replays), llm
+    finally:
+        llm.close()
 
 
 @pytest.fixture(scope="module", params=SETUPS.values(), ids=SETUPS.keys())
@@ -150,5 +157,6 @@ def compare(mine: list[RequestOutput], theirs: list[RequestOutput], *, exact: bo
             same(one, other, exact=exact)
             continue
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert one.outputs[0].routing_agreement == other.outputs[0].routing_agreement
         if exact:
             np.testing.assert_array_equal(one.outputs[0].routed_experts, other.outputs[0].routed_experts)
