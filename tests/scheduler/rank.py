@@ -1,9 +1,9 @@
 """A rank that remembers instead of computing, and a model that can be run alone.
 
-A slot of the cache holds a fingerprint: of the salt, and of every token up to the one that was fed there. Before a row is
-answered, every slot of its lane up to it must hold the fingerprint of the lane's own tokens. A page that was lost, shared
-too early, written by two or handed on too soon shows here, whatever the scheduler believes. The next token is a function of
-all tokens before it and of the seed, so an answer is right only if every row was fed right.
+A slot of the cache holds a fingerprint: of the salt, and of every token up to the one that was fed there, each with the experts that it
+was forced to use, if it was. Before a row is answered, every slot of its lane up to it must hold the fingerprint of the lane's own tokens.
+A page that was lost, shared too early, written by two or handed on too soon shows here, whatever the scheduler believes. The next token
+is a function of all tokens before it and of the seed, so an answer is right only if every row was fed right.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ STOP_PAIR = (3, 3)
 """What a request with stop strings ends on, as if the two tokens spelt the string."""
 
 
-def fingerprints(salt: str, tokens: list[int]) -> list[int]:
-    """One for each token: of the salt and all tokens up to it."""
-    prints, last = [], sum(map(ord, salt))
-    for token in tokens:
-        last = hash((last, token))
+def fingerprints(request: Request, tokens: list[int]) -> list[int]:
+    """One for each token: of the salt and all tokens up to it, with the rows of the replay."""
+    prints, last = [], sum(map(ord, request.cache_salt))
+    for position, token in enumerate(tokens):
+        row = None if request.replay is None else request.replay.row(position)
+        last = hash((last, token) if row is None else (last, token, int.from_bytes(row, "little")))
         prints.append(last)
     return prints
 
@@ -53,7 +54,7 @@ def run_alone(request: Request, seed: int, max_context: int, room: int) -> Answe
     most = min(most, room + 1 - len(prompt)) if sampling.max_tokens is None else min(most, sampling.max_tokens)
     output: list[int] = []
     while len(output) < most:
-        fingerprint = fingerprints(request.cache_salt, prompt + output)[-1]
+        fingerprint = fingerprints(request, prompt + output)[-1]
         if fails(fingerprint, seed):
             return Answer(output, FinishReason.ERROR)
         token = next_token(fingerprint, seed)
@@ -71,7 +72,7 @@ def run_alone(request: Request, seed: int, max_context: int, room: int) -> Answe
 @dataclass
 class Lane:
     start: LaneStart
-    salt: str
+    request: Request
     tokens: list[int]
     pages: list[int] = field(default_factory=list)
     num_fed: int | None = None
@@ -91,17 +92,17 @@ class Rank:
     def slot(self, pages: list[int], position: int) -> int:
         return pages[position // self.page_size] * self.page_size + position % self.page_size
 
-    def check_memory(self, salt: str, tokens: list[int], pages: list[int]) -> None:
+    def check_memory(self, request: Request, tokens: list[int], pages: list[int]) -> None:
         """The slots hold the keys and values of exactly these tokens."""
-        for position, fingerprint in enumerate(fingerprints(salt, tokens)):
+        for position, fingerprint in enumerate(fingerprints(request, tokens)):
             assert self.memory[self.slot(pages, position)] == fingerprint, f"position {position} is not as it was written"
 
-    def execute(self, plan: StepPlan, salts: dict[int, str]) -> StepResult:
+    def execute(self, plan: StepPlan, requests: dict[int, Request]) -> StepResult:
         assert plan.index == self.num_plans
         self.num_plans += 1
         for start in plan.starts:
             assert 0 <= start.lane < self.num_lanes
-            self.lanes[start.lane] = Lane(start, salts[start.seq], [*start.prompt, *start.output])
+            self.lanes[start.lane] = Lane(start, requests[start.seq], [*start.prompt, *start.output])
         assert len({segment.lane for segment in plan.segments}) == len(plan.segments)
         written: set[int] = set()
         for segment in plan.segments:
@@ -112,7 +113,7 @@ class Rank:
         prompt_logprobs: dict[int, list[dict[int, Logprob]]] = {}
         for segment in plan.segments:
             lane, end = self.lanes[segment.lane], segment.start + len(segment.tokens)
-            self.check_memory(lane.salt, lane.tokens[:end], lane.pages)
+            self.check_memory(lane.request, lane.tokens[:end], lane.pages)
             if segment.prompt_logits:
                 prompt_logprobs[segment.seq] = self.prompt_rows(lane, segment.start, end)
             if segment.sample:
@@ -135,19 +136,19 @@ class Rank:
         lane.num_fed = end
         lane.pages.extend(segment.pages)
         assert len(set(lane.pages)) == len(lane.pages)
-        prints = fingerprints(lane.salt, lane.tokens[:end])
+        prints = fingerprints(lane.request, lane.tokens[:end])
         slots = {self.slot(lane.pages, position): prints[position] for position in range(segment.start, end)}
         self.memory |= slots
         return set(slots)
 
     def prompt_rows(self, lane: Lane, start: int, end: int) -> list[dict[int, Logprob]]:
-        prints = fingerprints(lane.salt, lane.tokens)
+        prints = fingerprints(lane.request, lane.tokens)
         following = range(start, min(end, len(lane.start.prompt) - 1))
         return [{lane.tokens[position + 1]: Logprob(float(prints[position]), 1)} for position in following]
 
     def sample(self, lane: Lane) -> Sampled:
         """After a fault, and after the end of a text, the lane goes on with some token: the host does not know yet."""
-        fingerprint = fingerprints(lane.salt, lane.tokens)[-1]
+        fingerprint = fingerprints(lane.request, lane.tokens)[-1]
         token = next_token(fingerprint, lane.start.seed)
         lane.tokens.append(token)
         lane.last_sample = token

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pointsman.cache.pages import PagePool
 from pointsman.cache.radix import RadixCache
-from pointsman.request import FinishReason, Logprob, Request
+from pointsman.request import FinishReason, Logprob, Replay, Request
 from pointsman.scheduler import Advance, Scheduler, Sequence
 from pointsman.step import StepPlan, StepResult
 from tests.scheduler.rank import EOS, STOP_PAIR, Rank, fingerprints, run_alone
@@ -88,8 +88,8 @@ class Simulation:
         self.check_preempted(before)
         self.check_plan(plan)
         self.check_starts(plan)
-        salts = {number: sequence.request.cache_salt for number, sequence in self.sequences.items()}
-        self.in_flight.append((plan, self.rank.execute(plan, salts)))
+        requests = {number: sequence.request for number, sequence in self.sequences.items()}
+        self.in_flight.append((plan, self.rank.execute(plan, requests)))
         self.check_counts()
         return True
 
@@ -161,7 +161,9 @@ class Simulation:
             self.decoding.discard(sequence.number)
             stayed = [other for other in before if other.lane is not None]
             assert all(other.order < sequence.order for other in stayed), "who is preempted is the last in order"
-            self.rank.check_memory(sequence.request.cache_salt, sequence.tokens[: sequence.num_computed], sequence.pages)
+            self.rank.check_memory(sequence.request, sequence.tokens[: sequence.num_computed], sequence.pages)
+            if sequence.num_computed:
+                sequence.kept = Replay(shape=(sequence.num_computed, 1, 1), data=bytes(sequence.num_computed))
 
     def check_plan(self, plan: StepPlan) -> None:
         setup = self.setup
@@ -200,6 +202,7 @@ class Simulation:
         for start, sequence in zip(plan.starts, started, strict=True):
             first = segments[start.seq]
             assert list(first.pages) == sequence.pages and [*start.prompt, *start.output] == sequence.tokens
+            assert start.replays == tuple(rows for rows in (sequence.kept, sequence.request.replay) if rows is not None)
             if start.seq not in self.started:
                 assert sequence.num_cached == first.start < sequence.num_prompt
             if not self.setup.radix or sequence.wants_prompt_rows:
@@ -236,7 +239,7 @@ class Simulation:
         tokens = sequence.tokens[: sequence.num_computed]
         if sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             assert tokens == (sequence.tokens[:-1] if self.outputs[sequence.number] else sequence.tokens)
-            self.rank.check_memory(sequence.request.cache_salt, tokens, sequence.pages)
+            self.rank.check_memory(sequence.request, tokens, sequence.pages)
 
     def check_finished(self) -> None:
         """Every answer is the oracle's, and nothing is left behind."""
@@ -259,7 +262,7 @@ class Simulation:
 
     def check_prompt_rows(self, sequence: Sequence) -> None:
         prompt = list(sequence.request.prompt_token_ids)
-        prints = fingerprints(sequence.request.cache_salt, prompt)
+        prints = fingerprints(sequence.request, prompt)
         rows = [{token: Logprob(float(before), 1)} for token, before in zip(prompt[1:], prints, strict=False)]
         wanted = sequence.request.sampling.prompt_logprobs is not None and sequence.finish_reason is not FinishReason.ERROR
         if wanted or self.prompt_rows[sequence.number]:

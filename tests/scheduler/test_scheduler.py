@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from pointsman.request import FinishReason, Request, SamplingParams
+from pointsman.request import FinishReason, Replay, Request, SamplingParams
 from pointsman.scheduler import Sequence
 from pointsman.step import PENDING, StepPlan
 from tests.scheduler.rank import EOS, next_token
@@ -79,6 +80,48 @@ def test_salts_and_prompt_logprobs_take_no_hit() -> None:
     assert fed(step(simulation))[1] == (0, 9)
     add(simulation, ask("c", [1] * 9, prompt_logprobs=0), 2)
     assert fed(step(simulation))[2] == (0, 9)
+    simulation.run()
+
+
+def test_pages_are_shared_under_the_same_rows_alone() -> None:
+    """Also those of the output; a row that is missing is another than one that is there, whatever stands in it."""
+
+    def forced(rid: str, tokens: list[int], experts: bytes, **fields: Any) -> Request:
+        return dataclasses.replace(ask(rid, tokens), replay=Replay(shape=(len(experts), 1, 1), data=experts, **fields))
+
+    simulation = Simulation(Setup(page_size=4))
+    first = add(simulation, forced("a", [1] * 9, bytes(20)), 1)
+    while simulation.scheduler.has_work:
+        step(simulation)
+    for index, (request, num_cached) in enumerate(
+        (
+            (ask("b", [1] * 9), 0),
+            (forced("c", [1] * 9, bytes(9)), 8),
+            (forced("d", [1] * 9, bytes(7) + b"\1\1"), 4),
+            (forced("e", [1] * 9, bytes(9), missing=((6, 7),)), 4),
+            (forced("f", [1] * 9, bytes(5), start=4), 4),
+            (forced("g", first.tokens, bytes(20)), 28),
+            (forced("h", first.tokens, bytes(19)), 16),
+        )
+    ):
+        sequence = add(simulation, request, index + 2)
+        while simulation.scheduler.has_work:
+            step(simulation)
+        assert sequence.num_cached == num_cached, request.rid
+
+
+def test_rows_of_what_is_never_fed_are_refused() -> None:
+    simulation = Simulation(Setup(max_context=12))
+    for max_tokens, most in ((0, 3), (1, 3), (4, 6), (50, 11), (None, 11)):
+        for count in (most, most + 1):
+            request = dataclasses.replace(
+                ask(f"{max_tokens} {count}", [1] * 3, max_tokens=max_tokens), replay=Replay(shape=(count, 1, 1), data=bytes(count))
+            )
+            if count == most:
+                add(simulation, request, 1)
+            else:
+                with pytest.raises(ValueError, match=f"up to position {most}; .* the last one that is fed is {most - 1}"):
+                    add(simulation, request, 1)
     simulation.run()
 
 

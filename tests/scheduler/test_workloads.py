@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pointsman.request import Request, SamplingParams
+from pointsman.request import Replay, Request, SamplingParams
 from tests.scheduler.rank import VOCAB
 from tests.scheduler.simulation import Setup, Simulation
 
@@ -29,14 +29,26 @@ def setups(draw: st.DrawFn) -> Setup:
 
 
 @st.composite
+def replays(draw: st.DrawFn, end: int) -> Replay:
+    """Rows of positions before the end, some of them missing."""
+    start = draw(st.integers(0, end))
+    experts = draw(st.lists(st.integers(0, 1), max_size=end - start))
+    cuts = sorted(draw(st.sets(st.integers(0, len(experts)), max_size=4)))
+    missing = tuple(zip(cuts[::2], cuts[1::2], strict=False))
+    return Replay(start=start, shape=(len(experts), 1, 1), data=bytes(experts), missing=missing)
+
+
+@st.composite
 def requests(draw: st.DrawFn, rid: str, max_context: int) -> Request:
-    """Prompts of two tokens only, so that many begin alike."""
+    """Prompts of two tokens only, and replays of two experts, so that many begin alike."""
     prompt = draw(st.lists(st.integers(1, 2), min_size=1, max_size=max_context - 1))
     max_tokens = draw(st.one_of(st.none(), st.integers(0, 24)))
+    limit = max_context if max_tokens is None else min(max_context, len(prompt) + max_tokens)
     return Request(
         rid=rid,
         prompt_token_ids=tuple(prompt),
         priority=draw(st.sampled_from(PRIORITIES)),
+        replay=draw(st.none() | replays(max(len(prompt), limit - 1))),
         cache_salt=draw(st.sampled_from(["", "", "a"])),
         sampling=SamplingParams(
             n=draw(st.sampled_from([1, 1, 2, 3])),
