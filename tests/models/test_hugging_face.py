@@ -51,10 +51,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def exact(folders: dict[str, Path]) -> dict[str, MiniMaxM2ForCausalLM]:
-    return {name: _exact(SHAPES[name], number) for number, name in enumerate(folders)}
+    return {name: exact_model(SHAPES[name], number) for number, name in enumerate(folders)}
 
 
-def _exact(shape: Shape, seed: int) -> MiniMaxM2ForCausalLM:
+def exact_model(shape: Shape, seed: int) -> MiniMaxM2ForCausalLM:
     config = {
         key: value for key, value in shape.config().items() if key not in ("quantization_config", "torch_dtype", "auto_map", "use_mtp")
     }
@@ -208,7 +208,7 @@ def _any_shape(seed: int) -> Shape:
 @pytest.mark.parametrize("seed", range(16))
 def test_any_shape_in_any_chunks(seed: int, tmp_path: Path) -> None:
     shape = _any_shape(seed)
-    model, decoder = _exact(shape, seed), load_model(shape.write(tmp_path, seed=seed))
+    model, decoder = exact_model(shape, seed), load_model(shape.write(tmp_path, seed=seed))
     ids, cut = _ids(shape), 1 + 2 * seed
     harness = Harness(decoder, page_size=1 + seed % 7, seed=seed)
     got = torch.cat([harness.step({3: ids[:cut]})[3], harness.step({3: ids[cut:]})[3]])
