@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,12 +18,12 @@ from typing import Any
 
 from pointsman.bench import arithmetic, tools
 from pointsman.bench.options import AccuracyOptions
+from pointsman.bench.shares import wilson
 from pointsman.bench.subject import machine, settle
 from pointsman.engine.llm import LLM
 from pointsman.request import FinishReason, RequestOutput, SamplingParams
 
 VERDICTS = ("right", "wrong", "invalid")
-Z_95 = 1.959964
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,14 +146,6 @@ def summarize(task: Task, graded: list[Graded], seconds: float) -> dict[str, Any
         "output_throughput": round(num_tokens / seconds, 1),
         "groups": dict(sorted(groups.items())),
     }
-
-
-def wilson(hits: int, total: int, z: float = Z_95) -> tuple[float, float]:
-    """The interval of a share, by Wilson's score; 95 % with the usual z."""
-    share = hits / total
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    middle, scale = share + z * z / (2 * total), 1 + z * z / total
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 def _record(task: Task, entry: Graded) -> dict[str, Any]:

@@ -22,6 +22,32 @@ class AccuracyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gsm8kOptions:
+    """Few-shot GSM8K, of a server where one is named, else of an engine here."""
+
+    data_path: str = flag("", "GSM8K's test set: JSON lines with question and answer")
+    num_shots: int = flag(5, "solved problems before each question: the first of the file", low=0, high=1000)
+    num_questions: int = flag(200, "problems to answer", low=1, high=1_000_000)
+    shots_in_set: bool = flag(
+        False, "leave the shots among the problems that are answered, as other engines do; their answers are then known"
+    )
+    parallel: int = flag(64, "requests that run at once", low=1, high=4096)
+    max_tokens: int = flag(512, "most tokens of an answer", low=1)
+    host: str | None = flag(None, "address of a server to ask (default: an engine here, with its flags)")
+    port: int = flag(30000, "port of that server", low=1, high=65535)
+    base_url: str | None = flag(None, "http(s)://host:port[/path] in place of --host and --port")
+    api_key: str | None = flag(None, "sent to the server as a bearer token", secret=True)
+    save: str | None = flag(None, "write every question and answer to this file, one JSON object a line")
+    log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)
+
+    def __post_init__(self) -> None:
+        if not self.data_path:
+            raise ValueError("--data-path is missing: the file test.jsonl of github.com/openai/grade-school-math")
+        if self.port != 30000 and self.host is None:
+            raise ValueError(f"--port is {self.port}, but there is no --host; give --host, as 127.0.0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatencyOptions:
     """Random prompts of one length, answered in full batches."""
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pointsman import cli
 from pointsman.bench import accuracy, arithmetic, tools
-from pointsman.bench.accuracy import ARITHMETIC, TOOLS, held_out, wilson
+from pointsman.bench.accuracy import ARITHMETIC, TOOLS, held_out
+from pointsman.bench.shares import wilson
 from pointsman.request import CompletionOutput, FinishReason, RequestOutput
 
 TASKS = {"arithmetic": ARITHMETIC, "tools": TOOLS}

@@ -26,6 +26,7 @@ LOOK_SECONDS = 0.02
 LATE_SECONDS = 0.02
 BUSY_SHARE = 0.8
 SPARE_FILES = 256
+NO_TOKENS = "the answer has no tokens"
 
 
 @dataclass
@@ -128,7 +129,7 @@ class Load:
         if answer.status != OK:
             return f"{answer.status}: {error_of(answer.body)}"
         if not outcome.piece_s:
-            return "the answer has no tokens"
+            return NO_TOKENS
         return None
 
 
