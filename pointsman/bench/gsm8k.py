@@ -67,11 +67,12 @@ def eval_gsm8k(engine: dict[str, Any], options: Gsm8kOptions) -> int:
     logging.basicConfig(level=options.log_level.upper())
     if options.save is not None:
         Path(options.save).touch()
+    is_remote = options.base_url is not None or options.host is not None
+    if is_remote and engine:
+        raise ValueError(f"{', '.join(engine)} {'is' if len(engine) == 1 else 'are'} for an engine here; the server has its own")
     shots, problems = choose(read(options.data_path), options.num_shots, options.num_questions, options.shots_in_set)
     prompts = [prompt(shots, problem) for problem in problems]
-    if options.base_url is not None or options.host is not None:
-        if engine:
-            raise ValueError(f"{', '.join(engine)} {'is' if len(engine) == 1 else 'are'} for an engine here; the server has its own")
+    if is_remote:
         replies, seconds, source = asyncio.run(_ask(prompts, options))
     else:
         replies, seconds, source = _generate(prompts, engine, options)
@@ -111,9 +112,8 @@ def choose(problems: Sequence[Problem], num_shots: int, num_questions: int, shot
     shots = list(problems[:num_shots])
     rest = list(problems if shots_in_set else problems[num_shots:])
     if len(shots) < num_shots or len(rest) < num_questions:
-        raise ValueError(
-            f"the file has {len(problems)} problems; {num_shots} shots leave {len(rest)}, and --num-questions is {num_questions}"
-        )
+        left = f"{num_shots} shots leave {len(rest)}"
+        raise ValueError(f"the file has {len(problems)} problems; {left}, and --num-questions is {num_questions}")
     return shots, rest[:num_questions]
 
 

@@ -28,9 +28,7 @@ class Gsm8kOptions:
     data_path: str = flag("", "GSM8K's test set: JSON lines with question and answer")
     num_shots: int = flag(5, "solved problems before each question: the first of the file", low=0, high=1000)
     num_questions: int = flag(200, "problems to answer", low=1, high=1_000_000)
-    shots_in_set: bool = flag(
-        False, "leave the shots among the problems that are answered, as other engines do; their answers are then known"
-    )
+    shots_in_set: bool = flag(False, "leave the shots, whose answers are known, among the problems to answer, as other engines do")
     parallel: int = flag(64, "requests that run at once", low=1, high=4096)
     max_tokens: int = flag(512, "most tokens of an answer", low=1)
     host: str | None = flag(None, "address of a server to ask (default: an engine here, with its flags)")

@@ -55,9 +55,7 @@ VERBS = {
         "accuracy on word problems", "pointsman.bench.options:AccuracyOptions", "pointsman.bench.accuracy:eval_arithmetic"
     ),
     "eval tools": Verb("accuracy of tool calls", "pointsman.bench.options:AccuracyOptions", "pointsman.bench.accuracy:eval_tools"),
-    "eval gsm8k": Verb(
-        "few-shot GSM8K, of a server or an engine here", "pointsman.bench.options:Gsm8kOptions", "pointsman.bench.gsm8k:eval_gsm8k"
-    ),
+    "eval gsm8k": Verb("few-shot GSM8K", "pointsman.bench.options:Gsm8kOptions", "pointsman.bench.gsm8k:eval_gsm8k"),
     "bench serve": Verb(
         "load on any OpenAI endpoint", "pointsman.bench.serving.options:ServeOptions", "pointsman.bench.serving.run:run", engine=False
     ),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pointsman import cli
-from pointsman.bench import accuracy, arithmetic, tools
+from pointsman.bench import accuracy, arithmetic, shares, tools
 from pointsman.bench.accuracy import ARITHMETIC, TOOLS, held_out
 from pointsman.bench.shares import wilson
 from pointsman.request import CompletionOutput, FinishReason, RequestOutput
@@ -134,4 +134,4 @@ def test_wilson_is_where_the_score_test_just_rejects(counts):
     assert 0.0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1.0
     for end in (low, high):
         if 1e-9 < end < 1 - 1e-9:  # nearer than that is rounding: the end is 0 or 1
-            assert abs(share - end) == pytest.approx(accuracy.Z_95 * math.sqrt(end * (1 - end) / total), abs=1e-9)
+            assert abs(share - end) == pytest.approx(shares.Z_95 * math.sqrt(end * (1 - end) / total), abs=1e-9)
