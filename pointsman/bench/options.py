@@ -22,6 +22,26 @@ class AccuracyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """The same problems for every way to run a model."""
+
+    num_questions: int = flag(200, "problems of each kind", low=1, high=100_000)
+    seed: int = flag(0, "which problems", low=0)
+    max_tokens: int = flag(512, "most tokens of an answer, thinking included", low=1)
+    log_level: str = flag("error", "how much to log", choices=LOG_LEVELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementOptions:
+    """Held-out problems, answered greedily and read again by Hugging Face's model."""
+
+    num_questions: int = flag(20, "word problems, and as many requests with tools", low=1, high=10_000)
+    seed: int = flag(0, "which problems", low=0)
+    max_tokens: int = flag(64, "most tokens of an answer", low=1)
+    log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gsm8kOptions:
     """Few-shot GSM8K, of a server where one is named, else of an engine here."""
 

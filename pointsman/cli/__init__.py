@@ -55,6 +55,14 @@ VERBS = {
         "accuracy on word problems", "pointsman.bench.options:AccuracyOptions", "pointsman.bench.accuracy:eval_arithmetic"
     ),
     "eval tools": Verb("accuracy of tool calls", "pointsman.bench.options:AccuracyOptions", "pointsman.bench.accuracy:eval_tools"),
+    "eval table": Verb(
+        "accuracy of every runner and cache type",
+        "pointsman.bench.options:TableOptions",
+        "pointsman.bench.accuracy_table:eval_table",
+    ),
+    "eval agreement": Verb(
+        "nearness to Hugging Face's model", "pointsman.bench.options:AgreementOptions", "pointsman.bench.agreement:eval_agreement"
+    ),
     "eval gsm8k": Verb("few-shot GSM8K", "pointsman.bench.options:Gsm8kOptions", "pointsman.bench.gsm8k:eval_gsm8k"),
     "bench serve": Verb(
         "load on any OpenAI endpoint", "pointsman.bench.serving.options:ServeOptions", "pointsman.bench.serving.run:run", engine=False
