@@ -67,6 +67,20 @@ VERBS = {
     "bench serve": Verb(
         "load on any OpenAI endpoint", "pointsman.bench.serving.options:ServeOptions", "pointsman.bench.serving.run:run", engine=False
     ),
+    "routes": Verb(
+        "load of the experts, of records or of a server",
+        "pointsman.cli.routes.options:RoutesOptions",
+        "pointsman.cli.routes.run:show",
+        positional="files",
+        engine=False,
+    ),
+    "routes diff": Verb(
+        "where two routing records part",
+        "pointsman.cli.routes.options:DiffOptions",
+        "pointsman.cli.routes.run:diff",
+        positional="files",
+        engine=False,
+    ),
     "bench latency": Verb("speed and memory, offline", "pointsman.bench.options:LatencyOptions", "pointsman.bench.latency:run"),
     "bench kernels": Verb(
         "the experts' kernels on a GPU", "pointsman.bench.options:KernelsOptions", "pointsman.bench.kernels:run", engine=False
@@ -104,6 +118,8 @@ def read(words: Sequence[str]) -> Command:
 
 def _find_verb(words: Sequence[str]) -> tuple[str, Sequence[str]]:
     first = words[0]
+    if (longer := " ".join(words[:2])) in VERBS and longer != first:
+        return longer, words[2:]
     if first in VERBS:
         return first, words[1:]
     families: dict[str, list[str]] = {}
@@ -180,7 +196,7 @@ def _interruptible_imports() -> Iterator[None]:
 
 
 def _complain(words: Sequence[str], message: str, code: int) -> int:
-    verb = next((name for name in VERBS if list(words[: len(name.split())]) == name.split()), None)
+    verb = max((name for name in VERBS if list(words[: len(name.split())]) == name.split()), key=len, default=None)
     program = f"pointsman {verb}" if verb else "pointsman"
     print(f"{program}: {message}", file=sys.stderr)
     return code

@@ -47,8 +47,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type, positional: str | N
     groups: dict[str, Any] = {}
     for entry in flags(config).values():
         if entry.name == positional:
-            parser.add_argument(entry.name, metavar=entry.name.upper(), nargs="?", help=entry.help)
-            parser.usage = f"{parser.prog} {entry.name.upper()} [FLAGS]"
+            several = _is_list(entry)
+            parser.add_argument(entry.name, metavar=entry.name.upper(), nargs="*" if several else "?", help=entry.help)
+            parser.usage = f"{parser.prog} {entry.name.upper()}{'...' if several else ''} [FLAGS]"
             continue
         if entry.section not in groups:
             groups[entry.section] = parser.add_argument_group(entry.section) if entry.section else parser
