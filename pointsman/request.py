@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pointsman.grammar import Grammar
 
@@ -24,6 +24,11 @@ MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_K = 1 << 20
 MAX_POSITION = 1 << 30
+MAX_VERSION_LENGTH = 256
+FIRST_VERSION = "0"
+
+PauseMode = Literal["abort", "in_place", "keep", "retract"]
+"""What becomes of requests when the engine is paused: they end, stay as they are (under either name), or go back to the queue."""
 
 
 class QueueFull(ValueError):
@@ -272,6 +277,8 @@ class CompletionOutput:
         routed_experts: a numpy array [prompt + output - 1 - start, layers, top_k], when asked for.
         routing_agreement: of a replay, the share of (token, layer) choices that free routing would have made alike: the same set of
             experts, given the forced routing of all layers and tokens before. None where no position was forced.
+        weight_version: of the weights that were in force at its end.
+        weight_versions: (first row, row after the last, version) of the rows of routed_experts.
     """
 
     index: int
@@ -282,6 +289,8 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     routed_experts: Any = None
     routing_agreement: float | None = None
+    weight_version: str = ""
+    weight_versions: list[tuple[int, int, str]] = field(default_factory=list)
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -315,6 +324,8 @@ class ChoiceDelta:
             [prompt + output - 1 - start, layers, top_k].
         routed_experts_missing: half-open ranges of its rows that are not known, because the choice was aborted before.
         routing_agreement: with the last delta of a replay: see `CompletionOutput`.
+        weight_versions: (first row, row after the last, version of the weights that computed them) of the rows that are known.
+        weight_version: of the weights that were in force in this step.
         error: why the engine gave up on this choice, with finish reason ERROR.
         refused: it never began with the request, and the error is meant for whoever asked: the grammar could not be used.
     """
@@ -332,6 +343,8 @@ class ChoiceDelta:
     routed_experts: Any = None
     routed_experts_missing: list[tuple[int, int]] = field(default_factory=list)
     routing_agreement: float | None = None
+    weight_versions: list[tuple[int, int, str]] = field(default_factory=list)
+    weight_version: str = ""
     error: str | None = None
     refused: bool = False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from pointsman.engine.device_sampler import DeviceSampler
 from pointsman.engine.device_step import DeviceMemory, DeviceStep, step_sizes
 from pointsman.engine.grammars import Grammars
 from pointsman.engine.memory import CacheSize, memory_bytes, size_cache, workspace_bytes
-from pointsman.engine.model_runner import ModelRunner
+from pointsman.engine.model_runner import ModelRunner, Step
+from pointsman.engine.weights import Weights, load_decoder
 from pointsman.layers.paged_kv import KV_DTYPES, PagedKV, bytes_per_token
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import locate, read_json
 from pointsman.models.decoder import Decoder
-from pointsman.models.loader import load_model
 from pointsman.models.parameters import Parameters
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import DeviceExpertLoad, ExpertLoad
@@ -57,6 +58,7 @@ class Parts:
     scheduler: Scheduler
     grammars: Grammars | None
     runner: ModelRunner
+    weights: Weights
 
     @property
     def chat_template(self) -> ChatTemplate | None:
@@ -74,18 +76,7 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
     _check(config)
     model_path = config.model.model_path or str(tiny.path())
     folder = locate(model_path, revision=config.model.revision, weights=config.model.load_format != "dummy")
-    decoder = load_model(
-        folder,
-        dtype=config.model.dtype,
-        load_format=config.model.load_format,
-        quantization=config.model.quantization,
-        linear_backend=config.kernel.fp8_gemm_backend,
-        attention_backend=config.kernel.attention_backend,
-        moe_backend=config.kernel.moe_runner_backend,
-        device=device,
-        seed=config.model.random_seed,
-        progress=progress,
-    )
+    decoder = load_decoder(config, folder, device, load_format=config.model.load_format, progress=progress)
     architecture = decoder.architecture
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     if tokenizer is not None and tokenizer.vocab_size > architecture.vocab_size:
@@ -98,6 +89,7 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
     grammars = None
     if tokenizer is not None and eos_ids:
         grammars = Grammars(tokenizer, architecture.vocab_size, config.scheduler.max_running_requests)
+    runner, make_step = _runner(config, decoder, cache, context_length, eos_ids, grammars)
     return Parts(
         folder=folder,
         architecture=architecture,
@@ -109,7 +101,8 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
         cache=cache,
         scheduler=_scheduler(config, cache, context_length, eos_ids),
         grammars=grammars,
-        runner=_runner(config, decoder, cache, context_length, eos_ids, grammars),
+        runner=runner,
+        weights=Weights(config, decoder, folder, make_step),
     )
 
 
@@ -203,7 +196,8 @@ def _runner(
     context_length: int,
     eos_ids: tuple[int, ...],
     grammars: Grammars | None,
-) -> ModelRunner:
+) -> tuple[ModelRunner, Callable[[Decoder], Step]]:
+    """What runs steps, and what makes a step for other weights."""
     architecture = decoder.architecture
     launches = launches_steps(decoder.device)
     num_pages = cache.num_pages + (1 if launches else 0)  # the last is that of rows which pad a step
@@ -228,10 +222,18 @@ def _runner(
     if launches:
         tables = DeviceLanes(lanes.max_lanes, lanes.max_pages, decoder.device)
         memory = DeviceMemory(kv=kv, routes=routes, lanes=tables, load=DeviceExpertLoad(routes, architecture.num_experts))
-        step = DeviceStep(decoder, memory, sizes=step_sizes(config.scheduler.chunked_prefill_size))
-        return ModelRunner(step, lanes, routes, memory.load, DeviceSampler(tables, decoder.device))
+
+        def make_device_step(decoder: Decoder) -> Step:
+            return DeviceStep(decoder, memory, sizes=step_sizes(config.scheduler.chunked_prefill_size))
+
+        sampler = DeviceSampler(tables, decoder.device)
+        return ModelRunner(make_device_step(decoder), lanes, routes, memory.load, sampler), make_device_step
     load = ExpertLoad(routes, architecture.num_experts)
-    return ModelRunner(choose_step(config, decoder, kv, routes, lanes), lanes, routes, load)
+
+    def make_step(decoder: Decoder) -> Step:
+        return choose_step(config, decoder, kv, routes, lanes)
+
+    return ModelRunner(make_step(decoder), lanes, routes, load), make_step
 
 
 def launches_steps(device: torch.device) -> bool:

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pointsman.config import EngineConfig
 from pointsman.engine.build import Parts, build
 from pointsman.engine.executor import Executor, Pending, choose_executor
+from pointsman.engine.versions import Run, clip
 from pointsman.engine.waiting_room import WaitingRoom
+from pointsman.engine.weights import Fresh
 from pointsman.grammar import Grammar
 from pointsman.replay import check_sizes, keep, rows_of
 from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, QueueFull, Request
@@ -52,6 +54,8 @@ class Engine:
         choices: flag name to what "auto" became.
         num_preemptions: how often a running sequence had to give its pages to others.
         num_steps: steps whose results are in.
+        weights: those in force, and what makes others.
+        paused: no step runs; requests wait, wherever they are (`control`).
     """
 
     def __init__(self, config: EngineConfig, *, progress: bool | None = None) -> None:
@@ -66,6 +70,8 @@ class Engine:
         self.generation_defaults = parts.generation_defaults
         self.choices = parts.choices
         self.scheduler = parts.scheduler
+        self.weights = parts.weights
+        self.paused = False
         self._grammars = parts.grammars
         self._room = None if parts.grammars is None else WaitingRoom(parts.grammars)
         self._given_back: list[Grammar] = []
@@ -76,6 +82,7 @@ class Engine:
         self._choices: dict[int, _Choice] = {}
         self._live: dict[str, int] = {}
         self._in_flight: tuple[StepPlan, Pending] | None = None
+        self._held: list[ChoiceDelta] = []
         self.num_preemptions = 0
         self.num_steps = 0
 
@@ -87,12 +94,18 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._in_flight is not None or self.scheduler.has_work or bool(self._room)
+        waits = self._in_flight is not None or self.scheduler.has_work or bool(self._room)
+        return bool(self._held) or (waits and not self.paused)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that wait, for a lane or for their grammar."""
         return self.scheduler.num_waiting + len(self._room or ())
+
+    @property
+    def weight_version(self) -> str:
+        """What the weights in force are called."""
+        return self._runner.versions.current
 
     @property
     def step_name(self) -> str:
@@ -162,7 +175,10 @@ class Engine:
 
     def step(self) -> list[ChoiceDelta]:
         """Run one step and return what it added; an empty list where no choice grew. Raises what the model raises."""
-        refused = self._call_room() if self._room else []
+        held, self._held = self._held, []
+        if self.paused:
+            return held
+        refused = held + (self._call_room() if self._room else [])
         given_back, self._given_back = self._given_back, []
         now, self._in_flight = self._in_flight or self._submit(self.scheduler.plan()), None
         if now is None:
@@ -198,6 +214,7 @@ class Engine:
                 index=index,
                 num_prompt_tokens=len(request.prompt_token_ids),
                 finish_reason=reason,
+                weight_version=self.weight_version,
                 error=error,
                 refused=error is not None,
             )
@@ -224,7 +241,8 @@ class Engine:
         for sequence in preempted:
             if sequence.kept is None or sequence.num_computed > sequence.kept.end:
                 rows, _ = self._runner.routing(sequence.pages, 0, sequence.num_computed, sequence.num_computed)
-                sequence.kept = keep(rows)
+                sequence.kept, sequence.kept_versions = keep(rows), self._versions(sequence)
+            sequence.tainted = any(number != self._runner.versions.number for _, _, number in sequence.kept_versions)
 
     def _deliver(self, advances: list[Advance]) -> list[ChoiceDelta]:
         deltas = []
@@ -286,6 +304,7 @@ class Engine:
             index=sequence.index,
             num_prompt_tokens=sequence.num_prompt,
             num_cached_tokens=sequence.num_cached,
+            weight_version=self.weight_version,
         )
 
     def _finished(self, sequence: Sequence) -> ChoiceDelta:
@@ -320,6 +339,51 @@ class Engine:
             rows[first - start : last - start] = rows_of(kept)[first:last]
             missing = [(last - start, end - start)] if last < end else []
         delta.routed_experts, delta.routed_experts_missing = rows, missing
+        delta.weight_versions = self._runner.versions.named(clip(self._versions(sequence), start, end), start)
+
+    def _versions(self, sequence: Sequence) -> list[Run]:
+        """Which weights chose the experts of its positions: what was computed again under rows that were kept, those of the rows."""
+        num_known, kept = sequence.num_computed, sequence.kept_versions
+        runs = self._runner.version_runs(sequence.pages, num_known)
+        if not kept:
+            return runs
+        first, last = min(sequence.num_found, num_known), kept[-1][1]
+        return [*clip(runs, 0, first), *clip(kept, first, last), *clip(runs, max(first, last), num_known)]
+
+    def settle(self) -> None:
+        """Take in the step in flight, so that none is. What it added is handed out by the next `step`."""
+        if self._in_flight is not None:
+            plan, pending = self._in_flight
+            result = pending.result()
+            self._in_flight = None
+            self.num_steps += 1
+            self._held += self._deliver(self.scheduler.commit(plan, result))
+
+    def abort_all(self) -> None:
+        """End every request. The next `step` hands out the ends."""
+        for rid in list(self._live):
+            self._held += self.abort(rid)
+
+    def retract(self) -> None:
+        """Send every running sequence back to the queue, as a preemption does."""
+        self.settle()
+        self.scheduler.retract()
+        self._keep_rows(self.scheduler.preempted)
+
+    def install(self, fresh: Fresh, *, flush_cache: bool = True) -> None:
+        """Put new weights in force, between two steps. What runs goes on with them from its next token."""
+        self.settle()
+        self.weights.enter(fresh)
+        self._runner.enter(fresh.step, fresh.version or self._next_version())
+        for sequence in self.scheduler.sequences:
+            if sequence.kept is not None:
+                sequence.tainted, sequence.cacheable = True, False
+        if flush_cache:
+            self.flush_cache()
+
+    def _next_version(self) -> str:
+        current = self.weight_version
+        return str(int(current) + 1 if current.isdecimal() and current.isascii() else self._runner.versions.number + 1)
 
     def stats(self) -> EngineStats:
         """What it is doing. Counts the rows that are not counted yet, so not for every step."""

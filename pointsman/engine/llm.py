@@ -16,9 +16,10 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pointsman.config import engine_config
+from pointsman.engine.control import Control
 from pointsman.engine.engine import Engine
 from pointsman.replay import replay_of
-from pointsman.request import ChoiceDelta, CompletionOutput, Replay, Request, RequestFailed, RequestOutput, SamplingParams
+from pointsman.request import ChoiceDelta, CompletionOutput, PauseMode, Replay, Request, RequestFailed, RequestOutput, SamplingParams
 from pointsman.text import chat_prompt
 
 Prompt = str | Sequence[int]
@@ -38,6 +39,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, *, progress: bool | None = None, **config: Any) -> None:
         self._engine = Engine(engine_config(model_path=model, **config), progress=progress)
+        self._control = Control(self._engine)
         self._progress = progress
         self._names = itertools.count()
 
@@ -112,6 +114,7 @@ class LLM:
         left = request.sampling.n
         try:
             while left:
+                self._check_running()
                 for delta in self._engine.step():
                     left -= delta.finish_reason is not None
                     yield delta
@@ -119,9 +122,34 @@ class LLM:
             if left:
                 self._engine.abort(request.rid)
 
+    @property
+    def weight_version(self) -> str:
+        """What the weights in force are called."""
+        return self._engine.weight_version
+
+    def pause_generation(self, mode: PauseMode = "abort") -> None:
+        """Let no step run until `continue_generation`; see `Control.pause` for the modes."""
+        self._control.pause(mode)
+
+    def continue_generation(self) -> None:
+        """Let steps run again."""
+        self._control.resume()
+
+    def update_weights_from_disk(
+        self, model_path: str, *, flush_cache: bool = True, abort_all_requests: bool = False, weight_version: str | None = None
+    ) -> str:
+        """Replace all weights by a checkpoint's, or change nothing and raise ValueError; see `Control`. Returns the version in force."""
+        return self._control.update_weights_from_disk(
+            model_path, flush_cache=flush_cache, abort_all_requests=abort_all_requests, weight_version=weight_version
+        )
+
     def close(self) -> None:
         """End the engine's threads."""
         self._engine.close()
+
+    def _check_running(self) -> None:
+        if self._engine.paused and not self._engine.has_work:
+            raise RuntimeError("generation is paused, and nothing would come; call continue_generation first")
 
     def _replays(self, prompts: Sequence[Prompt], given: Any) -> list[Replay | None]:
         """A replay, or None, for each prompt."""
@@ -159,6 +187,7 @@ class LLM:
                     left += self._top_up(waiting)
                     if not left:
                         break
+                    self._check_running()
                     for delta in self._engine.step():
                         merge(results[delta.rid], delta)
                         if delta.finish_reason is not None:
@@ -205,6 +234,7 @@ def merge(result: RequestOutput, delta: ChoiceDelta) -> None:
     if delta.finish_reason is not None:
         output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
         output.routed_experts, output.routing_agreement = delta.routed_experts, delta.routing_agreement
+        output.weight_version, output.weight_versions = delta.weight_version, delta.weight_versions
         result.finished = all(choice.finish_reason is not None for choice in result.outputs)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pointsman.engine.batch import Batch, Lanes
 from pointsman.engine.device_sampler import DeviceSampler, Draw, Drawing
+from pointsman.engine.versions import Run, SlotVersions
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.decoder import Decoder
@@ -108,12 +109,14 @@ class ModelRunner:
 
     Attributes:
         load: how often each expert was used.
+        versions: which weights fed each slot.
     """
 
     def __init__(self, step: Step, lanes: Lanes, routes: RouteStore, load: Load, sampler: DeviceSampler | None = None) -> None:
         self._step, self._lanes, self._routes, self._sampler = step, lanes, routes, sampler
         self._unfinished: _Launched | None = None
         self.load = load
+        self.versions = SlotVersions(routes.num_slots)
 
     @property
     def step_name(self) -> str:
@@ -128,6 +131,11 @@ class ModelRunner:
         """Steps are launched on a device, and may be while the one before runs."""
         return self._sampler is not None
 
+    def enter(self, step: Step, version: str) -> None:
+        """From the next plan on, this step with other weights, of this version."""
+        self._step = step
+        self.versions.enter(version)
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises whatever the model raises: such a fault is the engine's, not a request's."""
         return self.launch(plan).result()
@@ -141,6 +149,7 @@ class ModelRunner:
         self.load.before_step()
         logits_RV = self._step(batch, self._lanes)
         self.load.after_step(batch.slots_T)
+        self.versions.record(batch.slots_T)
         draws = self._draws(plan, batch)
         drawing = None
         if self._sampler is not None:
@@ -209,7 +218,12 @@ class ModelRunner:
         fill_missing(rows, missing)
         return rows, missing
 
+    def version_runs(self, pages: list[int], num_known: int) -> list[Run]:
+        """Which weights fed the first positions of a sequence."""
+        return self.versions.runs(self._slots(pages, 0, num_known))
+
     def _slots(self, pages: list[int], start: int, end: int) -> npt.NDArray[np.int64]:
+        """Where the positions from start to end of a sequence are."""
         positions, page_size = np.arange(start, max(start, end)), self._lanes.page_size
         slots: npt.NDArray[np.int64] = np.asarray(pages, np.int64)[positions // page_size] * page_size + positions % page_size
         return slots

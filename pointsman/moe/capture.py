@@ -30,6 +30,10 @@ class RouteStore:
         on_device = self.rows_SLK.device.type == "cuda"
         self._side = torch.cuda.Stream(self.rows_SLK.device) if on_device else None  # type: ignore[no-untyped-call]
 
+    @property
+    def num_slots(self) -> int:
+        return len(self.rows_SLK)
+
     def record(self, layer: int, slots_T: Tensor, ids_TK: Tensor) -> None:
         """Store the experts that the tokens in these slots used in this layer."""
         self._writable()[slots_T, layer] = ids_TK.to(torch.int16 if self.rows_SLK.dtype == torch.uint16 else torch.uint8)

@@ -26,7 +26,8 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from itertools import chain
 
 from pointsman.cache.pages import PagePool
 from pointsman.cache.radix import RadixCache
@@ -110,6 +111,11 @@ class Scheduler:
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
+
+    @property
+    def sequences(self) -> Iterator[Sequence]:
+        """All that have not ended, running and waiting."""
+        return chain.from_iterable(self._requests.values())
 
     def add(self, request: Request, seeds: tuple[int, ...]) -> list[Sequence]:
         """Queue a request: one sequence for each of its n choices, with a seed each.
@@ -254,8 +260,8 @@ class Scheduler:
         sequence.num_shared = len(hit)
         sequence.pages = hit + self._take(num_new)
         sequence.lane = heapq.heappop(self._free_lanes)
-        sequence.num_planned = sequence.num_computed = sequence.num_shared * self._page_size
-        sequence.cacheable = True
+        sequence.num_planned = sequence.num_computed = sequence.num_found = sequence.num_shared * self._page_size
+        sequence.cacheable = not sequence.tainted
         if not sequence.num_preemptions:
             sequence.num_cached = sequence.num_computed
         request, output = sequence.request, tuple(sequence.tokens[sequence.num_prompt :])
@@ -361,6 +367,13 @@ class Scheduler:
         sequence.num_preemptions += 1
         self._queue.join(sequence)
         self.preempted.append(sequence)
+
+    def retract(self) -> None:
+        """Preempt all that run; nothing may be in flight. Like those of a plan, they are in `preempted`, and their pages readable."""
+        assert not self._in_flight
+        self.preempted = []
+        for sequence in sorted(self._running.values(), key=order, reverse=True):
+            self._preempt(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         """Take the lane and the pages back; full computed pages stay in the prefix tree, unless a fault may have spoilt them."""

@@ -30,7 +30,10 @@ class Sequence:
         lane: where it runs; None while it waits and after it ends.
         num_prompt_rows: rows of prompt log-probabilities handed out so far.
         num_wanted: pages that it lacked when it was last refused a start; 0 before.
+        num_found: of its positions, how many were in the prefix cache when it last started.
         kept: the experts that its first positions used before it was preempted; it recomputes those positions under them.
+        kept_versions: (first, after the last, number of the weights) of the rows that are kept.
+        tainted: some of these rows were chosen by other weights than those that compute now, so its pages are no prefix for others.
         replayed: what stands for its first tokens in the prefix tree, where the request has a replay.
     """
 
@@ -53,7 +56,10 @@ class Sequence:
     cacheable: bool = True
     num_prompt_rows: int = 0
     num_wanted: int = 0
+    num_found: int = 0
     kept: Replay | None = None
+    kept_versions: list[tuple[int, int, int]] = field(default_factory=list)
+    tainted: bool = False
     replayed: list[int] = field(default_factory=list)
     num_prompt: int = field(init=False)
     order: tuple[int, int] = field(init=False)

@@ -60,6 +60,7 @@ _ROUTING = {
     "routing_agreement": _or_null(NUMBER),
 }
 FINISH = _or_null({"enum": ["stop", "length", "tool_calls", "abort"]})
+_METADATA = _object({"weight_version": TEXT})
 _ENVELOPE = {"id": TEXT, "created": WHOLE, "model": TEXT}
 _TOKEN = {"token": TEXT, "logprob": NUMBER, "bytes": _list(WHOLE)}
 _CHAT_LOGPROBS = _or_null(_object({"content": _list(_object(_TOKEN | {"top_logprobs": _list(_object(_TOKEN))}))}))
@@ -99,6 +100,7 @@ _META = _object(
         "completion_tokens": WHOLE,
         "cached_tokens": WHOLE,
         "e2e_latency": NUMBER,
+        "weight_version": TEXT,
     },
     _ROUTING
     | {
@@ -132,6 +134,7 @@ ANSWERS: dict[str, Schema] = {
                 )
             ),
             "usage": _ref("Usage"),
+            "metadata": _METADATA,
         },
         {"prompt_token_ids": IDS},
     ),
@@ -145,7 +148,7 @@ ANSWERS: dict[str, Schema] = {
                 )
             ),
         },
-        {"prompt_token_ids": IDS, "usage": _or_null(_ref("Usage"))},
+        {"prompt_token_ids": IDS, "usage": _or_null(_ref("Usage")), "metadata": _METADATA},
     ),
     "Completion": _object(
         _ENVELOPE
@@ -158,7 +161,7 @@ ANSWERS: dict[str, Schema] = {
                 )
             ),
         },
-        {"usage": _or_null(_ref("Usage"))},
+        {"usage": _or_null(_ref("Usage")), "metadata": _METADATA},
     ),
     "GeneratedItem": _object({"text": TEXT, "output_ids": IDS, "meta_info": _META}, {"index": WHOLE}),
     "Generated": {"anyOf": [_ref("GeneratedItem"), _list(_ref("GeneratedItem"))]},
@@ -172,9 +175,13 @@ ANSWERS: dict[str, Schema] = {
         {"normal_text": TEXT, "calls": _list(_object({"tool_index": WHOLE, "name": TEXT, "parameters": TEXT}))},
     ),
     "Reasoning": _object({"reasoning_text": TEXT, "text": TEXT}),
-    "ServerInfo": _object({"version": TEXT, "model": ANY_OBJECT, "engine": ANY_OBJECT, "running": WHOLE}),
+    "ServerInfo": _object(
+        {"version": TEXT, "model": ANY_OBJECT, "engine": ANY_OBJECT, "running": WHOLE, "paused": TRUTH, "weight_version": TEXT}
+    ),
     "RoutingLoad": _object({"num_layers": WHOLE, "num_experts": WHOLE, "num_tokens": WHOLE, "counts": _list(IDS)}),
     "Flushed": _object({"flushed": TRUTH}),
+    "Controlled": _object({"success": _constant(True), "paused": TRUTH, "weight_version": TEXT}),
+    "WeightVersion": _object({"weight_version": TEXT}),
     "Aborted": _object({"aborted": WHOLE}),
     "Document": {"type": "object", "required": ["openapi", "paths"]},
 }

@@ -87,6 +87,7 @@ class OpenAIAnswer:
         self._usage = Usage(prompt=sum(len(request.prompt_token_ids) for request in requests))
         self._pieces: list[list[dict[str, Any]]] = [[] for request in requests for _ in range(request.sampling.n)]
         self._open = set(range(len(self._pieces)))
+        self._weight_version = ""
 
     @property
     def routing(self) -> Routing | None:
@@ -108,6 +109,7 @@ class OpenAIAnswer:
         if index not in self._open:
             return None
         self._usage.add(delta)
+        self._weight_version = delta.weight_version
         piece, finish = self._piece(index, delta)
         if finish is not None:
             self._open.discard(index)
@@ -123,6 +125,8 @@ class OpenAIAnswer:
         if not self.stream:
             self._pieces[index].append(choice)
         chunk = {**self._envelope, "object": self.piece_kind, "choices": [choice]}
+        if finish is not None:
+            chunk["metadata"] = {"weight_version": delta.weight_version}
         return chunk | {"usage": None} if self._form.include_usage else chunk
 
     def last(self) -> dict[str, Any] | None:
@@ -134,7 +138,8 @@ class OpenAIAnswer:
     def whole(self) -> dict[str, Any]:
         """The answer in one, once every choice has ended."""
         choices = [self._whole_choice(index, pieces) for index, pieces in enumerate(self._pieces)]
-        return {**self._envelope, "object": self.kind, "choices": choices, "usage": self._usage.shape()}
+        metadata = {"weight_version": self._weight_version}
+        return {**self._envelope, "object": self.kind, "choices": choices, "usage": self._usage.shape(), "metadata": metadata}
 
     def _whole_choice(self, index: int, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
         choice = {"index": index, **self._join(index, pieces), "finish_reason": pieces[-1]["finish_reason"]}

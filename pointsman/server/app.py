@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import pointsman
 from pointsman.config import EngineConfig, ServerConfig
 from pointsman.server import metrics, native, openapi, reading
-from pointsman.server.access import OPEN_ROUTES, PLAYGROUND, Access
+from pointsman.server.access import PLAYGROUND, Access
+from pointsman.server.admin import Admin, Handler
 from pointsman.server.bridge import Bridge
 from pointsman.server.errors import ApiError
 from pointsman.server.native import GenerateRequest
@@ -43,7 +44,6 @@ LONG_BODY_BYTES = 16 << 10
 CLIENT_GONE = 499
 
 Form = TypeVar("Form", bound=msgspec.Struct)
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(bridge: Bridge, server: ServerConfig, engine: EngineConfig) -> FastAPI:
@@ -86,8 +86,9 @@ class Routes:
             Route("/flush_cache", "Forget cached prefixes", FlushRequest, "Flushed", admin=True, optional=True): self._flush_cache,
             Route("/abort_request", "End requests that run", AbortRequest, "Aborted", admin=True): self._abort_request,
         }
-        table |= self._texts() | self._outside()
-        table |= {Route(path, "Whether requests would be answered", None, None, head=True): self._health for path in OPEN_ROUTES}
+        table |= self._texts() | self._outside() | Admin(self._bridge, self._bodies).table()
+        table[Route("/health", "Whether the engine is there", None, None, head=True)] = self._health
+        table[Route("/ready", "Whether requests would be answered now", None, None, head=True)] = self._ready
         table[Route("/openapi.json", "This document", None, "Document")] = self._document
         self._described = openapi.document(list(table))
         return table
@@ -133,6 +134,12 @@ class Routes:
         self._bridge.served()
         return Response(status_code=200)
 
+    async def _ready(self, http: Request) -> Response:
+        self._bridge.served()
+        if self._bridge.paused:
+            raise ApiError(503, "generation is paused; requests wait for /continue_generation", code="paused")
+        return Response(status_code=200)
+
     async def _models(self, http: Request) -> Response:
         return json_response({"object": "list", "data": [_card(self._bridge.served())]})
 
@@ -144,7 +151,8 @@ class Routes:
     async def _server_info(self, http: Request) -> Response:
         info = msgspec.to_builtins(self._bridge.served().info)
         engine = msgspec.to_builtins(self._engine)
-        return json_response({"version": pointsman.__version__, "model": info, "engine": engine, "running": self._bridge.running})
+        state = {"running": self._bridge.running, "paused": self._bridge.paused, "weight_version": self._bridge.weight_version}
+        return json_response({"version": pointsman.__version__, "model": info, "engine": engine, **state})
 
     async def _document(self, http: Request) -> Response:
         return json_response(self._described)

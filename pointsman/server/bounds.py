@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from pointsman.request import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_K
+from pointsman.request import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_K, MAX_VERSION_LENGTH
 
 MAX_BODY_BYTES = 16 << 20
 MAX_MESSAGES = 8192
@@ -47,6 +47,8 @@ Priority = Annotated[int, Meta(ge=-(1 << 31), le=1 << 31)]
 Salt = Annotated[str, Meta(max_length=256)]
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 RequestName = Annotated[str, Meta(min_length=1, max_length=128)]
+ModelPath = Annotated[str, Meta(min_length=1, max_length=4096)]
+WeightVersion = Annotated[str, Meta(min_length=1, max_length=MAX_VERSION_LENGTH)]
 FunctionName = Annotated[str, Meta(pattern="^[A-Za-z0-9_.:/-]{1,128}$")]
 
 

@@ -10,14 +10,15 @@ request too, and `gone` tells the server to end.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from pointsman.request import Request
-from pointsman.server import wire
+from pointsman.request import FIRST_VERSION, Request
+from pointsman.server import controls, wire
 from pointsman.server.errors import ApiError
 from pointsman.server.meter import Meter, array_load
 from pointsman.server.prompts import ServedModel
@@ -53,6 +54,8 @@ class Bridge:
     Attributes:
         model: None until the engine is ready.
         reason: why the engine has gone.
+        paused: whether no step runs.
+        weight_version: of the weights in force.
     """
 
     def __init__(
@@ -74,6 +77,11 @@ class Bridge:
         self._named: dict[str, str] = {}
         self._num_tokens = 0
         self._flushes: list[asyncio.Future[None]] = []
+        self._controls: dict[int, asyncio.Future[controls.Controlled]] = {}
+        self._numbers = itertools.count(1)
+        self._paused_since: float | None = None
+        self._paused_before = 0.0
+        self.weight_version = FIRST_VERSION
         self._sign = 0.0
         self._loading: asyncio.Task[None] | None = None
         self.model: ServedModel | None = None
@@ -89,6 +97,16 @@ class Bridge:
         self._process.end.listen(loop, self._receive)
         self._look(loop, loop.time())
         threading.Thread(target=self._watch, args=(loop,), daemon=True).start()
+
+    @property
+    def paused(self) -> bool:
+        return self._paused_since is not None
+
+    @property
+    def paused_seconds(self) -> float:
+        """How long it has been paused so far, all times together."""
+        since = self._paused_since
+        return self._paused_before + (0.0 if since is None else asyncio.get_running_loop().time() - since)
 
     @property
     def running(self) -> int:
@@ -153,6 +171,18 @@ class Bridge:
         except TimeoutError:
             raise ApiError(503, "the engine is busy; it flushes its cache after this step", code="engine_busy") from None
 
+    async def control(self, message: controls.Control) -> controls.Controlled:
+        """Have the engine do something, however long that takes. Raises ApiError where it does not."""
+        self.served()
+        message.number = next(self._numbers)
+        reply: asyncio.Future[controls.Controlled] = asyncio.get_running_loop().create_future()
+        self._controls[message.number] = reply
+        self._process.end.send(message)
+        answer = await reply
+        if answer.error is not None:
+            raise ApiError(answer.status, answer.error, code="not_now" if answer.status == 409 else None)
+        return answer
+
     def forget(self, request: Request) -> None:
         """A request has ended."""
         if self._streams.pop(request.rid, None) is None:
@@ -173,17 +203,18 @@ class Bridge:
         self.reason = reason
         for stream in set(self._streams.values()):
             stream.fail(error)
-        for reply in self._flushes:
+        replies: list[asyncio.Future[Any]] = [*self._flushes, *self._controls.values()]
+        for reply in replies:
             if not reply.done():
                 reply.set_exception(error)
         self.gone.set()
 
     def _look(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
-        """Whether the engine still gives signs of life while it has work. Where this process slept itself, it starts to wait anew."""
+        """Whether an engine with work still gives signs of life. Paused, or where this process slept itself, it starts to wait anew."""
         if self.reason is not None:
             return
         now, pause = loop.time(), self._watchdog_seconds / WATCHDOG_LOOKS
-        if now - due > pause:
+        if now - due > pause or self.paused:
             self._sign = now
         silent = now - self._sign
         if self._streams and silent > self._watchdog_seconds:
@@ -210,10 +241,25 @@ class Bridge:
                 reply = self._flushes.pop(0)
                 if not reply.done():
                     reply.set_result(None)
+            case controls.Controlled():
+                self._controlled(message)
             case wire.Ready():
                 self._loading = asyncio.get_running_loop().create_task(self._become_ready(message.model))
             case wire.Failed():
                 self.fail(message.reason, _engine_failed())
+
+    def _controlled(self, answer: controls.Controlled) -> None:
+        """The engine has done something, or not; either way it says how it is now."""
+        now = asyncio.get_running_loop().time()
+        if answer.paused and self._paused_since is None:
+            self._paused_since = now
+        elif not answer.paused and self._paused_since is not None:
+            self._paused_before += now - self._paused_since
+            self._paused_since = None
+        self.weight_version = answer.weight_version
+        reply = self._controls.pop(answer.number)
+        if not reply.done():
+            reply.set_result(answer)
 
     async def _become_ready(self, info: wire.ModelInfo) -> None:
         try:

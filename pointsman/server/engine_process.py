@@ -25,6 +25,7 @@ import msgspec
 from pointsman.config import EngineConfig
 from pointsman.request import QueueFull
 from pointsman.server import wire
+from pointsman.server.controller import Controller
 from pointsman.server.launch import LOG_FORMAT
 
 if TYPE_CHECKING:
@@ -107,11 +108,12 @@ class Reporter:
 def loop(engine: Engine, end: wire.EngineEnd) -> NoReturn:
     """Take messages, step, send; for ever. Raises EOFError when the HTTP process has gone, and what a step raises."""
     told = 0.0
-    reporter = Reporter(engine, end)
+    reporter, controller = Reporter(engine, end), Controller(engine, end)
     while True:
         reporter.report()
-        for message in end.receive(wait=not engine.has_work, most_ms=reporter.wait_ms()):
-            _take(engine, end, message)
+        controller.look()
+        for message in end.receive(wait=not engine.has_work, most_ms=controller.wait_ms(reporter.wait_ms())):
+            _take(engine, controller, end, message)
             reporter.changed = True
         if not engine.has_work:
             continue
@@ -126,7 +128,7 @@ def loop(engine: Engine, end: wire.EngineEnd) -> NoReturn:
             told = time.monotonic()
 
 
-def _take(engine: Engine, end: wire.EngineEnd, message: wire.ToEngine) -> None:
+def _take(engine: Engine, controller: Controller, end: wire.EngineEnd, message: wire.ToEngine) -> None:
     match message:
         case wire.Submit():
             try:
@@ -140,6 +142,8 @@ def _take(engine: Engine, end: wire.EngineEnd, message: wire.ToEngine) -> None:
         case wire.FlushCache():
             engine.flush_cache()
             end.send(wire.CacheFlushed())
+        case _:
+            controller.take(message)
 
 
 def describe(engine: Engine) -> wire.ModelInfo:

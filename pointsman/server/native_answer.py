@@ -50,6 +50,7 @@ class _Item:
     routing: Any = None
     agreement: float | None = None
     finish: dict[str, Any] | None = None
+    weight_version: str = ""
 
 
 class NativeAnswer:
@@ -103,7 +104,7 @@ class NativeAnswer:
         item.texts.append(delta.text)
         item.tokens += delta.token_ids
         item.cached = delta.num_cached_tokens
-        item.routing, item.agreement = delta.routed_experts, delta.routing_agreement
+        item.routing, item.agreement, item.weight_version = delta.routed_experts, delta.routing_agreement, delta.weight_version
         item.finish = _finish(delta, len(item.tokens))
         if item.listing is not None:
             self._list(item, item.listing, delta)
@@ -123,6 +124,7 @@ class NativeAnswer:
             "completion_tokens": len(item.tokens),
             "cached_tokens": item.cached,
             "e2e_latency": time.monotonic() - self._begun,
+            "weight_version": item.weight_version,
         }
         if item.routing is not None:
             information["routed_experts"] = item.routing

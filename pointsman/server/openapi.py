@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 import pointsman
-from pointsman.server import native, reading
+from pointsman.server import native, operations, reading
 from pointsman.server.answer_schemas import ANSWERS
 from pointsman.server.bounds import MAX_BODY_BYTES, MAX_INTEGER
 from pointsman.server.native import GenerateRequest
@@ -21,12 +21,14 @@ NO_EFFECT: dict[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
     ChatRequest: reading.NO_EFFECT,
     CompletionRequest: reading.NO_EFFECT,
     GenerateRequest: native.NO_EFFECT,
+    **operations.NO_EFFECT,
 }
 ERRORS = {
     400: "the request cannot be understood, or not be run here; the message says why",
     401: "a key is needed",
     403: "not from this address, host or origin",
     404: "there is no such model",
+    409: "not now, for what else the engine is doing",
     408: "the body took too long to come",
     413: f"the body is longer than {MAX_BODY_BYTES} bytes",
     415: "the body is not said to be JSON",

@@ -22,7 +22,6 @@ from pointsman.server.errors import ApiError
 if TYPE_CHECKING:
     from pointsman.routed_experts import RoutedExperts
 
-WEIGHT_VERSION = "0"
 START_NAMES = ("routed_experts_start", "routed_experts_start_len", "routed_experts_prompt_start")
 
 REPLAY = "replay_routed_experts"
@@ -88,14 +87,14 @@ class Routing:
         from pointsman.routed_experts import RoutedExperts  # noqa: PLC0415
 
         array = delta.routed_experts
-        num_rows, num_layers, _ = array.shape
+        num_layers = array.shape[1]
         return RoutedExperts(
             rows_RLK=np.frombuffer(array.data, array.dtype).reshape(array.shape),
             num_experts=self.num_experts,
             start=self.starts[delta.rid],
             layers=tuple(range(num_layers)),
             missing=tuple((first, last) for first, last in delta.routed_experts_missing),
-            weight_versions=((0, num_rows, WEIGHT_VERSION),) if num_rows else (),
+            weight_versions=tuple((first, last, version) for first, last, version in delta.weight_versions),
         )
 
 

@@ -18,11 +18,16 @@ from pointsman.server.errors import ApiError
 log = logging.getLogger(__name__)
 
 MAX_BACKLOG = 1 << 18
+SHORTEST_WAIT = 0.1
 
 
 class Owner(Protocol):
     """What a stream needs of whoever runs its requests."""
 
+    @property
+    def weight_version(self) -> str: ...
+    @property
+    def paused_seconds(self) -> float: ...
     def forget(self, request: Request) -> None: ...
     def abort(self, rid: str, *, tell: bool = False) -> None: ...
 
@@ -44,8 +49,16 @@ class Stream:
         self._timer: asyncio.TimerHandle | None = None
 
     def fail_after(self, seconds: float, error: ApiError) -> None:
-        """End it with this error where it has not ended by then."""
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, error)
+        """End it with this error where it has not ended by then. Time in which the engine is paused does not count."""
+        paused = self._owner.paused_seconds
+
+        def due() -> None:
+            if (more := self._owner.paused_seconds - paused) > 0:
+                self.fail_after(max(more, SHORTEST_WAIT), error)
+            else:
+                self.fail(error)
+
+        self._timer = asyncio.get_running_loop().call_later(seconds, due)
 
     def put(self, delta: ChoiceDelta) -> None:
         if delta.refused:
@@ -82,7 +95,8 @@ class Stream:
         else:
             self._owner.abort(rid)
             for index in sorted(self._left[rid]):
-                self.put(ChoiceDelta(rid=rid, index=index, finish_reason=FinishReason.ABORT))
+                version = self._owner.weight_version
+                self.put(ChoiceDelta(rid=rid, index=index, finish_reason=FinishReason.ABORT, weight_version=version))
 
     def __aiter__(self) -> Self:
         return self

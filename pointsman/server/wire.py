@@ -21,6 +21,7 @@ import zmq
 
 from pointsman.config import EngineConfig
 from pointsman.request import ChoiceDelta, EngineStats, Request
+from pointsman.server.controls import Control, Controlled
 
 PARENT_GONE = "the HTTP process has gone"
 _ARRAY = 1
@@ -116,8 +117,8 @@ class Array(msgspec.Struct, frozen=True):
     data: bytes
 
 
-ToEngine = Submit | Abort | FlushCache
-FromEngine = Ready | Failed | Refused | Deltas | Stats | CacheFlushed
+ToEngine = Submit | Abort | FlushCache | Control
+FromEngine = Ready | Failed | Refused | Deltas | Stats | CacheFlushed | Controlled
 
 
 def _pack_array(value: Any) -> msgspec.msgpack.Ext:

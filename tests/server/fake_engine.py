@@ -77,6 +77,9 @@ class FakeEngine:
         if config.model.random_seed:
             time.sleep(config.model.random_seed)
 
+    weight_version = "0"
+    paused = False
+
     @property
     def has_work(self) -> bool:
         return bool(self._choices)
@@ -171,6 +174,7 @@ class FakeEngine:
             delta.routed_experts = rows[sampling.routed_experts_start :]
             missing = (max(num_known - sampling.routed_experts_start, 0), len(delta.routed_experts))
             delta.routed_experts_missing = [missing] if missing[0] < missing[1] else []
+            delta.weight_versions = [(0, missing[0], self.weight_version)] if missing[0] else []
 
     def _take(self, choice: _Choice, delta: ChoiceDelta) -> None:
         token = choice.tokens[choice.done]

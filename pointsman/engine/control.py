@@ -1,0 +1,71 @@
+"""What those who run an engine do to it besides asking: pause it, change its weights.
+
+Everything here happens between two steps, in the thread that drives the engine; only reading new weights may happen elsewhere
+(`pointsman.engine.weights`). What that brings to an end or forward, the engine's next `step` hands out, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from pointsman.engine.engine import Engine
+from pointsman.engine.weights import Fresh
+from pointsman.request import PauseMode
+
+
+class Busy(RuntimeError):
+    """This cannot be done just now, for what else the engine is doing; the message says what would have to end."""
+
+
+class Control:
+    """The control of one engine; not thread-safe, for the thread that drives it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def pause(self, mode: PauseMode = "abort") -> None:
+        """Let no further step run until `resume`. New requests are queued.
+
+        Args:
+            mode: "abort" ends every request that is there, with finish reason ABORT; "in_place" or "keep" keeps them as they are,
+                with their lanes and cache; "retract" sends those that run back to the queue, from where they compute
+                again what is then no longer cached.
+        """
+        if mode not in get_args(PauseMode):
+            raise ValueError(f"mode is {mode!r:.80}; it must be one of {', '.join(map(repr, get_args(PauseMode)))}")
+        engine = self._engine
+        engine.settle()
+        engine.paused = True
+        if mode == "abort":
+            engine.abort_all()
+        elif mode == "retract":
+            engine.retract()
+
+    def resume(self) -> None:
+        """Let steps run again; no error where they do."""
+        self._engine.paused = False
+
+    def update_weights_from_disk(
+        self, model_path: str, *, flush_cache: bool = True, abort_all_requests: bool = False, weight_version: str | None = None
+    ) -> str:
+        """Replace all weights by a checkpoint's, or change nothing. Returns the version in force.
+
+        Args:
+            model_path: folder or Hugging Face id of a checkpoint of the same architecture.
+            flush_cache: forget cached prefixes, which were computed under the weights before.
+            abort_all_requests: end every request when the weights change; else they go on with the new ones from their next token.
+            weight_version: what the new weights are called; None counts on.
+
+        Raises:
+            ValueError: the checkpoint cannot be used; the weights before go on serving.
+        """
+        fresh = self._engine.weights.from_disk(model_path, version=weight_version)
+        return self.install(fresh, flush_cache=flush_cache, abort_all_requests=abort_all_requests)
+
+    def install(self, fresh: Fresh, *, flush_cache: bool = True, abort_all_requests: bool = False) -> str:
+        """Put in force what `weights` has made. Returns the version."""
+        self._engine.settle()
+        if abort_all_requests:
+            self._engine.abort_all()
+        self._engine.install(fresh, flush_cache=flush_cache)
+        return self._engine.weight_version

@@ -1,0 +1,51 @@
+"""What those who run a server ask of its engine, as it crosses between the processes.
+
+Each message has a number, and the answer to it has the same one: an update takes its time, and others may be asked for meanwhile.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from pointsman.request import PauseMode
+
+
+class _Numbered(msgspec.Struct, tag=True, kw_only=True):
+    number: int = 0
+
+
+class Pause(_Numbered, kw_only=True):
+    """Let no step run, and do this with the requests that are there."""
+
+    mode: PauseMode
+
+
+class Continue(_Numbered, kw_only=True):
+    """Let steps run again."""
+
+
+class UpdateFromDisk(_Numbered, kw_only=True):
+    """Read the weights of a checkpoint and put them in force."""
+
+    model_path: str
+    flush_cache: bool
+    abort_all_requests: bool
+    weight_version: str | None
+
+
+class Controlled(_Numbered, kw_only=True):
+    """The answer to any of these.
+
+    Attributes:
+        error: why it was not done; None where it was.
+        status: of HTTP, for the error: 400 where what was asked cannot be, 409 where it cannot be now, 500 where the fault is ours.
+        paused, weight_version: of the engine, after it.
+    """
+
+    error: str | None = None
+    status: int = 200
+    paused: bool
+    weight_version: str
+
+
+Control = Pause | Continue | UpdateFromDisk
