@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def make(folder: Path, **options: Any) -> LLM:
-    return LLM(str(folder), **{"progress": False, "cpu_step": "torch", "page_size": 4, **options})
+    return LLM(str(folder), **{"progress": False, "cpu_step": "compiled", "page_size": 4, **options})
 
 
 def answer(llm: LLM, params: SamplingParams = PARAMS) -> tuple[Any, ...]:
@@ -206,7 +206,7 @@ def tokens(deltas: list[ChoiceDelta]) -> list[int]:
 def test_a_pause_is_not_seen_in_the_answer(folders: list[Path], mode: PauseMode, steps: int, disable_overlap_schedule: bool) -> None:
     """Not in a bit of it, for the compiled step computes each row alike whatever shares the step. Chunks of 8, so that some pauses come
     amid the prompt. What is added meanwhile waits and is answered."""
-    llm = make(folders[0], cpu_step="compiled", chunked_prefill_size=8, disable_overlap_schedule=disable_overlap_schedule)
+    llm = make(folders[0], chunked_prefill_size=8, disable_overlap_schedule=disable_overlap_schedule)
     engine, control = llm.engine, Control(llm.engine)
     expected = llm.generate(list(PROMPT), PLAIN)[0].outputs[0]
     engine.flush_cache()
@@ -260,7 +260,7 @@ def test_what_is_under_way_goes_on_with_the_new_weights(
 ) -> None:
     """The oracle is one cache under two models. Logits of both are sums of the same numbers in the same order but for the number
     of rows a step has, which torch may add up otherwise: greedy tokens are compared, and log-probabilities to 1e-4."""
-    llm = make(folders[0], disable_overlap_schedule=disable_overlap_schedule)
+    llm = make(folders[0], cpu_step="torch", disable_overlap_schedule=disable_overlap_schedule)
     engine, control = llm.engine, Control(llm.engine)
     deltas = start(engine, steps)
     if paused:
@@ -308,16 +308,16 @@ def test_an_update_can_end_what_is_under_way(llm: LLM, folders: list[Path], answ
     llm.update_weights_from_disk(str(folders[1]), abort_all_requests=True)
     deltas += drive(llm.engine)
     assert deltas[-1].finish_reason is FinishReason.ABORT and {delta.weight_version for delta in deltas} == {"0"}
-    assert answer(llm) == answers["torch"][1]
+    assert answer(llm) == answers["compiled"][1]
 
 
 def test_files_may_be_written_otherwise(tmp_path: Path, folders: list[Path], answers: dict[str, list[tuple[Any, ...]]]) -> None:
     """The same numbers, some in a wider type: the step is another then, and the answer the same but for rounding of what is summed."""
     tensors = {name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in SHAPE.tensors(1).items()}
     write(tmp_path / "wide", SHAPE.config() | {"torch_dtype": "float32"}, tensors)
-    llm = make(folders[0])
+    llm = make(folders[0], cpu_step="torch")
     llm.update_weights_from_disk(str(tmp_path / "wide"))
-    fresh = make(tmp_path / "wide")
+    fresh = make(tmp_path / "wide", cpu_step="torch")
     assert answer(llm) == answer(fresh)
     assert answer(llm)[0] == answers["torch"][1][0]
     llm.close()

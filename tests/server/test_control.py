@@ -29,7 +29,7 @@ from tests.server.conftest import Server, start_server
 
 SHAPE = Shape(block=(16, 16))
 PROMPT = [(7 * index + 3) % 97 for index in range(29)]
-OPTIONS: dict[str, Any] = {"cpu_step": "torch", "page_size": 4, "max_queued_requests": 6}
+OPTIONS: dict[str, Any] = {"cpu_step": "compiled", "page_size": 4, "max_queued_requests": 6}
 RECORD = {"return_routed_experts": True, "routed_experts_format": "record"}
 
 
