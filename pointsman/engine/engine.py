@@ -167,7 +167,9 @@ class Engine:
         """End every choice of a request, wherever it is; an unknown name is no error."""
         if self._room is not None and (request := self._room.leave(rid)) is not None:
             return self._turned_away(request, FinishReason.ABORT)
-        return [self._finished(sequence) for sequence in self.scheduler.abort(rid)]
+        held = [delta for delta in self._held if delta.rid == rid]
+        self._held = [delta for delta in self._held if delta.rid != rid]
+        return held + [self._finished(sequence) for sequence in self.scheduler.abort(rid)]
 
     def flush_cache(self) -> None:
         """Forget cached prefixes; what runs goes on."""

@@ -322,3 +322,46 @@ def test_files_may_be_written_otherwise(tmp_path: Path, folders: list[Path], ans
     assert answer(llm)[0] == answers["torch"][1][0]
     llm.close()
     fresh.close()
+
+
+@pytest.mark.parametrize("flush_cache", [False, True])
+def test_what_goes_back_to_the_queue_keeps_its_rows(llm: LLM, folders: list[Path], flush_cache: bool) -> None:
+    """It computes again under the experts that it had, with the new weights, and says by which weights they were chosen. What it
+    computes so is no prefix for others: these get what a fresh engine gives."""
+    engine, control = llm.engine, Control(llm.engine)
+    expected = llm.generate(list(PROMPT), PLAIN)[0].outputs[0]
+    engine.flush_cache()
+    deltas = start(engine, 6)
+    control.pause("retract")
+    control.update_weights_from_disk(str(folders[1]), flush_cache=flush_cache)
+    control.resume()
+    deltas += drive(engine)
+    num_old = len(tokens([delta for delta in deltas if delta.weight_version == "0"]))
+    num_rows, num_kept = len(PROMPT) + 13, len(PROMPT) + num_old - 1
+    assert 0 < num_old < 14 and tokens(deltas)[:num_old] == expected.token_ids[:num_old]
+    assert deltas[-1].weight_versions == [(0, num_kept, "0"), (num_kept, num_rows, "1")]
+    assert np.array_equal(deltas[-1].routed_experts[:num_kept], expected.routed_experts[:num_kept])
+    fresh = make(folders[1])
+    other = llm.generate(list(PROMPT), PLAIN.replace(max_tokens=1))[0]
+    assert other.num_cached_tokens == (0 if flush_cache else 28)
+    if flush_cache:
+        assert other.outputs[0].logprobs == fresh.generate(list(PROMPT), PLAIN.replace(max_tokens=1))[0].outputs[0].logprobs
+    else:
+        assert other.outputs[0].weight_versions == [(0, 28, "0"), (28, 29, "1")]
+    fresh.close()
+
+
+def test_an_abort_while_it_waits_to_compute_again(llm: LLM, folders: list[Path]) -> None:
+    """The rows that were kept, with their versions; one abort comes before it starts again, one amid."""
+    for steps in (0, 1):
+        engine, control = llm.engine, Control(llm.engine)
+        version = llm.weight_version
+        deltas = start(engine, 6)
+        control.pause("retract")
+        control.update_weights_from_disk(str(folders[1]))
+        control.resume()
+        deltas += [delta for _ in range(steps) for delta in engine.step()]
+        deltas += engine.abort("a")
+        num_kept = len(PROMPT) + len(tokens([delta for delta in deltas if delta.weight_version == version])) - 1
+        assert deltas[-1].weight_versions[0] == (0, num_kept, version) and deltas[-1].routed_experts_missing == []
+        drive(engine)
