@@ -364,7 +364,8 @@ class Engine:
     def abort_all(self) -> None:
         """End every request. The next `step` hands out the ends."""
         for rid in list(self._live):
-            self._held += self.abort(rid)
+            ended = self.abort(rid)  # which takes some of those held
+            self._held += ended
 
     def retract(self) -> None:
         """Send every running sequence back to the queue, as a preemption does."""
