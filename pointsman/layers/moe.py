@@ -1,4 +1,4 @@
-"""One mixture-of-experts layer: gate, route, record or replay, run.
+"""One mixture-of-experts layer: a router says which experts, a runner runs them.
 
 Shape suffixes: T rows, D hidden, E experts, K experts per token.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pointsman.kernels import reference
 from pointsman.layers.context import StepContext
-from pointsman.moe.routing import Routing, RoutingSpec, route
+from pointsman.moe.router import Router, RouterInput
+from pointsman.moe.routing import RoutingSpec
 from pointsman.moe.runner import MoERunner
 from pointsman.moe.weights import ExpertWeights
 
@@ -25,12 +25,13 @@ class MoE:
         bias_E: Tensor | None,
         weights: ExpertWeights,
         spec: RoutingSpec,
+        router: Router,
         runner: MoERunner,
         dtype: torch.dtype,
     ) -> None:
         self.layer = layer
         self.gate_ED, self.bias_E, self.weights = gate_ED, bias_E, weights
-        self.spec, self.runner = spec, runner
+        self.spec, self.runner, self._router = spec, runner, router
         self._dtype = dtype
         self._ready: ExpertWeights | None = None
 
@@ -45,18 +46,6 @@ class MoE:
         self._ready = None
 
     def __call__(self, x_TD: Tensor, ctx: StepContext) -> Tensor:
-        routing = self._route(reference.router_logits(x_TD, self.gate_ED), ctx)
-        if ctx.routes is not None:
-            ctx.routes.record(self.layer, ctx.slots_T, routing.ids_TK)
-        return self.runner(x_TD, routing, self.prepare())
-
-    def _route(self, logits_TE: Tensor, ctx: StepContext) -> Routing:
-        if ctx.replay_TNK is None:
-            return route(logits_TE, self.spec, bias_E=self.bias_E)
-        given_TK = ctx.replay_TNK[:, self.layer]
-        forced_T = (given_TK >= 0).all(-1)
-        free_TK = route(logits_TE, self.spec, bias_E=self.bias_E).ids_TK
-        if ctx.routes is not None:
-            alike_T = (free_TK.sort(-1).values == given_TK.sort(-1).values).all(-1)
-            ctx.routes.compare(self.layer, ctx.slots_T[forced_T], alike_T[forced_T])
-        return route(logits_TE, self.spec, ids_TK=torch.where(forced_T.unsqueeze(-1), given_TK, free_TK))
+        given_TK = None if ctx.replay_TNK is None else ctx.replay_TNK[:, self.layer]
+        rows = RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK)
+        return self.runner(x_TD, self._router.run(rows, self.spec), self.prepare())

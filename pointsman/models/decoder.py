@@ -23,6 +23,7 @@ from pointsman.layers.moe import MoE
 from pointsman.layers.norm import RMSNorm
 from pointsman.models.architecture import Architecture
 from pointsman.models.parameters import LayerParameters, Parameters
+from pointsman.moe.router import Router
 from pointsman.moe.routing import RoutingSpec
 from pointsman.moe.runner import MoERunner
 from pointsman.moe.weights import ExpertForm
@@ -31,8 +32,10 @@ from pointsman.moe.weights import ExpertForm
 class Backends:
     """The implementations that a decoder was given, chosen once."""
 
-    def __init__(self, linear: kernels.Linear, attention: kernels.Attention, glue: kernels.Glue, moe: MoERunner) -> None:
-        self.linear, self.attention, self.glue, self.moe = linear, attention, glue, moe
+    def __init__(
+        self, linear: kernels.Linear, attention: kernels.Attention, glue: kernels.Glue, router: Router, moe: MoERunner
+    ) -> None:
+        self.linear, self.attention, self.glue, self.router, self.moe = linear, attention, glue, router, moe
 
 
 class DecoderLayer:
@@ -54,7 +57,7 @@ class DecoderLayer:
         )
         self.expert_norm = RMSNorm(parameters.expert_norm_D, epsilon, backends.glue)
         spec = routing_spec(architecture)
-        self.moe = MoE(index, parameters.gate_ED, parameters.bias_E, parameters.experts, spec, backends.moe, dtype)
+        self.moe = MoE(index, parameters.gate_ED, parameters.bias_E, parameters.experts, spec, backends.router, backends.moe, dtype)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, rotation: Rotation, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Takes and gives the hidden state as a sum not yet made: who norms it next adds it up in the same breath."""

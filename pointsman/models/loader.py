@@ -29,6 +29,7 @@ from pointsman.models.checkpoint import Checkpoint, locate, open_checkpoint, rea
 from pointsman.models.decoder import Backends, Decoder, expert_form, routing_spec
 from pointsman.models.names import Kind, Place, Row, places
 from pointsman.models.parameters import Parameters, Storage
+from pointsman.moe.router import choose_router
 from pointsman.moe.runner import choose_runner
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def load_model(
     linear_backend: str = "auto",
     attention_backend: str = "auto",
     moe_backend: str = "auto",
+    deterministic: bool = False,
     device: torch.device | str = "cpu",
     seed: int = 0,
     progress: bool | None = None,
@@ -60,6 +62,7 @@ def load_model(
         dtype: what the model computes in; auto is float32 on a CPU, bfloat16 elsewhere.
         load_format: "dummy" makes random weights from config.json alone.
         quantization: None takes the checkpoint's; "fp8" insists on it.
+        deterministic: choose kernels that give a row the same bits whatever rows are beside it.
         seed: of dummy weights.
         progress: show a bar on stderr; None shows one on a terminal.
 
@@ -72,12 +75,14 @@ def load_model(
         raise ValueError(f"quantization is 'fp8', but {folder} is a {architecture.dtype} checkpoint; leave it out, or quantize it first")
     on = torch.device(device)
     compute = resolve_dtype(dtype, on)
+    spec, invariant = routing_spec(architecture), deterministic and on.type != "cpu"
     heads = AttentionShape(architecture.num_heads, architecture.num_kv_heads, architecture.head_dim)
     backends = Backends(
-        choose_linear(linear_backend, device=on, dtype=compute, block=architecture.quantization_block),
-        choose_attention(attention_backend, device=on, dtype=compute, shape=heads),
+        choose_linear(linear_backend, device=on, dtype=compute, block=architecture.quantization_block, invariant=invariant),
+        choose_attention(attention_backend, device=on, dtype=compute, shape=heads, invariant=invariant),
         choose_glue(device=on, dtype=compute),
-        choose_runner(moe_backend, routing_spec(architecture), expert_form(architecture), device=on, dtype=compute),
+        choose_router(spec, device=on, dtype=compute, invariant=invariant),
+        choose_runner(moe_backend, spec, expert_form(architecture), device=on, dtype=compute, deterministic=invariant),
     )
     parameters = (
         make_parameters(architecture, seed=seed, device=on)

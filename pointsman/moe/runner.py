@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pointsman.config import MOE_RUNNERS
-from pointsman.kernels import choose
+from pointsman.kernels import VARIES, choose
 from pointsman.moe.cpu import CpuRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
@@ -46,6 +46,9 @@ RUNNERS: dict[str, type[MoERunner]] = {
     "reference": ReferenceRunner,
 }
 
+# these can be told to give a token the same bits in every batch
+INVARIANT_RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed": RoutedRunner, "triton": TritonRunner}
+
 _NEEDS = {
     "fused": "a CUDA device (sm_90)",
     "deep_gemm": "a CUDA device (sm_90) and the deep_gemm library",
@@ -64,12 +67,20 @@ def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: torch.de
     return "this version does not have it yet"
 
 
-def choose_runner(wanted: str, spec: RoutingSpec, form: ExpertForm, *, device: torch.device, dtype: torch.dtype) -> MoERunner:
+def choose_runner(
+    wanted: str, spec: RoutingSpec, form: ExpertForm, *, device: torch.device, dtype: torch.dtype, deterministic: bool = False
+) -> MoERunner:
     """The runner of this name, or for "auto" the first that can serve.
+
+    Args:
+        deterministic: what a token gets must not depend, not even in the last bit, on how many others there are.
 
     Raises:
         ValueError: the name is unknown or cannot serve; the message has the reasons and what would work.
     """
     names = [*RUNNERS, *(name for name in MOE_RUNNERS if name not in RUNNERS and name != "auto")]
     reasons = {name: unsupported(name, spec, form, device, dtype) for name in names}
-    return RUNNERS[choose("MoE runner", wanted, reasons)]()
+    if not deterministic:
+        return RUNNERS[choose("MoE runner", wanted, reasons)]()
+    reasons |= {name: VARIES for name, reason in reasons.items() if reason is None and name not in INVARIANT_RUNNERS}
+    return INVARIANT_RUNNERS[choose("MoE runner", wanted, reasons)](deterministic=True)

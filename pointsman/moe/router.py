@@ -1,0 +1,109 @@
+"""What routes a layer's rows: gate, choice or replay, weights, and the record, by one of two implementations.
+
+The reference is the functions of `kernels.reference` and `moe.routing` one after the other, and runs anywhere. `triton` is two kernels,
+which also write the routing row and count what a replay agrees with; rows that pad a step get no expert.
+
+Shape suffixes: T rows, D hidden, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pointsman.kernels import choose, reference, triton_support
+from pointsman.moe.capture import RouteStore
+from pointsman.moe.routing import Routing, RoutingSpec, route
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RouterInput:
+    """One layer's rows and what routes them.
+
+    Attributes:
+        gate_ED, bias_E: the layer's router.
+        layer: its number.
+        slots_T: where the rows' routing is recorded; below zero where a row is padding.
+        routes: None records nothing.
+        given_TK: int64 expert ids to use; a row with a negative one chooses freely. None: all do.
+    """
+
+    x_TD: Tensor
+    gate_ED: Tensor
+    bias_E: Tensor | None
+    layer: int
+    slots_T: Tensor
+    routes: RouteStore | None
+    given_TK: Tensor | None
+
+
+@dataclass(frozen=True)
+class Router:
+    """A way to route; `unsupported` says why it cannot serve, or nothing."""
+
+    unsupported: Callable[[RoutingSpec, torch.device, torch.dtype], str | None]
+    run: Callable[[RouterInput, RoutingSpec], Routing]
+
+
+def _reference(rows: RouterInput, spec: RoutingSpec) -> Routing:
+    logits_TE = reference.router_logits(rows.x_TD, rows.gate_ED)
+    routing = route(logits_TE, spec, bias_E=rows.bias_E)
+    if rows.given_TK is not None:
+        forced_T = (rows.given_TK >= 0).all(-1)
+        if rows.routes is not None:
+            alike_T = (routing.ids_TK.sort(-1).values == rows.given_TK.sort(-1).values).all(-1)
+            rows.routes.compare(rows.layer, rows.slots_T[forced_T], alike_T[forced_T])
+        routing = route(logits_TE, spec, ids_TK=torch.where(forced_T.unsqueeze(-1), rows.given_TK, routing.ids_TK))
+    if rows.routes is not None:
+        rows.routes.record(rows.layer, rows.slots_T, routing.ids_TK)
+    return routing
+
+
+def _triton_unsupported(spec: RoutingSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+    if spec.top_groups < spec.num_groups:
+        return "it chooses among all experts; this model limits a token to groups of them"
+    if dtype != torch.bfloat16:
+        return f"it takes bfloat16; the model computes in {str(dtype).removeprefix('torch.')}"
+    return triton_support.reason_against(device, needs=(8, 0))
+
+
+def _triton(deterministic: bool) -> Router:
+    def run(rows: RouterInput, spec: RoutingSpec) -> Routing:
+        kernels: Any = importlib.import_module("pointsman.kernels.routing")
+        pdl = triton_support.chains(rows.x_TD.device)
+        logits_STE = kernels.router_logits(rows.x_TD, rows.gate_ED, deterministic=deterministic, pdl=pdl)
+        ids_TK, weights_TK = kernels.choose_experts(
+            logits_STE,
+            top_k=spec.top_k,
+            softmax=spec.score == "softmax",
+            renormalize=spec.renormalize,
+            scale=spec.scale,
+            bias_E=rows.bias_E,
+            given_TK=rows.given_TK,
+            slots_T=rows.slots_T,
+            rows_CLK=None if rows.routes is None else rows.routes.rows_SLK,
+            alike_C=None if rows.routes is None else rows.routes.alike_S,
+            layer=rows.layer,
+            pdl=pdl,
+        )
+        return Routing(ids_TK, weights_TK)
+
+    return Router(_triton_unsupported, run)
+
+
+ROUTERS: dict[str, Router] = {
+    "triton": _triton(deterministic=False),
+    "reference": Router(lambda spec, device, dtype: None, _reference),
+}
+INVARIANT_ROUTERS: dict[str, Router] = {"triton": _triton(deterministic=True)}
+
+
+def choose_router(spec: RoutingSpec, *, device: torch.device, dtype: torch.dtype, invariant: bool = False) -> Router:
+    """The first router that can serve; `invariant`: what a row gets does not depend on the rows beside it."""
+    table = INVARIANT_ROUTERS if invariant else ROUTERS
+    return table[choose("router", "auto", {name: entry.unsupported(spec, device, dtype) for name, entry in table.items()})]
