@@ -24,7 +24,7 @@ from pointsman.engine.compiled import choose_step
 from pointsman.engine.device import MEM_FRACTION, check_options, choose_device, device_memory
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.device_sampler import DeviceSampler
-from pointsman.engine.device_step import DeviceMemory, DeviceStep, step_sizes
+from pointsman.engine.device_step import DeviceMemory, make_device_step
 from pointsman.engine.grammars import Grammars
 from pointsman.engine.memory import CacheSize, memory_bytes, size_cache, workspace_bytes
 from pointsman.engine.model_runner import ModelRunner, Step
@@ -84,12 +84,14 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {architecture.vocab_size}: they do not belong together"
         )
     context_length = _context_length(config, architecture)
+    if launches_steps(device):
+        decoder.prepare()  # what the kernels keep beside the weights is part of what the cache has to leave
     cache = _size(config, decoder, context_length)
     eos_ids = () if tokenizer is None else tokenizer.eos_ids
     grammars = None
     if tokenizer is not None and eos_ids:
         grammars = Grammars(tokenizer, architecture.vocab_size, config.scheduler.max_running_requests)
-    runner, make_step = _runner(config, decoder, cache, context_length, eos_ids, grammars)
+    runner, make_step = _runner(config, decoder, cache, context_length, eos_ids, grammars, progress)
     return Parts(
         folder=folder,
         architecture=architecture,
@@ -196,6 +198,7 @@ def _runner(
     context_length: int,
     eos_ids: tuple[int, ...],
     grammars: Grammars | None,
+    progress: bool | None,
 ) -> tuple[ModelRunner, Callable[[Decoder], Step]]:
     """What runs steps, and what makes a step for other weights."""
     architecture = decoder.architecture
@@ -223,11 +226,11 @@ def _runner(
         tables = DeviceLanes(lanes.max_lanes, lanes.max_pages, decoder.device)
         memory = DeviceMemory(kv=kv, routes=routes, lanes=tables, load=DeviceExpertLoad(routes, architecture.num_experts))
 
-        def make_device_step(decoder: Decoder) -> Step:
-            return DeviceStep(decoder, memory, sizes=step_sizes(config.scheduler.chunked_prefill_size))
+        def make_step_on_device(decoder: Decoder) -> Step:
+            return make_device_step(config, decoder, memory, progress=progress)
 
         sampler = DeviceSampler(tables, decoder.device)
-        return ModelRunner(make_device_step(decoder), lanes, routes, memory.load, sampler), make_device_step
+        return ModelRunner(make_step_on_device(decoder), lanes, routes, memory.load, sampler), make_step_on_device
     load = ExpertLoad(routes, architecture.num_experts)
 
     def make_step(decoder: Decoder) -> Step:

@@ -5,7 +5,7 @@ nowhere. Everything that a step decides (rows, positions, slots, lanes, tiles of
 place, so the graph of a size serves decode, prefill and both at once. The head is not part of it: it runs on the rows whose logits are
 wanted, be they few or many.
 
-Without graphs the same calls run one by one, padded alike, so that both give the same numbers.
+Without graphs the same calls run one by one, padded alike, so that both give the same numbers. Steps that force experts run so, too.
 
 Shape suffixes: T rows, R rows whose logits are wanted, D hidden.
 """
@@ -13,14 +13,19 @@ Shape suffixes: T rows, R rows whose logits are wanted, D hidden.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from pointsman.engine.batch import Batch, Lanes
+from pointsman.config import EngineConfig
+from pointsman.engine.batch import Batch, Ints, Lanes
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.transfer import Upload, lay_out
 from pointsman.layers.context import Span, StepContext
@@ -32,22 +37,26 @@ from pointsman.moe.load import DeviceExpertLoad
 logger = logging.getLogger(__name__)
 
 SMALL_SIZES = (1, 2, 4, 8, 16, 32, 64)
-STEP = 128
+# from the first number on, sizes are so far apart
+STRIDES = ((128, 64), (512, 256), (2048, 1024))
 PADDING_SLOT = -1
+NUM_ROW_ARRAYS = 4
+# how many logits' rows the head's kernels are made ready for: Triton compiles anew for 1, and for multiples of 16
+HEAD_SIZES = (1, 2, 16)
 
 
 def step_sizes(max_tokens: int) -> tuple[int, ...]:
-    """The numbers of rows that steps are padded to: powers of two, then multiples of 128, up to the most tokens a step has."""
-    sizes = [*SMALL_SIZES, *range(STEP, max_tokens + STEP, STEP)]
+    """The numbers of rows that steps are padded to, up to the most tokens a step has: powers of two, then with growing strides."""
+    sizes = list(SMALL_SIZES)
+    ends = [first for first, _ in STRIDES[1:]] + [max_tokens]
+    for (first, stride), end in zip(STRIDES, ends, strict=True):
+        sizes += range(first, end, stride)
     return (*(size for size in sizes if size < max_tokens), max_tokens)
 
 
 def size_for(num_tokens: int, sizes: Sequence[int]) -> int:
     """The least of the ascending sizes that holds so many rows; more rows than the last are not padded."""
     return next((size for size in sizes if size >= num_tokens), num_tokens)
-
-
-Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 def pad(batch: Batch, size: int) -> tuple[Ints, Ints, Ints, Ints]:
@@ -70,6 +79,13 @@ class DeviceMemory:
     load: DeviceExpertLoad
 
 
+class Captured(NamedTuple):
+    """The graph of a size, and where it leaves the two parts of the hidden state [T, D]."""
+
+    graph: torch.cuda.CUDAGraph
+    hidden: tuple[Tensor, Tensor | None]
+
+
 class DeviceStep:
     """One model on one device.
 
@@ -82,32 +98,117 @@ class DeviceStep:
     def __init__(self, decoder: Decoder, memory: DeviceMemory, *, sizes: Sequence[int]) -> None:
         self._decoder, self._memory, self._sizes = decoder, memory, tuple(sizes)
         device = decoder.device
+        self._fixed = decoder.backends.attention.fixed
+        self._max_lanes = len(memory.lanes.last_token_L)
         self._upload, self._small_upload = Upload(device), Upload(device)
-        _, num_bytes = lay_out([np.empty(self._sizes[-1], np.int64)] * 4)
+        _, num_bytes = lay_out(self._arrays(EMPTY, self._sizes[-1]))
         self._inputs = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self._graphs: dict[int, Captured] = {}
 
     @property
     def name(self) -> str:
-        return "eager"
+        return "graphs" if self._graphs else "eager"
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, lanes: Lanes) -> Tensor:
         """Float32 logits [R, V] of the rows asked for, on the device; nothing is waited for."""
-        memory = self._memory
-        memory.lanes.grow(batch.growths)
+        self._memory.lanes.grow(batch.growths)
         size = size_for(len(batch.tokens_T), self._sizes)
-        tokens_T, positions_T, lanes_T, slots_T = self._upload(pad(batch, size), into=self._inputs)
-        spread = () if batch.forced is None else (batch.forced.spread(size),)
-        rows_R, *replay = self._small_upload((batch.rows_R, *spread))
+        inputs = self._upload(self._arrays(batch, size), into=self._inputs if size <= self._sizes[-1] else None)
+        forced = () if batch.forced is None else (batch.forced.spread(size),)
+        rows_R, *replay = self._small_upload((batch.rows_R, *forced))
+        captured = None if forced else self._graphs.get(size)
+        if captured is None:
+            x_TD, delta_TD = self._hidden(inputs, batch, replay[0] if replay else None)
+        else:
+            captured.graph.replay()
+            x_TD, delta_TD = captured.hidden
+        return self._decoder.logits(x_TD[rows_R], None if delta_TD is None else delta_TD[rows_R])
+
+    def _arrays(self, batch: Batch, size: int) -> list[Any]:
+        """What the host sends of a step: its rows, and the plan of attention where that is arrays."""
+        rows = pad(batch, size)
+        if self._fixed is None:
+            return [*rows]
+        return [*rows, *self._fixed.arrays(_spans(batch), size, self._max_lanes, self._decoder.attention_shape)]
+
+    def _hidden(self, inputs: Sequence[Tensor], batch: Batch, replay_TNK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        tokens_T, positions_T, lanes_T, slots_T = inputs[:NUM_ROW_ARRAYS]
+        if self._fixed is None:
+            plan = self._decoder.plan_attention(_spans(batch), len(tokens_T))
+        else:
+            plan = self._fixed.of(inputs[NUM_ROW_ARRAYS:], self._decoder.attention_shape)
+        memory = self._memory
         context = StepContext(
             positions_T=positions_T,
             slots_T=slots_T,
-            attention_plan=self._decoder.plan_attention([Span(*segment) for segment in batch.segments], size),
+            attention_plan=plan,
             page_table_LP=memory.lanes.page_table_LP,
             kv=memory.kv,
             routes=memory.routes,
-            replay_TNK=replay[0] if replay else None,
+            replay_TNK=replay_TNK,
         )
-        x_TD, delta_TD = self._decoder.hidden(memory.lanes.fill_in(tokens_T, lanes_T), context)
+        hidden = self._decoder.hidden(memory.lanes.fill_in(tokens_T, lanes_T), context)
         memory.load.count(slots_T)
-        return self._decoder.logits(x_TD[rows_R], None if delta_TD is None else delta_TD[rows_R])
+        return hidden
+
+    @torch.inference_mode()
+    def capture(self, max_tokens: int, *, progress: bool | None = None) -> None:
+        """Make graphs of all sizes up to so many rows, the largest first, so that the others fit in its memory.
+
+        Each size runs once before: kernels are compiled then, and what they need for good is made.
+        """
+        sizes = sorted((size for size in self._sizes if size <= max_tokens), reverse=True)
+        pool, graphs = torch.cuda.graph_pool_handle(), {}
+        begin, before = time.perf_counter(), torch.cuda.memory_reserved()
+        console = Console(stderr=True)
+        columns = (TextColumn("capturing CUDA graphs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        hidden = progress is False or (progress is None and not console.is_terminal)
+        with Progress(*columns, console=console, transient=console.is_terminal, disable=hidden) as bar:
+            for size in bar.track(sizes, description="sizes"):
+                inputs = self._upload(self._arrays(EMPTY, size), into=self._inputs)
+                x_TD, delta_TD = self._hidden(inputs, EMPTY, None)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    x_TD, delta_TD = self._hidden(inputs, EMPTY, None)
+                graphs[size] = Captured(graph, (x_TD, delta_TD))
+        for size in HEAD_SIZES:
+            x_RD = torch.zeros(size, self._decoder.architecture.hidden_size, dtype=self._decoder.dtype, device=self._decoder.device)
+            self._decoder.logits(x_RD, x_RD)
+        torch.cuda.synchronize()
+        self._graphs = graphs
+        logger.info(
+            "CUDA graphs: %d sizes up to %d tokens in %.1f s, %.2f GiB",
+            len(sizes),
+            sizes[0],
+            time.perf_counter() - begin,
+            (torch.cuda.memory_reserved() - before) / 2**30,
+        )
+
+
+NOTHING: Ints = np.zeros(0, np.int64)
+EMPTY = Batch(NOTHING, NOTHING, NOTHING, NOTHING, [], NOTHING, [], [], [])
+"""A step without rows; padded, it is nothing but padding."""
+
+
+def _spans(batch: Batch) -> list[Span]:
+    return [Span(*segment) for segment in batch.segments]
+
+
+def make_device_step(config: EngineConfig, decoder: Decoder, memory: DeviceMemory, *, progress: bool | None) -> DeviceStep:
+    """The step that the configuration asks for, captured or not.
+
+    Raises:
+        ValueError: graphs are asked for and cannot be; the message says why.
+    """
+    kernel, max_tokens = config.kernel, config.scheduler.chunked_prefill_size
+    step = DeviceStep(decoder, memory, sizes=step_sizes(max_tokens))
+    reason = "asked for" if kernel.disable_cuda_graph else decoder.reason_against_capture()
+    if reason is None:
+        step.capture(kernel.cuda_graph_max_bs or max_tokens, progress=progress)
+    elif kernel.enforce_piecewise_cuda_graph or kernel.cuda_graph_max_bs is not None:
+        raise ValueError(f"CUDA graphs are asked for and cannot be: {reason}")
+    else:
+        logger.info("CUDA graphs: none (%s)", reason)
+    return step

@@ -98,6 +98,7 @@ def load_decoder(config: EngineConfig, folder: Path, device: torch.device, *, lo
         linear_backend=config.kernel.fp8_gemm_backend,
         attention_backend=config.kernel.attention_backend,
         moe_backend=config.kernel.moe_runner_backend,
+        deterministic=config.kernel.enable_deterministic_inference,
         device=device,
         seed=config.model.random_seed,
         progress=progress,

@@ -15,7 +15,7 @@ Attention is two functions. `plan(spans, num_rows, shape, device)` is called onc
 lane; what it answers is the implementation's own and goes unread to
 `run(q_TQC, k_PHSC, v_PHSC, plan, positions_T, page_table_LP, scale) -> out_TQC`, once a layer. The reference's plan is the spans. That of
 `triton` is tensors on the device, and its `run` reads nothing from the host: a step can be captured in a CUDA graph with a plan whose
-tensors are written anew for each replay (`paged_attention` has the pieces: how much room, which tiles, in which order).
+tensors are written anew for each replay. Such a plan is made of arrays of fixed sizes (`FixedPlan`).
 
 The Triton kernels are imported where they are chosen, and nowhere else: this package imports without Triton.
 """
@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,10 +79,24 @@ class AttentionShape(NamedTuple):
 
 
 @dataclass(frozen=True)
+class FixedPlan:
+    """How a plan is made whose sizes depend on the numbers of rows and lanes alone.
+
+    Attributes:
+        arrays: what the host writes, given spans, number of rows (those behind the last span are padding), most lanes and the shape.
+        of: the plan that those arrays are once they are on the device.
+    """
+
+    arrays: Callable[[Sequence[reference.Span], int, int, AttentionShape], list[npt.NDArray[Any]]]
+    of: Callable[[Sequence[Tensor], AttentionShape], Any]
+
+
+@dataclass(frozen=True)
 class Attention:
     """A way to attend over the paged cache.
 
     Attributes:
+        fixed: how to plan for a step that is captured; None where `run` reads from the host.
         run_quantize: `run` that answers `Quantized` rows, for heads of 128 channels; None where there is none.
     """
 
@@ -89,6 +104,7 @@ class Attention:
     plan: Callable[[Sequence[reference.Span], int, AttentionShape, torch.device], Any]
     run: Callable[[Tensor, Tensor, Tensor, Any, Tensor, Tensor, float], Tensor]
     run_quantize: Callable[[Tensor, Tensor, Tensor, Any, Tensor, Tensor, float], Quantized] | None = None
+    fixed: FixedPlan | None = None
 
 
 def _anywhere(*what: Any) -> str | None:
@@ -158,7 +174,8 @@ def _triton_linear(*, invariant: bool) -> Linear:
 
 def _triton_attention(*, invariant: bool) -> Attention:
     plan, run = _later("paged_attention", "plan", uniform=invariant), _later("paged_attention", "attention")
-    return Attention(_triton_attention_unsupported, plan, run, _later("paged_attention", "attention_quantize"))
+    fixed = FixedPlan(_later("paged_attention", "fixed_tiles", uniform=invariant), _later("paged_attention", "plan_of"))
+    return Attention(_triton_attention_unsupported, plan, run, _later("paged_attention", "attention_quantize"), fixed)
 
 
 LINEARS: dict[str, Linear] = {

@@ -253,6 +253,25 @@ def plan(spans: Sequence[Span], num_rows: int, shape: Shape, device: torch.devic
     return TilePlan(decode_D3=tiles[0], prefill_P3=tiles[1], num_splits=num_splits(len(tiles[0]), shape.num_kv_heads))
 
 
+def fixed_tiles(spans: Sequence[Span], num_rows: int, num_lanes: int, shape: Shape, *, uniform: bool = False) -> list[Tiles]:
+    """Arrays for `plan_of`, of sizes that depend on the numbers of rows and lanes alone; rows behind the last span are padding."""
+    per_tile = rows_per_tile(shape.num_heads, shape.num_kv_heads)
+    end = spans[-1].start + spans[-1].length if spans else 0
+    decode, prefill = lay_out_tiles(spans, end, per_tile, uniform=uniform)
+    prefill += _cut(ZERO_LANE, end, num_rows, per_tile)
+    decode_D3 = np.empty((0 if uniform else min(num_rows, num_lanes), 3), np.int32)
+    prefill_P3 = np.empty((most_prefill_tiles(num_rows, num_lanes, per_tile), 3), np.int32)
+    write_tiles(decode_D3, decode)
+    write_tiles(prefill_P3, prefill)
+    return [decode_D3, prefill_P3]
+
+
+def plan_of(tiles: Sequence[Tensor], shape: Shape) -> TilePlan:
+    """The plan of `fixed_tiles` that are on the device."""
+    decode_D3, prefill_P3 = tiles
+    return TilePlan(decode_D3=decode_D3, prefill_P3=prefill_P3, num_splits=num_splits(len(decode_D3), shape.num_kv_heads))
+
+
 def attention(
     q_TQC: Tensor, k_PHSC: Tensor, v_PHSC: Tensor, tiles: TilePlan, positions_T: Tensor, page_table_LP: Tensor, scale: float
 ) -> Tensor:

@@ -25,16 +25,14 @@ from pointsman.models.architecture import Architecture
 from pointsman.models.parameters import LayerParameters, Parameters
 from pointsman.moe.router import Router
 from pointsman.moe.routing import RoutingSpec
-from pointsman.moe.runner import MoERunner
+from pointsman.moe.runner import WAITING_RUNNERS, MoERunner
 from pointsman.moe.weights import ExpertForm
 
 
 class Backends:
     """The implementations that a decoder was given, chosen once."""
 
-    def __init__(
-        self, linear: kernels.Linear, attention: kernels.Attention, glue: kernels.Glue, router: Router, moe: MoERunner
-    ) -> None:
+    def __init__(self, linear: kernels.Linear, attention: kernels.Attention, glue: kernels.Glue, router: Router, moe: MoERunner) -> None:
         self.linear, self.attention, self.glue, self.router, self.moe = linear, attention, glue, router, moe
 
 
@@ -104,11 +102,24 @@ class Decoder:
         for layer in self.layers:
             yield from (layer.attention.qkv, layer.attention.o, layer.moe)
 
+    @property
+    def attention_shape(self) -> kernels.AttentionShape:
+        sizes = self.architecture
+        return kernels.AttentionShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+
     def plan_attention(self, spans: Sequence[Span], num_rows: int) -> Any:
         """The attention plan of a step whose rows are these runs of lanes' tokens."""
-        sizes = self.architecture
-        shape = kernels.AttentionShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
-        return self.backends.attention.plan(spans, num_rows, shape, self.device)
+        return self.backends.attention.plan(spans, num_rows, self.attention_shape, self.device)
+
+    def reason_against_capture(self) -> str | None:
+        """Why a step over this model cannot be a CUDA graph, or None."""
+        if self.device.type != "cuda":
+            return f"the device is {self.device.type}"
+        if self.backends.attention.fixed is None:
+            return "this attention backend reads its plan from the host"
+        if self.backends.moe.name in WAITING_RUNNERS:
+            return f"the MoE runner {self.backends.moe.name!r} asks the device which experts are used"
+        return None
 
     def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
         """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""

@@ -49,6 +49,9 @@ RUNNERS: dict[str, type[MoERunner]] = {
 # these can be told to give a token the same bits in every batch
 INVARIANT_RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed": RoutedRunner, "triton": TritonRunner}
 
+# these ask the device what the rows' experts are, so a step that has them cannot be captured in a CUDA graph
+WAITING_RUNNERS = frozenset({"cpu", "reference"})
+
 _NEEDS = {
     "fused": "a CUDA device (sm_90)",
     "deep_gemm": "a CUDA device (sm_90) and the deep_gemm library",

@@ -161,3 +161,20 @@ def test_room_behind_the_tiles_is_cleared() -> None:
     assert array.tolist() == [[5, 1, 2], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
     with pytest.raises(AssertionError, match="5 tiles in room for 4"):
         write_tiles(array, [Span(0, 0, 1)] * 5)
+
+
+@given(lengths=st.lists(st.integers(1, 30), max_size=9), padding=st.integers(0, 40), uniform=st.booleans(), spare=st.integers(0, 3))
+def test_fixed_tiles_cover_every_row_once_whatever_the_step(lengths: list[int], padding: int, uniform: bool, spare: int) -> None:
+    shape = AttentionShape(12, 2, 64)
+    spans, end = [], 0
+    for lane, length in enumerate(lengths):
+        spans.append(Span(lane, end, length))
+        end += length
+    num_rows, num_lanes = end + padding, max(len(lengths) + spare, 1)
+    arrays = paged_attention.fixed_tiles(spans, num_rows, num_lanes, shape, uniform=uniform)
+    empty = paged_attention.fixed_tiles([], num_rows, num_lanes, shape, uniform=uniform)
+    assert [array.shape for array in arrays] == [array.shape for array in empty]
+    lane_of = {row: span.lane for span in spans for row in range(span.start, span.start + span.length)}
+    covered = [(row, lane) for array in arrays for first, length, lane in array.tolist() for row in range(first, first + length)]
+    assert sorted(covered) == [(row, lane_of.get(row, ZERO_LANE)) for row in range(num_rows)]
+    assert paged_attention.plan_of([torch.from_numpy(array) for array in arrays], shape).num_splits >= 1

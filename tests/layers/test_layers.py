@@ -63,7 +63,9 @@ class TestMoE:
 
     def layer(self, index: int = 1) -> MoE:
         weights = stack_experts([tuple(Weight(normal(8, 8, seed=3 * e + i)) for i in range(3)) for e in range(5)])  # type: ignore[misc]
-        return MoE(index, normal(5, 8, seed=50), normal(5, seed=51), weights, self.SPEC, ROUTERS["reference"], ReferenceRunner(), torch.float32)
+        return MoE(
+            index, normal(5, 8, seed=50), normal(5, seed=51), weights, self.SPEC, ROUTERS["reference"], ReferenceRunner(), torch.float32
+        )
 
     def context(self, rows: int, **fields: object) -> StepContext:
         kv = PagedKV.allocate(num_layers=1, num_pages=1, num_kv_heads=1, page_size=1, head_dim=2, dtype=torch.float32)
