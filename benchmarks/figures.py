@@ -1,4 +1,4 @@
-"""The figures of README.md and docs/performance.md: measured, kept, and written into them, so that none is typed by hand.
+"""The figures of the documents: measured, kept, and written into them, so that none is typed by hand.
 
     python benchmarks/figures.py                   measure all, on a machine that does nothing else
     python benchmarks/figures.py latency tools     measure these again
@@ -24,6 +24,8 @@ COMMANDS = {
     "latency": "pointsman bench latency",
     "arithmetic": "pointsman eval arithmetic",
     "tools": "pointsman eval tools",
+    "streaming": "python -m benchmarks.streaming",
+    "structured": "python -m benchmarks.structured",
 }
 EVALS = (("word problems", "arithmetic"), ("tool calls", "tools"))
 PLACE = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
@@ -33,7 +35,7 @@ Results = dict[str, dict[str, Any]]
 
 def measure(name: str) -> None:
     """Run a command and keep the JSON line that it ends with."""
-    command = [sys.executable, "-m", *COMMANDS[name].split()]
+    command = [sys.executable, "-m", *COMMANDS[name].removeprefix("python -m ").split()]
     print(f"$ {COMMANDS[name]}", flush=True)
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
     print(out, flush=True)
@@ -50,11 +52,14 @@ def summary(results: Results) -> str:
     """The table of README.md."""
     start_up, batches = results["start_up"], results["latency"]["batches"]
     sizes, inputs, outputs = _joined(batches, "batch_size"), results["latency"]["input_len"], results["latency"]["output_len"]
+    streamed = f"{results['streaming']['streams']} streams"
     rows = [
         ("`pointsman serve`, command to first token", f"{start_up['first_token_s']:.2f} s", "start_up"),
         (f"decoding, {sizes} sequences", f"{_joined(batches, 'decode_tokens_per_s')} tokens/s", "latency"),
         (f"first token after {inputs} tokens, alone", f"{1000 * batches[0]['first_token_s']:.1f} ms", "latency"),
         (f"peak memory, {sizes} sequences of {inputs} + {outputs} tokens", f"{_joined(batches, 'peak_memory_mb')} MB", "latency"),
+        (f"{streamed} at {results['streaming']['steps_per_s']:g} steps/s cost the engine", _losses(results["streaming"]), "streaming"),
+        ("first byte at an idle server, over the engine's own", f"{results['streaming']['first_byte_ms']['median']:.1f} ms", "streaming"),
         *((f"{what}, {results[name]['num_questions']} held out", _accuracy(results[name]), name) for what, name in EVALS),
     ]
     return _table(("what", "figure", "command"), [(what, figure, f"`{COMMANDS[name]}`") for what, figure, name in rows]) + _machines(
@@ -87,8 +92,56 @@ def details(results: Results) -> str:
         + f"\n`{COMMANDS['start_up']}`: ready after {start_up['ready_s']:.2f} s, first token after {start_up['first_token_s']:.2f} s "
         + f"(lowest {start_up['lowest_s']:.2f}, highest {start_up['highest_s']:.2f}).\n\n"
         + _table(("command", "accuracy", "invalid", "latency", "output tokens/s"), evals)
+        + _streaming(results["streaming"])
         + _machines(results)
     )
+
+
+def _streaming(result: dict[str, Any]) -> str:
+    """What the HTTP side costs, and where its time goes."""
+    runs = [
+        (
+            f"{name}",
+            f"{run['alone_tokens_per_s']:,.0f}",
+            f"{run['served_tokens_per_s']:,.0f}",
+            f"{100 * run['loss']:.1f} %",
+            f"{run['gap_ms_median']:.1f} / {run['gap_ms_p99']:.1f} ms",
+            *(f"{run['cores'][process]:.2f}" for process in ("server", "engine", "client")),
+        )
+        for name, run in result["runs"].items()
+    ]
+    head = ("a step", "alone, tokens/s", "served, tokens/s", "loss", "gap, median / p99", "server", "engine", "client")
+    shares = [(part, f"{100 * share:.0f} %") for part, share in result["parts"].items()]
+    first = result["first_byte_ms"]
+    return (
+        f"\n`{COMMANDS['streaming']}`, {result['streams']} streams at {result['steps_per_s']:g} steps/s, and the cores in use:\n\n"
+        + _table(head, runs)
+        + f"\nFirst byte at an idle server, over the engine's own: median {first['median']:.1f} ms, p99 {first['p99']:.1f} ms.\n\n"
+        + _table(("part of the web server", "share of its time"), shares)
+    )
+
+
+def structured(results: Results) -> str:
+    """The tables of docs/structured-output.md."""
+    result = results["structured"]
+    tables = []
+    for title in result["libraries"]:
+        rows = [
+            (
+                name,
+                f"{row['compile ms']:,.1f} ms",
+                *(f"{row[key] / 1e3:,.2f} ms" if key in row else "" for key in ("mask us mean", "mask us p99")),
+            )
+            for name, row in result["libraries"][title].items()
+        ]
+        tables.append(_table((title, "compile", "mask, mean", "mask, p99"), rows))
+    steps = [(name, *(f"{row[key]:.2f}" for key in ("median", "mean", "p99", "max"))) for name, row in result["step ms"].items()]
+    tables.append(_table(("ms a step of the bundled model", "median", "mean", "p99", "most"), steps))
+    return "\n".join(tables) + _machines({"structured": result})
+
+
+def _losses(result: dict[str, Any]) -> str:
+    return ", ".join(f"{100 * run['loss']:.1f} % ({name})" for name, run in result["runs"].items())
 
 
 def _joined(rows: list[dict[str, Any]], key: str) -> str:
@@ -119,6 +172,7 @@ def _machines(results: Results) -> str:
 def documents(results: Results) -> dict[Path, str]:
     """Each document as it should be."""
     tables = {ROOT / "README.md": summary(results), ROOT / "docs" / "performance.md": details(results)}
+    tables[ROOT / "docs" / "structured-output.md"] = structured(results)
     return {path: PLACE.sub(rf"\g<1>{text}\g<2>", path.read_text()) for path, text in tables.items()}
 
 
