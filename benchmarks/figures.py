@@ -141,7 +141,7 @@ def structured(results: Results) -> str:
 
 
 def _losses(result: dict[str, Any]) -> str:
-    return ", ".join(f"{100 * run['loss']:.1f} % ({name})" for name, run in result["runs"].items())
+    return ", ".join(f"{100 * run['loss']:.1f} % where a step {name}" for name, run in result["runs"].items())
 
 
 def _joined(rows: list[dict[str, Any]], key: str) -> str:
