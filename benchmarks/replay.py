@@ -29,7 +29,8 @@ from torch import Tensor
 from examples.rl import trainer
 from pointsman import LLM, RequestOutput, SamplingParams, tiny
 from pointsman.bench import arithmetic
-from pointsman.bench.machine import here, settle
+from pointsman.bench.machine import here
+from pointsman.bench.subject import settle
 from pointsman.rl import replay
 
 RESULT = Path(__file__).parent / "results" / "replay.json"

@@ -39,7 +39,8 @@ class RouteStore:
         self._writable()[slots_T, layer] = ids_TK.to(torch.int16 if self.rows_SLK.dtype == torch.uint16 else torch.uint8)
 
     def compare(self, layer: int, slots_T: Tensor, alike_T: Tensor) -> None:
-        """Count, for the forced tokens in these slots, whether their free choice in this layer would have been alike; layer 0 begins."""
+        """Count whether the free choice of the tokens in these slots was alike in this layer; layer 0 begins. It means nothing where
+        they were not forced, and costs no wait for the device to learn which were."""
         alike_T = alike_T.to(torch.int16)
         self.alike_S[slots_T] = alike_T if layer == 0 else self.alike_S[slots_T] + alike_T
 

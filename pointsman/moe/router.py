@@ -57,7 +57,7 @@ def _reference(rows: RouterInput, spec: RoutingSpec) -> Routing:
         forced_T = (rows.given_TK >= 0).all(-1)
         if rows.routes is not None:
             alike_T = (routing.ids_TK.sort(-1).values == rows.given_TK.sort(-1).values).all(-1)
-            rows.routes.compare(rows.layer, rows.slots_T[forced_T], alike_T[forced_T])
+            rows.routes.compare(rows.layer, rows.slots_T, alike_T)
         routing = route(logits_TE, spec, ids_TK=torch.where(forced_T.unsqueeze(-1), rows.given_TK, routing.ids_TK))
     if rows.routes is not None:
         rows.routes.record(rows.layer, rows.slots_T, routing.ids_TK)
