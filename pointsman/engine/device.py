@@ -47,5 +47,7 @@ def check_options(config: EngineConfig, device: torch.device) -> None:
 
 def device_memory(device: torch.device) -> tuple[int, int]:
     """Bytes of a CUDA device, and how many of them are free."""
+    torch.cuda.empty_cache()  # what loading has given back is free
+    torch.cuda.empty_cache()  # what loading has given back is free
     free, total = torch.cuda.mem_get_info(device)
     return total, free

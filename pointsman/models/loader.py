@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -85,7 +85,7 @@ def load_model(
         choose_runner(moe_backend, spec, expert_form(architecture), device=on, dtype=compute, deterministic=invariant),
     )
     parameters = (
-        make_parameters(architecture, seed=seed, device=on)
+        make_parameters(architecture, seed=seed, device=on, progress=progress)
         if load_format == "dummy"
         else read_parameters(folder, architecture, device=on, progress=progress)
     )
@@ -108,14 +108,20 @@ def read_parameters(folder: Path, architecture: Architecture, *, device: torch.d
     checkpoint = open_checkpoint(folder)
     _raise(folder, [*checkpoint.problems, *_differences(expected, checkpoint, architecture)])
     storage = Storage(rows, architecture, _plain_dtypes(expected, checkpoint), device)
-    faults: list[str] = []
+    broken: dict[str, Tensor] = {}
     with _bar(progress, len(expected)) as advance:
         for name, tensor in checkpoint.tensors(expected):
-            faults += _faults(name, tensor)
-            storage.view(expected[name][1]).copy_(tensor)
+            view = storage.view(expected[name][1])
+            view.copy_(tensor)
+            broken[name] = _is_broken(view)
             advance()
-    _raise(folder, faults)
+    _raise(folder, [f"{name} has numbers that are NaN or infinite" for name, flag in zip(broken, _flags(broken), strict=True) if flag])
     return storage.parameters()
+
+
+def _flags(broken: Mapping[str, Tensor]) -> list[bool]:
+    flags: list[bool] = torch.stack(list(broken.values())).tolist()
+    return flags
 
 
 def _differences(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpoint, architecture: Architecture) -> Iterator[str]:
@@ -162,14 +168,15 @@ def _plain_dtypes(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpo
     return widest
 
 
-def _faults(name: str, tensor: Tensor) -> Iterable[str]:
-    """NaN or infinite numbers, found by the largest: these reductions are ten times as fast as a test of each number."""
+def _is_broken(tensor: Tensor) -> Tensor:
+    """Whether it has NaN or infinite numbers, where it is, so that a device is not waited for.
+
+    Found by the largest: these reductions are ten times as fast as a test of each number.
+    """
     if tensor.dtype == FP8:
         # e4m3 has no infinity, and its NaN is all ones after the sign
-        broken = int((tensor.view(torch.uint8) & 0x7F).max()) == 0x7F
-    else:
-        broken = not all(bound.isfinite() for bound in torch.aminmax(tensor))
-    return (f"{name} has numbers that are NaN or infinite",) if broken else ()
+        return (tensor.view(torch.uint8) & 0x7F).max() == 0x7F
+    return ~torch.stack(torch.aminmax(tensor)).isfinite().all()
 
 
 def _raise(folder: Path, problems: list[str]) -> None:
@@ -190,7 +197,7 @@ def _bar(progress: bool | None, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def make_parameters(architecture: Architecture, *, seed: int, device: torch.device) -> Parameters:
+def make_parameters(architecture: Architecture, *, seed: int, device: torch.device, progress: bool | None = None) -> Parameters:
     """Random weights whose router spreads tokens evenly: norms 1, a wide router, no bias, matrices of standard deviation 0.02.
 
     Embeddings have standard deviation 1. With smaller ones what attention adds, which neighbours share, outweighs what tells
@@ -199,18 +206,22 @@ def make_parameters(architecture: Architecture, *, seed: int, device: torch.devi
     """
     rows = MODELS[architecture.name].rows
     storage = Storage(rows, architecture, {row.parameter: DTYPES[architecture.dtype] for row in rows}, device)
-    for name, (row, place) in places(rows, architecture).items():
-        view = storage.view(place)
-        if place.scale:
-            view.fill_(DUMMY_STD * 4 / FP8_MAX)
-        elif row.parameter == "bias":
-            view.zero_()
-        elif len(row.shape) == 1:
-            view.fill_(1.0)
-        else:
-            std = {"gate": DUMMY_ROUTER_STD / math.sqrt(architecture.hidden_size), "embed": 1.0}.get(row.parameter, DUMMY_STD)
-            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
-            noise = torch.randn(view.shape, generator=generator, device=device)
-            # an e4m3 number of standard deviation 112 leaves four of them to its limit
-            view.copy_((noise * (FP8_MAX / 4)).clamp_(-FP8_MAX, FP8_MAX) if view.dtype == FP8 else noise * std)
+    generator = torch.Generator(device)
+    named = places(rows, architecture)
+    with _bar(progress, len(named)) as advance:
+        for name, (row, place) in named.items():
+            view = storage.view(place)
+            if place.scale:
+                view.fill_(DUMMY_STD * 4 / FP8_MAX)
+            elif row.parameter == "bias":
+                view.zero_()
+            elif len(row.shape) == 1:
+                view.fill_(1.0)
+            else:
+                std = {"gate": DUMMY_ROUTER_STD / math.sqrt(architecture.hidden_size), "embed": 1.0}.get(row.parameter, DUMMY_STD)
+                generator.manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
+                noise = torch.randn(view.shape, generator=generator, device=device)
+                # an e4m3 number of standard deviation 112 leaves four of them to its limit
+                view.copy_(noise.mul_(FP8_MAX / 4).clamp_(-FP8_MAX, FP8_MAX) if view.dtype == FP8 else noise.mul_(std))
+            advance()
     return storage.parameters()
