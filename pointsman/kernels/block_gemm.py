@@ -110,7 +110,7 @@ def _splits(tiles_down: int, tiles_across: int, columns_in: int, programs: int) 
     return max(1, min(wanted, MOST_SPLITS, columns_in // (2 * BLOCK)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def multiply_kernel(
     x_ptr,
     x_scale_ptr,
