@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pointsman.config import EngineConfig
 from pointsman.engine.build import Parts, build
 from pointsman.engine.executor import Executor, Pending, choose_executor
-from pointsman.engine.versions import Run, clip
+from pointsman.engine.rows import RoutingRows
 from pointsman.engine.waiting_room import WaitingRoom
 from pointsman.engine.weights import Fresh
 from pointsman.grammar import Grammar
-from pointsman.replay import check_sizes, keep, rows_of
+from pointsman.replay import check_sizes
 from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, QueueFull, Request
 from pointsman.scheduler import Advance, Sequence
 from pointsman.step import StepPlan
@@ -76,6 +76,7 @@ class Engine:
         self._room = None if parts.grammars is None else WaitingRoom(parts.grammars)
         self._given_back: list[Grammar] = []
         self._runner = parts.runner
+        self._rows = RoutingRows(parts.runner)
         self._overlap = not config.scheduler.disable_overlap_schedule
         self._executor: Executor = choose_executor(parts.runner, overlap=self._overlap)
         self._seeds = random.Random(config.model.random_seed)
@@ -241,10 +242,7 @@ class Engine:
         self.num_preemptions += len(preempted)
         self._runner.load.settle()
         for sequence in preempted:
-            if sequence.kept is None or sequence.num_computed > sequence.kept.end:
-                rows, _ = self._runner.routing(sequence.pages, 0, sequence.num_computed, sequence.num_computed)
-                sequence.kept, sequence.kept_versions = keep(rows), self._versions(sequence)
-            sequence.tainted = any(number != self._runner.versions.number for _, _, number in sequence.kept_versions)
+            self._rows.keep(sequence)
 
     def _deliver(self, advances: list[Advance]) -> list[ChoiceDelta]:
         deltas = []
@@ -318,39 +316,14 @@ class Engine:
         """Fill in the last delta of a choice. The routing rows are read before the next plan can give its pages away."""
         delta.finish_reason, delta.stop_reason = sequence.finish_reason, sequence.stop_reason
         self._runner.load.settle()
-        sampling, replay = sequence.request.sampling, sequence.request.replay
         if delta.finish_reason is not FinishReason.ERROR:
-            if sampling.return_routed_experts:
-                self._give_rows(sequence, delta)
-            if replay is not None:
-                delta.routing_agreement = self._runner.agreement(sequence.pages, replay.forced, sequence.num_computed)
+            self._rows.give(sequence, delta)
         del self._choices[sequence.number]
         self._live[sequence.request.rid] -= 1
         if not self._live[sequence.request.rid]:
             del self._live[sequence.request.rid]
-            if sampling.grammar is not None:
-                self._given_back.append(sampling.grammar)
-
-    def _give_rows(self, sequence: Sequence, delta: ChoiceDelta) -> None:
-        """The rows of a choice. One that is aborted on its way back from a preemption has those that were kept, too."""
-        start, kept = sequence.request.sampling.routed_experts_start, sequence.kept
-        end, num_computed = max(len(sequence.tokens) - 1, start), sequence.num_computed
-        rows, missing = self._runner.routing(sequence.pages, start, end, num_computed)
-        if kept is not None and missing and kept.end > (first := max(start, num_computed)):
-            last = min(kept.end, end)
-            rows[first - start : last - start] = rows_of(kept)[first:last]
-            missing = [(last - start, end - start)] if last < end else []
-        delta.routed_experts, delta.routed_experts_missing = rows, missing
-        delta.weight_versions = self._runner.versions.named(clip(self._versions(sequence), start, end), start)
-
-    def _versions(self, sequence: Sequence) -> list[Run]:
-        """Which weights chose the experts of its positions: what was computed again under rows that were kept, those of the rows."""
-        num_known, kept = sequence.num_computed, sequence.kept_versions
-        runs = self._runner.version_runs(sequence.pages, num_known)
-        if not kept:
-            return runs
-        first, last = min(sequence.num_found, num_known), kept[-1][1]
-        return [*clip(runs, 0, first), *clip(kept, first, last), *clip(runs, max(first, last), num_known)]
+            if (grammar := sequence.request.sampling.grammar) is not None:
+                self._given_back.append(grammar)
 
     def settle(self) -> None:
         """Take in the step in flight, so that none is. What it added is handed out by the next `step`."""
