@@ -22,7 +22,7 @@ class RoutingView {
     });
     this.tokenMap.clear("Layers by experts appear here.");
     this.answerMap.clear("No record yet.");
-    this.serverMap.clear("No token has been computed yet.");
+    this.serverMap.clear("Layers by experts appear here.");
     find("token-back").addEventListener("click", () => this.answer.step(-1));
     find("token-next").addEventListener("click", () => this.answer.step(1));
     find("tint").addEventListener("change", () => this.paint());
