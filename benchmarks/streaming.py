@@ -4,7 +4,7 @@
 
 A stub stands for the engine (`benchmarks/stub_engine.py`), in the engine's own process, behind the real socket and the real web server. Its
 steps wait as for a GPU, or keep one core busy as a model on a CPU does; each is run alone first, in a process of its own with nobody
-to tell, and the loss is between the two rates. The client is this process: it looks at its sockets every 10 ms, so that it wakes seldom, and
+to tell, and the loss is between the two rates. The client is this process: it reads its sockets every 10 ms, so that it wakes seldom, and
 counts events. What it costs is printed, because on two cores it is in the way too.
 
 Where the time goes is told by looking at the web server's main thread (`benchmarks/sampled.py`), in a run of its own.
