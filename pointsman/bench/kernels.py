@@ -18,62 +18,32 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pointsman.bench.expert_layer import Layer, time_graph
 from pointsman.bench.machine import here
 from pointsman.bench.options import KernelsOptions
 from pointsman.bench.plot import Line, Panel, chart
 from pointsman.kernels import reference
+from pointsman.kernels.tiles import Shape
 from pointsman.kernels.triton_support import chains, reason_against
-from pointsman.kernels.weight import FP8, Weight
+from pointsman.kernels.weight import FP8
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
-from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.moe.routing import Routing
 
-HIDDEN, WIDTH = 3072, 1536
-SPEC = RoutingSpec(num_experts=256, top_k=8, score="sigmoid")
+MINIMAX = {tp: Shape(num_experts=256, top_k=8, hidden=3072, width=1536 // tp, quantized=True) for tp in (1, 2, 4)}
 SIZES = tuple(2**power for power in range(14))
 QUICK_SIZES = (1, 2, 8, 32, 128, 512, 2048, 8192)
 NUM_BATCHES = 8
 CHECKED_TOKENS = 4
-RUNS = 20
 # relative to the norm of the result: its rounding to bfloat16, and for the plain arrangement that of what passes between kernels
 BOUNDS = {"triton": 0.03, "routed": 0.004, "routed, deterministic": 0.004}
 SCORE_ERROR = 1e-5
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """Weights of a layer as one of `tp` devices has them."""
-
-    tp: int
-    gate_ED: Tensor
-    bias_E: Tensor
-    experts: ExpertWeights
-
-    @classmethod
-    def draw(cls, tp: int, device: torch.device, seed: int) -> Layer:
-        """Random weights of the real shapes; e4m3 numbers as a normal distribution has them, not zeros and not NaN."""
-        generator = torch.Generator(device).manual_seed(seed)
-        width = WIDTH // tp
-
-        def stack(rows: int, columns: int, parts: tuple[int, ...]) -> Weight:
-            data = torch.empty(SPEC.num_experts, rows, columns, dtype=torch.uint8, device=device)
-            for expert in range(SPEC.num_experts):
-                values = torch.randn(rows, columns, generator=generator, device=device) * 100
-                data[expert] = values.clamp(-448, 448).to(FP8).view(torch.uint8)
-            scale = torch.rand(SPEC.num_experts, rows // 128, columns // 128, generator=generator, device=device)
-            return Weight(data.view(FP8), (scale + 0.5) * (0.01 * columns**-0.5), parts=parts)
-
-        gate_ED = torch.randn(SPEC.num_experts, HIDDEN, generator=generator, device=device) * HIDDEN**-0.5
-        bias_E = torch.randn(SPEC.num_experts, generator=generator, device=device) * 0.01
-        return cls(tp, gate_ED, bias_E, ExpertWeights(stack(2 * width, HIDDEN, (width, width)), stack(HIDDEN, width, ())))
 
 
 class Block:
@@ -86,7 +56,9 @@ class Block:
 
     def route(self, x_TD: Tensor) -> Routing:
         logits = self._kernels.router_logits(x_TD, self._layer.gate_ED, deterministic=self._deterministic, pdl=self._pdl)
-        chosen = self._kernels.choose_experts(logits, top_k=SPEC.top_k, softmax=False, bias_E=self._layer.bias_E, pdl=self._pdl)
+        chosen = self._kernels.choose_experts(
+            logits, top_k=self._layer.shape.top_k, softmax=False, bias_E=self._layer.bias_E, pdl=self._pdl
+        )
         return Routing(*chosen)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
@@ -96,12 +68,11 @@ class Block:
 def blocks(layer: Layer) -> dict[str, Block]:
     """Every runner that can serve on this card."""
     device = layer.gate_ED.device
-    form = ExpertForm(HIDDEN, WIDTH // layer.tp, (128, 128))
     found = {}
-    if (why := TritonRunner.unsupported(SPEC, form, device, torch.bfloat16)) is not None:
+    if (why := TritonRunner.unsupported(layer.spec, layer.form, device, torch.bfloat16)) is not None:
         raise ValueError(f"the plain arrangement cannot run here: {why}")
     found["triton"] = Block(layer, TritonRunner(), deterministic=False)
-    if (why := RoutedRunner.unsupported(SPEC, form, device, torch.bfloat16)) is not None:
+    if (why := RoutedRunner.unsupported(layer.spec, layer.form, device, torch.bfloat16)) is not None:
         print(f"runner routed is left out: {why}", file=sys.stderr)
         return found
     found["routed"] = Block(layer, RoutedRunner(), deterministic=False)
@@ -120,11 +91,11 @@ def run(engine: dict[str, Any], options: KernelsOptions) -> int:
     rows: list[dict[str, Any]] = []
     faults = 0
     for tp in options.tp_sizes or ((1,) if options.quick else (1, 2, 4)):
-        layer = Layer.draw(tp, device, options.seed)
+        layer = Layer.draw(MINIMAX[tp], device, options.seed)
         table = blocks(layer)
         print(heading(tp, table), flush=True)
         for num_tokens in sizes:
-            found = list(measure_size(layer, table, num_tokens, ceilings, options))
+            found = list(measure_size(tp, layer, table, num_tokens, ceilings, options))
             faults += sum("us" not in row for row in found)
             rows += found
             print(line(num_tokens, found), flush=True)
@@ -161,23 +132,25 @@ def versions() -> dict[str, Any]:
 
 
 def measure_size(
-    layer: Layer, table: dict[str, Block], num_tokens: int, ceilings: dict[str, float], options: KernelsOptions
+    tp: int, layer: Layer, table: dict[str, Block], num_tokens: int, ceilings: dict[str, float], options: KernelsOptions
 ) -> Iterable[dict[str, Any]]:
     """One row for each runner."""
     generator = torch.Generator(layer.gate_ED.device).manual_seed(options.seed + num_tokens)
-    batches = [torch.randn(num_tokens, HIDDEN, generator=generator, device=layer.gate_ED.device).bfloat16() for _ in range(NUM_BATCHES)]
+    batches = [
+        torch.randn(num_tokens, layer.shape.hidden, generator=generator, device=layer.gate_ED.device).bfloat16() for _ in range(NUM_BATCHES)
+    ]
     for name, block in table.items():
-        row: dict[str, Any] = {"M": num_tokens, "tp": layer.tp, "runner": name}
+        row: dict[str, Any] = {"M": num_tokens, "tp": tp, "runner": name}
         fault, error = check(layer, block, batches[0], BOUNDS[name])
         row["error"] = round(error, 6)
         if fault is not None:
-            print(f"M={num_tokens} tp={layer.tp} {name}: {fault}; no time is reported", file=sys.stderr)
+            print(f"M={num_tokens} tp={tp} {name}: {fault}; no time is reported", file=sys.stderr)
             yield row | {"fault": fault}
             continue
         used = statistics.mean(len(torch.unique(block.route(x_TD).ids_TK)) for x_TD in batches)
         seconds = time_graph(lambda block=block: [block(x_TD) for x_TD in batches]) / NUM_BATCHES  # type: ignore[misc]
-        moved = block_bytes(layer.tp, num_tokens, used)
-        flops = 2 * SPEC.top_k * num_tokens * 3 * HIDDEN * WIDTH / layer.tp
+        moved = block_bytes(layer.shape, num_tokens, used)
+        flops = 2 * layer.shape.top_k * num_tokens * 3 * layer.shape.hidden * layer.shape.width
         yield row | {
             "us": round(1e6 * seconds, 2),
             "experts": round(used, 1),
@@ -187,12 +160,12 @@ def measure_size(
         }
 
 
-def block_bytes(tp: int, num_tokens: int, num_used: float) -> float:
-    """The least that the block moves: gate, experts in use, activations in and out, hidden rows out and in as FP8."""
-    width, pairs = WIDTH / tp, num_tokens * SPEC.top_k
-    matrices = 3 * HIDDEN * width
-    weights = num_used * (matrices + matrices / 128**2 * 4)
-    return weights + 4 * SPEC.num_experts * HIDDEN + num_tokens * HIDDEN * (2 + 2) + 2 * pairs * width * (1 + 4 / 128)
+def block_bytes(shape: Shape, num_tokens: int, num_used: float) -> float:
+    """The least that the block moves: gate, FP8 experts in use, activations in and out, hidden rows out and in as FP8."""
+    hidden, width = shape.hidden, shape.width
+    weights = num_used * 3 * hidden * width * (1 + 4 / 128**2)
+    hidden_rows = num_tokens * shape.top_k * width * (1 + 4 / 128)
+    return weights + 4 * shape.num_experts * hidden + num_tokens * hidden * (2 + 2) + 2 * hidden_rows
 
 
 def check(layer: Layer, block: Block, x_TD: Tensor, bound: float) -> tuple[str | None, float]:
@@ -221,7 +194,7 @@ def check_choice(layer: Layer, x_TD: Tensor, chosen: Routing) -> str | None:
         score_TE = (x_TD[part].double() @ layer.gate_ED.double().T).sigmoid()
         biased_TE = score_TE + layer.bias_E.double()
         ids_TK = chosen.ids_TK[part].long()
-        if int(ids_TK.min()) < 0 or int(ids_TK.max()) >= SPEC.num_experts:
+        if int(ids_TK.min()) < 0 or int(ids_TK.max()) >= layer.shape.num_experts:
             return "it chose experts that do not exist"
         worst_T = biased_TE.gather(1, ids_TK).min(1).values
         left_T = biased_TE.scatter(1, ids_TK, float("-inf")).max(1).values
@@ -236,7 +209,7 @@ def check_choice(layer: Layer, x_TD: Tensor, chosen: Routing) -> str | None:
 
 def oracle(layer: Layer, x_D: Tensor, ids_K: Tensor, weights_K: Tensor) -> Tensor:
     """A token's weighted sum in float64, rounded where the reference rounds, [D]."""
-    out_D = torch.zeros(HIDDEN, dtype=torch.float64, device=x_D.device)
+    out_D = torch.zeros(layer.shape.hidden, dtype=torch.float64, device=x_D.device)
     x_D = dequantized(x_D)
     for expert, weight in zip(ids_K.tolist(), weights_K.tolist(), strict=True):
         gate, up = (layer.experts.gate_up[expert].dequantize(torch.float64) @ x_D).chunk(2)
@@ -251,27 +224,6 @@ def dequantized(x_D: Tensor) -> Tensor:
     return (q_TD.double().view(-1, 128) * scale_TG.double().view(-1, 1)).flatten()
 
 
-def time_graph(work: Callable[[], Any]) -> float:
-    """Seconds of one run of the work, captured as a CUDA graph: the median of many replays."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    times: list[float] = []
-    for index in range(RUNS + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if index >= 3:
-            times.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(times)
-
-
 def measure_ceilings(device: torch.device) -> dict[str, float]:
     """GB/s of a kernel that only reads and of a copy (both ways counted), and TFLOP/s of a large FP8 product of the library."""
     bandwidth = importlib.import_module("pointsman.bench.bandwidth")
@@ -280,7 +232,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     read = source.nbytes / time_graph(functools.partial(bandwidth.read, source))
     copy = 2 * source.nbytes / time_graph(functools.partial(target.copy_, source))
     a, b = (torch.randn(8192, 8192, device=device).to(FP8) for _ in range(2))
-    one = torch.ones((), device=device)
+    one = torch.ones(1, device=device)
     seconds = time_graph(lambda: torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16))
     return {"read_gb_s": round(read / 1e9, 1), "copy_gb_s": round(copy / 1e9, 1), "fp8_tflops": round(2 * 8192**3 / seconds / 1e12, 1)}
 

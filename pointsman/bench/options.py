@@ -94,3 +94,27 @@ class KernelsOptions:
         for size in self.tp_sizes:
             if size not in (1, 2, 4):
                 raise ValueError(f"--tp-sizes is {size}; it must be 1, 2 or 4: other shares of the width are no multiple of 128")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """Sizes of a layer's experts; the defaults are MiniMax-M2.5's on one device."""
+
+    num_experts: int = flag(256, "experts of a layer", low=1, high=1024)
+    experts_per_token: int = flag(8, "experts of a token", low=1, high=1024)
+    hidden_size: int = flag(3072, "width of the activations", low=128, high=65536)
+    expert_width: int = flag(1536, "width of an expert on one device: the model's by the devices that share it", low=128, high=65536)
+    plain: bool = flag(False, "bfloat16 weights instead of FP8")
+    num_tokens: tuple[int, ...] = flag(
+        (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), "tokens of a step, one or several numbers", low=1, high=65536
+    )
+    again: bool = flag(False, "measure what has been measured before, too")
+    save: str | None = flag(None, "keep the tables in this file (default: where every run on this machine finds them)")
+    log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)
+
+    def __post_init__(self) -> None:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"--experts-per-token is {self.experts_per_token}; there are {self.num_experts} experts")
+        for name in ("hidden_size", "expert_width"):
+            if getattr(self, name) % 128:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a multiple of 128")

@@ -85,6 +85,7 @@ VERBS = {
     "bench kernels": Verb(
         "the experts' kernels on a GPU", "pointsman.bench.options:KernelsOptions", "pointsman.bench.kernels:run", engine=False
     ),
+    "tune": Verb("find how a GPU runs experts best", "pointsman.bench.options:TuneOptions", "pointsman.bench.tune:run", engine=False),
 }
 
 

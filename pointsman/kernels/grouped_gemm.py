@@ -322,7 +322,7 @@ def up(
         SWAP=tile.swap,
         STAGES=tile.stages,
         PDL=pdl,
-        num_warps=tile.warps,
+        **tile_options(tile),
         **launch_options(pdl),
     )
     return h_PF, scale_PG
@@ -367,7 +367,7 @@ def gemm(
         SWAP=tile.swap,
         STAGES=tile.stages,
         PDL=pdl,
-        num_warps=tile.warps,
+        **tile_options(tile),
         **launch_options(pdl),
     )
     return out_RN
@@ -416,3 +416,8 @@ def combine(y_RD: Tensor, ids_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype
         **launch_options(pdl),
     )
     return out_TD
+
+
+def tile_options(tile: Tile) -> dict[str, int]:
+    """Keywords of a launch that say what a program is given."""
+    return {"num_warps": tile.warps} | ({} if tile.registers is None else {"maxnreg": tile.registers})

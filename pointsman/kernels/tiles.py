@@ -12,11 +12,17 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
+from pointsman.kernels.triton_support import version
+
 logger = logging.getLogger(__name__)
+
+Tables = dict[str, dict[str, dict[str, list[dict[str, Any]]]]]
 
 MANY_PROGRAMS = 2 * 132  # two rounds of a large GPU's processors
 
@@ -31,6 +37,7 @@ class Tile:
         warps, stages: of a program.
         swap: weights are the left operand.
         quantize: hidden rows leave `up` quantized; a program then makes 128 columns, in two passes if `columns` is 64.
+        registers: most of a thread, so that more programs fit a processor; None leaves it to the assembler.
     """
 
     block: int
@@ -39,6 +46,7 @@ class Tile:
     stages: int
     swap: bool
     quantize: bool = False
+    registers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +116,32 @@ class TileTable:
 def _rows(runner: str, device: str, key: str) -> tuple[tuple[int, Tiles], ...]:
     table = load_tables().get(device, {}).get(key, {}).get(runner)
     if table is None:
-        logger.info("%s has no tiles measured for %s on %s: a rule cuts its products", runner, key, device)
+        logger.info("runner %s has no tiles for %s on %s; a rule cuts its products, `pointsman tune` measures", runner, key, device)
         return ()
     return tuple((row["tokens"], Tiles(up=Tile(**row["up"]), down=Tile(**row["down"]))) for row in table)
 
 
-def load_tables() -> dict[str, dict[str, dict[str, list[dict[str, Any]]]]]:
-    """All tables: by device name, shape and runner, rows in order of tokens."""
-    text = (resources.files("pointsman.kernels") / "tiles.json").read_text()
-    tables: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = json.loads(text)
-    return tables
+def load_tables() -> Tables:
+    """All tables: by device name, shape and runner, rows in order of tokens. Those that `pointsman tune` made here come before ours."""
+    shipped: Tables = json.loads((resources.files("pointsman.kernels") / "tiles.json").read_text())
+    if (own := own_file()).is_file():
+        merge(shipped, json.loads(own.read_text()))
+    return shipped
+
+
+def own_file() -> Path:
+    """Where `pointsman tune` keeps what it measured on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "pointsman" / "tiles.json"
+
+
+def merge(tables: Tables, others: Tables) -> None:
+    """Put the others' tables beside or in place of these."""
+    for device, shapes in others.items():
+        for key, runners in shapes.items():
+            tables.setdefault(device, {}).setdefault(key, {}).update(runners)
+
+
+def device_key(name: str) -> str:
+    """What a table is kept under: the device and the compiler that made its kernels."""
+    have = version()
+    return f"{name}, triton {'none' if have is None else f'{have[0]}.{have[1]}'}"

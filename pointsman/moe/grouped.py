@@ -7,7 +7,7 @@ is launched while the one before still runs, and waits inside for its results.
 
 Both take a Routing on the device, ids below zero being padding, and keep no state: buffers come from torch's allocator, which in a
 CUDA graph gives them the graph's own memory, and grids depend on shapes alone. With `deterministic` every batch is cut alike, so
-that a token's result cannot depend on how many others there are; otherwise only the cut, hence the order of nothing but K, differs.
+that a token's result cannot depend on how many others there are; with `tiles` as is said.
 
 Triton is imported when a runner is made, for installs without it must be able to ask why it cannot serve.
 
@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pointsman.kernels.tiles import Shape, Tiles, TileTable
+from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key
 from pointsman.kernels.triton_support import chains, reason_against
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
@@ -52,8 +52,8 @@ class _Grouped:
     name: ClassVar[str]
     routes_itself: ClassVar[bool] = False
 
-    def __init__(self, *, deterministic: bool = False) -> None:
-        self._deterministic = deterministic
+    def __init__(self, *, deterministic: bool = False, tiles: Tiles | None = None) -> None:
+        self._deterministic, self._given = deterministic, tiles
         self._arrange = importlib.import_module("pointsman.kernels.arrange")
         self._gemm = importlib.import_module("pointsman.kernels.grouped_gemm")
 
@@ -61,6 +61,8 @@ class _Grouped:
         return weights if weights.quantized else weights.dequantize(dtype)
 
     def _tiles(self, num_tokens: int, top_k: int, weights: ExpertWeights) -> Tiles:
+        if self._given is not None:
+            return self._given
         num_experts, hidden, width = weights.down.data.shape
         shape = Shape(num_experts=num_experts, top_k=top_k, hidden=hidden, width=width, quantized=weights.quantized)
         return tile_table(self.name, shape, weights.down.data.device)(FIXED_TOKENS if self._deterministic else num_tokens)
@@ -69,7 +71,7 @@ class _Grouped:
 @functools.cache
 def tile_table(runner: str, shape: Shape, device: torch.device) -> TileTable:
     """A runner's cuts of this shape on this device."""
-    return TileTable(runner, shape, torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    return TileTable(runner, shape, device_key(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type))
 
 
 class TritonRunner(_Grouped):

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from pointsman import cli
-from pointsman.bench import kernels
-from pointsman.bench.kernels import Block, Layer, block_bytes, check, draw
+from pointsman.bench.expert_layer import Layer
+from pointsman.bench.kernels import MINIMAX, Block, block_bytes, check, draw
 from pointsman.bench.options import KernelsOptions
+from pointsman.kernels.tiles import Shape
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
-from pointsman.moe.routing import Routing, RoutingSpec
+from pointsman.moe.routing import Routing
 from tests.kernels.interpreter import correct
 
 correct()
@@ -21,11 +22,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def layer(monkeypatch: pytest.MonkeyPatch) -> Layer:
-    monkeypatch.setattr(kernels, "HIDDEN", 256)
-    monkeypatch.setattr(kernels, "WIDTH", 256)
     monkeypatch.setattr("pointsman.kernels.tiles.MANY_PROGRAMS", 1)
-    monkeypatch.setattr(kernels, "SPEC", RoutingSpec(num_experts=4, top_k=2, score="sigmoid"))
-    return Layer.draw(2, CPU, 0)
+    return Layer.draw(Shape(num_experts=4, top_k=2, hidden=256, width=128, quantized=True), CPU, 0)
 
 
 @pytest.mark.parametrize(("runner", "bound"), [(TritonRunner, 0.03), (RoutedRunner, 0.004)])
@@ -58,9 +56,9 @@ def test_what_is_wrong_is_found(layer: Layer, monkeypatch: pytest.MonkeyPatch) -
 
 def test_bytes_are_those_of_the_roofline() -> None:
     # one token at tp 1 uses 8 experts of 14.16 MB; 128 tokens in 251.6 experts move 3.562 GB of weights
-    assert block_bytes(1, 1, 8) == pytest.approx(113.3e6 + 3.1e6, rel=2e-3)
-    assert block_bytes(1, 128, 251.6) == pytest.approx(3.562e9 + 3.1e6 + 4.8e6, rel=1e-3)
-    assert block_bytes(2, 128, 251.6) == pytest.approx(3.562e9 / 2 + 3.1e6 + 3.2e6, rel=1e-3)
+    assert block_bytes(MINIMAX[1], 1, 8) == pytest.approx(113.3e6 + 3.1e6, rel=2e-3)
+    assert block_bytes(MINIMAX[1], 128, 251.6) == pytest.approx(3.562e9 + 3.1e6 + 4.8e6, rel=1e-3)
+    assert block_bytes(MINIMAX[2], 128, 251.6) == pytest.approx(3.562e9 / 2 + 3.1e6 + 3.2e6, rel=1e-3)
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

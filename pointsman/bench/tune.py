@@ -1,0 +1,205 @@
+"""Finds how the experts' products are best cut on this GPU, and keeps it where the engine looks.
+
+Each product is timed alone, as a CUDA graph over several routings, in every cut that makes sense for so many tokens; the best pair
+with blocks of one height is kept. A pair is kept only if its result is right by the check of `bench kernels`. The file is written
+after each size, and what it has is not measured again: a run that was broken off goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pointsman.bench.expert_layer import Layer, time_graph
+from pointsman.bench.kernels import BOUNDS, Block, check
+from pointsman.bench.options import TuneOptions
+from pointsman.kernels.tiles import Shape, Tables, Tile, Tiles, device_key, merge, own_file
+from pointsman.kernels.triton_support import chains
+from pointsman.moe.grouped import RoutedRunner, TritonRunner
+
+NUM_BATCHES = 4
+RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed": RoutedRunner, "triton": TritonRunner}
+
+
+def blocks(rows: float) -> list[int]:
+    """Heights worth trying where an expert has so many rows."""
+    ranges = {16: (0, 20), 32: (3, 48), 64: (12, 300), 128: (48, float("inf"))}
+    return [block for block, (low, high) in ranges.items() if low <= rows <= high]
+
+
+def gemm_tiles(block: int) -> list[Tile]:
+    """Cuts of a product alone."""
+    cuts = {
+        16: [(128, 4, 3), (128, 4, 4), (64, 4, 4), (64, 4, 5), (32, 4, 5), (128, 8, 4)],
+        32: [(128, 4, 3), (64, 4, 4), (128, 8, 3)],
+        64: [(128, 4, 3), (128, 8, 3), (128, 8, 4), (64, 4, 4)],
+        128: [(128, 8, 3), (128, 8, 4), (64, 4, 3)],
+    }
+    return [Tile(block=block, columns=columns, warps=warps, stages=stages, swap=block <= 32) for columns, warps, stages in cuts[block]]
+
+
+def up_tiles(block: int, *, quantized: bool) -> list[Tile]:
+    """Cuts of gate, up and activation; those of hidden rows left in bfloat16 are for few experts in use, or plain weights."""
+    whole = {
+        16: [(128, 4, 2), (128, 4, 3), (128, 8, 3), (64, 4, 3)],
+        32: [(128, 8, 2), (128, 8, 3), (64, 4, 3)],
+        64: [(128, 8, 2), (128, 8, 3), (64, 4, 3), (64, 8, 3)],
+        128: [(64, 8, 2), (64, 8, 3), (64, 8, 4)],
+    }
+    few = {
+        16: [(64, 4, 3), (64, 4, 4), (32, 4, 4), (32, 4, 5), (16, 4, 4), (16, 4, 5)],
+        32: [(64, 4, 3), (32, 4, 4)],
+        64: [(64, 4, 3), (64, 8, 3)],
+        128: [(64, 8, 3)],
+    }
+    form = Tile(block=block, columns=0, warps=0, stages=0, swap=block <= 32)
+    found = [replace(form, columns=columns, warps=warps, stages=stages) for columns, warps, stages in few[block]]
+    if quantized:
+        found += [replace(form, columns=columns, warps=warps, stages=stages, quantize=True) for columns, warps, stages in whole[block]]
+    return found
+
+
+class Products:
+    """Both products of one runner at one size, ready to be timed in any cut."""
+
+    def __init__(self, layer: Layer, runner: str, num_tokens: int, seed: int = 0) -> None:
+        self._layer, self._runner, self._num_tokens = layer, runner, num_tokens
+        self._arrange = importlib.import_module("pointsman.kernels.arrange")
+        self._gemm = importlib.import_module("pointsman.kernels.grouped_gemm")
+        device, shape = layer.gate_ED.device, layer.shape
+        generator = torch.Generator(device).manual_seed(seed)
+        self._pdl = runner == "routed" and chains(device)
+        self.x = [torch.randn(num_tokens, shape.hidden, generator=generator, device=device).bfloat16() for _ in range(NUM_BATCHES)]
+        draws = [torch.rand(num_tokens, shape.num_experts, generator=generator, device=device) for _ in range(NUM_BATCHES)]
+        self._ids = [draw.topk(shape.top_k).indices.int() for draw in draws]
+        self._arranged: list[tuple[Any, Tensor | None, Tensor | None]] = []
+
+    def set_block(self, block: int) -> None:
+        """Arrange the pairs in blocks of this height."""
+        quantized = self._layer.shape.quantized
+        self._arranged = [
+            self._arrange.arrange(ids, self._layer.shape.num_experts, block, x if quantized else None)
+            for ids, x in zip(self._ids, self.x, strict=True)
+        ]
+
+    def time_up(self, tile: Tile) -> float:
+        return time_graph(lambda: [self._up(index, tile) for index in range(NUM_BATCHES)]) / NUM_BATCHES
+
+    def time_down(self, tile: Tile, *, from_quantized: bool) -> float:
+        """With hidden rows as `up` leaves them, or as it leaves them for `down` to quantize."""
+        shape = self._layer.shape
+        pairs = self._num_tokens * shape.top_k
+        some = Tile(block=tile.block, columns=64, warps=tile.warps, stages=2, swap=tile.swap, quantize=from_quantized)
+        if self._runner == "routed":
+            hidden = [self._up(index, some) for index in range(NUM_BATCHES)]
+        else:
+            hidden = [
+                self._gemm.activate(self._up(index, some), arranged, pairs, tile.block, quantize=shape.quantized)
+                for index, (arranged, _, _) in enumerate(self._arranged)
+            ]
+        dtype = torch.float32 if self._runner == "routed" else torch.bfloat16
+        y_RD = torch.empty(pairs, shape.hidden, dtype=dtype, device=self.x[0].device)
+
+        def work() -> None:
+            for (h_PF, scale_PG), (arranged, _, _) in zip(hidden, self._arranged, strict=True):
+                self._gemm.gemm(h_PF, scale_PG, self._layer.experts.down, arranged, pairs, tile, y_RD, pdl=self._pdl)
+
+        return time_graph(work) / NUM_BATCHES
+
+    def _up(self, index: int, tile: Tile) -> Any:
+        shape, (arranged, q_TD, scale_TG) = self._layer.shape, self._arranged[index]
+        rows_TD, pairs, weight = self.x[index] if q_TD is None else q_TD, self._num_tokens * shape.top_k, self._layer.experts.gate_up
+        if self._runner == "routed":
+            return self._gemm.up(rows_TD, scale_TG, weight, arranged, pairs, shape.top_k, tile, pdl=self._pdl)
+        both_PF = torch.empty(len(arranged.pairs_P), 2 * shape.width, dtype=torch.bfloat16, device=rows_TD.device)
+        return self._gemm.gemm(rows_TD, scale_TG, weight, arranged, pairs, tile, both_PF, gather=shape.top_k)
+
+
+def measured(products: Products, runner: str, shape: Shape, num_tokens: int) -> Iterator[tuple[float, Tiles]]:
+    """Seconds of both products together for every pair of cuts."""
+    for block in blocks(num_tokens * shape.top_k / shape.num_experts):
+        products.set_block(block)
+        ups = up_tiles(block, quantized=shape.quantized) if runner == "routed" else gemm_tiles(block)
+        ups = [tile for tile in ups if shape.width % tile.columns == 0]
+        up_seconds = {tile: products.time_up(tile) for tile in ups}
+        kinds = {tile.quantize if runner == "routed" else shape.quantized for tile in ups}
+        down_seconds = {
+            (tile, kind): products.time_down(tile, from_quantized=kind) for tile, kind in itertools.product(gemm_tiles(block), kinds)
+        }
+        for up, (down, kind) in itertools.product(ups, down_seconds):
+            if runner != "routed" or up.quantize == kind:
+                yield up_seconds[up] + down_seconds[down, kind], Tiles(up=up, down=down)
+
+
+def run(_: dict[str, Any], options: TuneOptions) -> int:
+    """`pointsman tune`; 1 where no runner can serve here or a result is wrong."""
+    logging.basicConfig(level=options.log_level.upper())
+    device = torch.device("cuda")
+    shape = Shape(
+        num_experts=options.num_experts,
+        top_k=options.experts_per_token,
+        hidden=options.hidden_size,
+        width=options.expert_width,
+        quantized=not options.plain,
+    )
+    path = Path(options.save) if options.save is not None else own_file()
+    layer: Layer | None = None
+    results: dict[str, Any] = {}
+    for name, kind in RUNNERS.items():
+        probe = Layer(shape, torch.empty(0), torch.empty(0), None)  # type: ignore[arg-type]
+        if (why := kind.unsupported(probe.spec, probe.form, device, torch.bfloat16)) is not None:
+            print(f"runner {name} is left out: {why}", file=sys.stderr)
+            continue
+        layer = layer or Layer.draw(shape, device, seed=0)
+        results[name] = tune_runner(layer, name, path, options)
+    if not results:
+        raise ValueError("there is nothing to tune on this machine")
+    print(json.dumps({"tune": shape.key, "device": torch.cuda.get_device_name(device), "file": str(path), "runners": results}))
+    return 0
+
+
+def tune_runner(layer: Layer, runner: str, path: Path, options: TuneOptions) -> list[dict[str, Any]]:
+    """Measure every size that the file lacks; returns the runner's rows."""
+    device = device_key(torch.cuda.get_device_name(layer.gate_ED.device))
+    tables: Tables = json.loads(path.read_text()) if path.is_file() else {}
+    known = {} if options.again else {row["tokens"]: row for row in tables.get(device, {}).get(layer.shape.key, {}).get(runner, [])}
+    sizes = sorted(set(options.num_tokens))
+    for index, num_tokens in enumerate(sizes):
+        if num_tokens not in known:
+            products = Products(layer, runner, num_tokens)
+            seconds, tiles = min(measured(products, runner, layer.shape, num_tokens), key=lambda pair: pair[0])
+            block = Block(layer, RUNNERS[runner](tiles=tiles), deterministic=False)
+            fault, _ = check(layer, block, products.x[0], BOUNDS[runner])
+            if fault is not None:
+                raise ValueError(f"{runner} with {num_tokens} tokens in {tiles}: {fault}")
+            known[num_tokens] = {"tokens": num_tokens, "us": round(1e6 * seconds, 2), "up": asdict(tiles.up), "down": asdict(tiles.down)}
+            merge(tables, {device: {layer.shape.key: {runner: [known[size] for size in sorted(known)]}}})
+            write(path, tables)
+        row = known[num_tokens]
+        print(f"[{index + 1}/{len(sizes)}] {runner} {num_tokens} tokens: {row['us']} us, {short(row)}", file=sys.stderr, flush=True)
+    return [known[size] for size in sorted(known)]
+
+
+def short(row: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{name} {row[name]['block']}x{row[name]['columns']} w{row[name]['warps']} s{row[name]['stages']}" for name in ("up", "down")
+    )
+
+
+def write(path: Path, tables: Tables) -> None:
+    """Replace the file at once, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(f".{os.getpid()}")
+    half.write_text(json.dumps(tables, indent=1) + "\n")
+    half.replace(path)
