@@ -31,9 +31,10 @@ from pointsman.bench.options import KernelsOptions
 from pointsman.bench.plot import Line, Panel, chart
 from pointsman.kernels import reference
 from pointsman.kernels.tiles import Shape
-from pointsman.kernels.triton_support import chains, reason_against
+from pointsman.kernels.triton_support import reason_against
 from pointsman.kernels.weight import FP8
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
+from pointsman.moe.router import RouteTap
 from pointsman.moe.routing import Routing
 
 MINIMAX = {tp: Shape(num_experts=256, top_k=8, hidden=3072, width=1536 // tp, quantized=True) for tp in (1, 2, 4)}
@@ -41,25 +42,24 @@ SIZES = tuple(2**power for power in range(14))
 QUICK_SIZES = (1, 2, 8, 32, 128, 512, 2048, 8192)
 NUM_BATCHES = 8
 CHECKED_TOKENS = 4
-# relative to the norm of the result: its rounding to bfloat16, and for the plain arrangement that of what passes between kernels
-BOUNDS = {"triton": 0.03, "routed": 0.004, "routed, deterministic": 0.004}
+# Relative to the norm of the result. Hopper sums FP8 products with some 13 bits within a block of K: that moves some hidden numbers to
+# the next bfloat16 and e4m3, and 3e-3 comes of it, one token's luck deciding. What is rounded between kernels adds to it in `triton`.
+BOUNDS = {"triton": 0.03, "routed": 0.015, "routed, deterministic": 0.015}
 SCORE_ERROR = 1e-5
 
 
 class Block:
     """Router and experts of one layer by one runner."""
 
-    def __init__(self, layer: Layer, runner: TritonRunner | RoutedRunner, *, deterministic: bool) -> None:
-        self._layer, self._runner, self._deterministic = layer, runner, deterministic
-        self._kernels = importlib.import_module("pointsman.kernels.routing")
-        self._pdl = isinstance(runner, RoutedRunner) and chains(layer.gate_ED.device)
+    def __init__(self, layer: Layer, runner: TritonRunner | RoutedRunner) -> None:
+        self._layer, self._runner = layer, runner
+        self._slots: dict[int, Tensor] = {}
 
     def route(self, x_TD: Tensor) -> Routing:
-        logits = self._kernels.router_logits(x_TD, self._layer.gate_ED, deterministic=self._deterministic, pdl=self._pdl)
-        chosen = self._kernels.choose_experts(
-            logits, top_k=self._layer.shape.top_k, softmax=False, bias_E=self._layer.bias_E, pdl=self._pdl
-        )
-        return Routing(*chosen)
+        layer, num_tokens = self._layer, len(x_TD)
+        if num_tokens not in self._slots:
+            self._slots[num_tokens] = torch.arange(num_tokens, device=x_TD.device)
+        return self._runner.route(x_TD, layer.gate_ED, layer.bias_E, layer.spec, RouteTap(0, self._slots[num_tokens]))
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self._runner(x_TD, self.route(x_TD), self._layer.experts)
@@ -71,12 +71,12 @@ def blocks(layer: Layer) -> dict[str, Block]:
     found = {}
     if (why := TritonRunner.unsupported(layer.spec, layer.form, device, torch.bfloat16)) is not None:
         raise ValueError(f"the plain arrangement cannot run here: {why}")
-    found["triton"] = Block(layer, TritonRunner(), deterministic=False)
+    found["triton"] = Block(layer, TritonRunner())
     if (why := RoutedRunner.unsupported(layer.spec, layer.form, device, torch.bfloat16)) is not None:
         print(f"runner routed is left out: {why}", file=sys.stderr)
         return found
-    found["routed"] = Block(layer, RoutedRunner(), deterministic=False)
-    found["routed, deterministic"] = Block(layer, RoutedRunner(deterministic=True), deterministic=True)
+    found["routed"] = Block(layer, RoutedRunner())
+    found["routed, deterministic"] = Block(layer, RoutedRunner(deterministic=True))
     return found
 
 

@@ -179,8 +179,9 @@ def tune_runner(layer: Layer, runner: str, path: Path, options: TuneOptions) -> 
         if num_tokens not in known:
             products = Products(layer, runner, num_tokens)
             seconds, tiles = min(measured(products, runner, layer.shape, num_tokens), key=lambda pair: pair[0])
-            block = Block(layer, RUNNERS[runner](tiles=tiles), deterministic=False)
-            fault, _ = check(layer, block, products.x[0], BOUNDS[runner])
+            if runner == "routed":
+                tiles = with_prefetch(layer, tiles, products.x)
+            fault, _ = check(layer, Block(layer, RUNNERS[runner](tiles=tiles)), products.x[0], BOUNDS[runner])
             if fault is not None:
                 raise ValueError(f"{runner} with {num_tokens} tokens in {tiles}: {fault}")
             known[num_tokens] = {"tokens": num_tokens, "us": round(1e6 * seconds, 2), "up": asdict(tiles.up), "down": asdict(tiles.down)}
@@ -189,6 +190,18 @@ def tune_runner(layer: Layer, runner: str, path: Path, options: TuneOptions) -> 
         row = known[num_tokens]
         print(f"[{index + 1}/{len(sizes)}] {runner} {num_tokens} tokens: {row['us']} us, {short(row)}", file=sys.stderr, flush=True)
     return [known[size] for size in sorted(known)]
+
+
+def with_prefetch(layer: Layer, tiles: Tiles, x: list[Tensor]) -> Tiles:
+    """How far `down` should ask for weights ahead shows only in the whole block."""
+    every = layer.shape.width // 128
+
+    def seconds(steps: int) -> float:
+        block = Block(layer, RoutedRunner(tiles=replace(tiles, down=replace(tiles.down, prefetch=steps))))
+        return time_graph(lambda: [block(x_TD) for x_TD in x])
+
+    best = min(sorted({0, min(2, every), min(4, every), every}), key=seconds)
+    return replace(tiles, down=replace(tiles.down, prefetch=best))
 
 
 def short(row: dict[str, Any]) -> str:

@@ -157,6 +157,12 @@ def quotient(h, divisor):
     return tl.clamp(q, -448.0, 448.0).to(tl.float8e4nv)
 
 
+@triton.jit
+def fetch_line(pointers):
+    """Ask for the cache lines of these addresses; nobody waits for them."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def gemm_kernel(
     h_ptr,
@@ -179,15 +185,21 @@ def gemm_kernel(
     ARRANGED: tl.constexpr,
     SWAP: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Rows of products y with an expert's matrix [N, F].
 
     QUANTIZE: h is bfloat16 and is quantized here. GATHER: the row of h is pair // GATHER rather than the place among the arranged.
     ARRANGED: y keeps the arranged order [P, N] rather than that of the pairs [T * K, N].
+    PREFETCH: steps of K whose weights are asked for before the kernel before is waited for. The arrangement must be older than that.
     """
     block = tl.program_id(0) // (N // COLUMNS)
     column = tl.program_id(0) % (N // COLUMNS) * COLUMNS
+    if PREFETCH > 0 and block < tl.load(num_blocks_ptr):
+        own = tl.load(expert_ptr + block).to(tl.int64) * (N * F)
+        for step in tl.static_range(PREFETCH):
+            fetch_line(w_ptr + own + (column + tl.arange(0, COLUMNS)) * F + step * BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -347,6 +359,7 @@ def gemm(
         weight: [E, N, F].
     """
     num_columns, width = weight.data.shape[1:]
+    block_k = 128 if weight.quantized else 64
     gemm_kernel[(len(arrangement.pairs_P) // tile.block * (num_columns // tile.columns),)](
         h_RF,
         h_RF if scale_RG is None else scale_RG,
@@ -359,13 +372,14 @@ def gemm(
         N=num_columns,
         BLOCK_M=tile.block,
         COLUMNS=tile.columns,
-        BLOCK_K=128 if weight.quantized else 64,
+        BLOCK_K=block_k,
         QUANTIZED=weight.quantized,
         QUANTIZE=weight.quantized and scale_RG is None,
         GATHER=gather,
         ARRANGED=len(out_RN) == len(arrangement.pairs_P) and gather > 0,
         SWAP=tile.swap,
         STAGES=tile.stages,
+        PREFETCH=min(tile.prefetch, width // block_k) if pdl else 0,
         PDL=pdl,
         **tile_options(tile),
         **launch_options(pdl),

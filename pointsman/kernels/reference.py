@@ -35,7 +35,8 @@ def quantize_activation(x_TK: Tensor, block: int = 128) -> tuple[Tensor, Tensor]
     num_rows, num_columns = x_TK.shape
     blocks = num_blocks(num_columns, block)
     x_TBk = F.pad(x_TK.float(), (0, blocks * block - num_columns)).view(num_rows, blocks, block)
-    scale_TB = x_TBk.abs().amax(-1) / FP8_MAX
+    amax_TB = x_TBk.abs().amax(-1)
+    scale_TB = amax_TB / torch.full_like(amax_TB, FP8_MAX)  # by a number, torch would multiply with its inverse on a GPU
     divisor_TB = torch.where(scale_TB == 0, 1.0, scale_TB)
     q_TBk = (x_TBk / divisor_TB.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     return q_TBk.view(num_rows, blocks * block)[:, :num_columns], scale_TB
@@ -47,7 +48,8 @@ def quantize_weight(w_NK: Tensor, block: tuple[int, int] = (128, 128)) -> Weight
     rows, columns = num_blocks(num_rows, block[0]), num_blocks(num_columns, block[1])
     padded = F.pad(w_NK.float(), (0, columns * block[1] - num_columns, 0, rows * block[0] - num_rows))
     w_RnBk = padded.view(rows, block[0], columns, block[1])
-    scale_RB = w_RnBk.abs().amax((1, 3)) / FP8_MAX
+    amax_RB = w_RnBk.abs().amax((1, 3))
+    scale_RB = amax_RB / torch.full_like(amax_RB, FP8_MAX)
     scale_RB = torch.where(scale_RB == 0, 1.0, scale_RB)
     q_RnBk = (w_RnBk / scale_RB[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     q_NK = q_RnBk.view(padded.shape)[:num_rows, :num_columns].contiguous()

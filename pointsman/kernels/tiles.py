@@ -37,6 +37,7 @@ class Tile:
         warps, stages: of a program.
         swap: weights are the left operand.
         quantize: hidden rows leave `up` quantized; a program then makes 128 columns, in two passes if `columns` is 64.
+        prefetch: of `down`, steps of K whose weights are asked for while `up` still runs.
         registers: most of a thread, so that more programs fit a processor; None leaves it to the assembler.
     """
 
@@ -46,6 +47,7 @@ class Tile:
     stages: int
     swap: bool
     quantize: bool = False
+    prefetch: int = 0
     registers: int | None = None
 
 

@@ -1,13 +1,13 @@
 """The experts on a GPU, in Triton kernels over pairs sorted by expert: runners `triton` and `routed`.
 
 `triton` is the plain arrangement that other engines run by default and stands here for comparison: sort, product, activation,
-product, sum, each a kernel that passes bfloat16 on. `routed` keeps the reference's numerics, which round nowhere but there: hidden
-rows are made, activated and quantized in one kernel, a choice's output stays float32 until the sum. Its kernels are chained: each
-is launched while the one before still runs, and waits inside for its results.
+product, sum, each a kernel that passes bfloat16 on. `routed` keeps the reference's numerics: hidden rows are made, activated and
+quantized in one kernel, and a choice's output stays float32 until the sum (in batches of up to 1024 tokens). Its kernels are
+chained: each is launched while the one before still runs, and waits inside for its results.
 
-Both take a Routing on the device, ids below zero being padding, and keep no state: buffers come from torch's allocator, which in a
-CUDA graph gives them the graph's own memory, and grids depend on shapes alone. With `deterministic` every batch is cut alike, so
-that a token's result cannot depend on how many others there are; with `tiles` as is said.
+Both route with the kernels of `kernels.routing`, in which ids below zero are padding, and keep no state: buffers come from torch's
+allocator, which in a CUDA graph gives them the graph's own memory, and grids depend on shapes alone. With `deterministic` every
+batch is cut alike, so that a token's result cannot depend on how many others there are; with `tiles`, as they say.
 
 Triton is imported when a runner is made, for installs without it must be able to ask why it cannot serve.
 
@@ -25,11 +25,13 @@ from torch import Tensor
 
 from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key
 from pointsman.kernels.triton_support import chains, reason_against
+from pointsman.moe.router import RouteTap
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
 BLOCK = 128
 MOST_EXPERTS = 1024  # what one program counts
+EXACT_TOKENS = 1024  # in larger batches a choice's output would be a third of all that moves, and is rounded to bfloat16
 FIXED_TOKENS = 512  # the batch for which deterministic cuts are made
 
 
@@ -41,6 +43,8 @@ def reason_against_form(spec: RoutingSpec, form: ExpertForm, dtype: torch.dtype)
         return f"it multiplies FP8 in blocks of {BLOCK}x{BLOCK}; the checkpoint's are {form.block[0]}x{form.block[1]}"
     if form.hidden % BLOCK or form.width % BLOCK:
         return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
+    if spec.num_groups > 1:
+        return f"its router chooses among all experts; the model's are limited to {spec.top_groups} of {spec.num_groups} groups"
     if spec.num_experts > MOST_EXPERTS:
         return f"it sorts by at most {MOST_EXPERTS} experts; the model has {spec.num_experts}"
     return None
@@ -51,11 +55,32 @@ class _Grouped:
 
     name: ClassVar[str]
     routes_itself: ClassVar[bool] = False
+    _chained: ClassVar[bool]
 
     def __init__(self, *, deterministic: bool = False, tiles: Tiles | None = None) -> None:
         self._deterministic, self._given = deterministic, tiles
+        self._routing = importlib.import_module("pointsman.kernels.routing")
         self._arrange = importlib.import_module("pointsman.kernels.arrange")
         self._gemm = importlib.import_module("pointsman.kernels.grouped_gemm")
+
+    def route(self, x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor | None, spec: RoutingSpec, tap: RouteTap, /) -> Routing:
+        pdl = self._chained and chains(x_TD.device)
+        logits = self._routing.router_logits(x_TD, gate_ED, deterministic=self._deterministic, pdl=pdl)
+        ids_TK, weights_TK = self._routing.choose_experts(
+            logits,
+            top_k=spec.top_k,
+            softmax=spec.score == "softmax",
+            renormalize=spec.renormalize,
+            scale=spec.scale,
+            bias_E=bias_E,
+            given_TK=tap.given_TK,
+            slots_T=tap.slots_T,
+            rows_CLK=None if tap.routes is None else tap.routes.rows_SLK,
+            alike_C=None if tap.routes is None else tap.routes.alike_S,
+            layer=tap.layer,
+            pdl=pdl,
+        )
+        return Routing(ids_TK, weights_TK)
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
         return weights if weights.quantized else weights.dequantize(dtype)
@@ -78,6 +103,7 @@ class TritonRunner(_Grouped):
     """Sort, product, activation, product, sum; what passes between kernels is bfloat16."""
 
     name: ClassVar[str] = "triton"
+    _chained: ClassVar[bool] = False
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -106,6 +132,7 @@ class RoutedRunner(_Grouped):
     """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics."""
 
     name: ClassVar[str] = "routed"
+    _chained: ClassVar[bool] = True
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -122,7 +149,8 @@ class RoutedRunner(_Grouped):
         )
         rows_TD = x_TD if q_TD is None else q_TD
         h_PF, scale_PG = gemm.up(rows_TD, scale_TG, weights.gate_up, arranged, num_pairs, top_k, tiles.up, pdl=pdl)
-        y_RD = torch.empty(num_pairs, x_TD.shape[1], device=x_TD.device)
+        exact = self._deterministic or num_tokens <= EXACT_TOKENS
+        y_RD = torch.empty(num_pairs, x_TD.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=x_TD.device)
         gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tiles.down, y_RD, pdl=pdl)
         out_TD: Tensor = gemm.combine(y_RD, ids_TK, weights_TK, x_TD.dtype, pdl=pdl)
         return out_TD

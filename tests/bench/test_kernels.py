@@ -29,13 +29,13 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Layer:
 @pytest.mark.parametrize(("runner", "bound"), [(TritonRunner, 0.03), (RoutedRunner, 0.004)])
 def test_a_right_block_passes(layer: Layer, runner: type[RoutedRunner], bound: float) -> None:
     x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
-    fault, error = check(layer, Block(layer, runner(), deterministic=False), x_TD, bound)
+    fault, error = check(layer, Block(layer, runner()), x_TD, bound)
     assert fault is None and 0 < error < bound
 
 
 def test_what_is_wrong_is_found(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
-    block = Block(layer, RoutedRunner(), deterministic=False)
+    block = Block(layer, RoutedRunner())
     good, out = block.route(x_TD), block(x_TD)
     monkeypatch.setattr(Block, "__call__", lambda *_: out * 1.01)
     assert "off the reference where 0.004 is allowed" in (check(layer, block, x_TD, 0.004)[0] or "")
