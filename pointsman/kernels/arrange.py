@@ -27,7 +27,6 @@ from pointsman.kernels.weight import FP8
 
 GROUP = tl.constexpr(128)
 FP8_MAX = tl.constexpr(448.0)
-GROUPS_AT_ONCE = 8
 CHUNKS = (128, 1024, 4096)  # pairs looked at together
 
 
@@ -160,13 +159,14 @@ def arrange(
     sizes = (blocks * block, triton.cdiv(blocks, 4) * 4, 1)
     pairs_P, expert_B, num_blocks = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
     q_TD = scale_TG = None
+    chunk = next((size for size in CHUNKS if num_pairs <= size), CHUNKS[-1])
+    warps, groups = (4, 8) if chunk <= 1024 else (16, 32)
     hidden, extra = 128, 0
     if x_TD is not None:
         hidden = x_TD.shape[1]
         q_TD = torch.empty(num_tokens, hidden, dtype=FP8, device=device)
         scale_TG = torch.empty(num_tokens, hidden // 128, device=device)
-        extra = triton.cdiv(num_tokens * (hidden // 128), GROUPS_AT_ONCE)
-    chunk = next((size for size in CHUNKS if num_pairs <= size), CHUNKS[-1])
+        extra = triton.cdiv(num_tokens * (hidden // 128), groups)
     arrange_kernel[(num_experts + extra,)](
         ids_TK,
         pairs_P,
@@ -182,10 +182,10 @@ def arrange(
         BLOCK_M=block,
         CHUNK=chunk,
         D=hidden,
-        GROUPS_AT_ONCE=GROUPS_AT_ONCE,
+        GROUPS_AT_ONCE=groups,
         QUANTIZE=x_TD is not None,
         PDL=pdl,
-        num_warps=4,
+        num_warps=warps,
         **launch_options(pdl),
     )
     return Arrangement(pairs_P, expert_B, num_blocks), q_TD, scale_TG

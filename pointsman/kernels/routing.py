@@ -168,16 +168,18 @@ class GateTile:
     tokens: int
     experts: int
     parts: int
-    warps: int = 4
 
 
 def gate_tile(num_tokens: int, *, deterministic: bool = False) -> GateTile:
     """Parts enough for all processors of a large GPU; where results may not depend on the batch, one cut for all sizes."""
     if deterministic:
-        return GateTile(64, 64, 8)
+        return GateTile(64, 64, 12)
     if num_tokens <= 64:
         return GateTile(16, 64, 12)
-    return GateTile(64, 64, 4) if num_tokens <= 1024 else GateTile(64, 128, 1, 8)
+    for most, parts in ((256, 12), (1024, 8), (4096, 4)):
+        if num_tokens <= most:
+            return GateTile(64, 64, parts)
+    return GateTile(64, 64, 2)
 
 
 def router_logits(x_TD: Tensor, gate_ED: Tensor, *, deterministic: bool = False, pdl: bool = False) -> Tensor:
@@ -206,7 +208,7 @@ def router_logits(x_TD: Tensor, gate_ED: Tensor, *, deterministic: bool = False,
         BLOCK_E=tile.experts,
         BLOCK_D=BLOCK_D,
         PDL=pdl,
-        num_warps=tile.warps,
+        num_warps=4,
         num_stages=2,
         **launch_options(pdl),
     )

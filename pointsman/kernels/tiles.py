@@ -8,12 +8,11 @@ Shape letters: D hidden, F expert width, E experts.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 Tables = dict[str, dict[str, dict[str, list[dict[str, Any]]]]]
 
-MANY_PROGRAMS = 2 * 132  # two rounds of a large GPU's processors
+MANY_PROGRAMS = 96  # with so many a large GPU reads almost as fast as with more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,28 +75,38 @@ class Shape:
 
 
 def rule(runner: str, shape: Shape, num_tokens: int) -> Tiles:
-    """Cuts for any shape: blocks about as high as an expert has rows, and columns fine enough that there are many programs."""
+    """Cuts for any shape: blocks about as high as an expert has rows, and columns fine enough that most processors have work."""
     rows = num_tokens * shape.top_k / shape.num_experts
     used = min(num_tokens * shape.top_k, shape.num_experts)
-    block = 16 if rows <= 8 else 32 if rows <= 24 else 64 if rows <= 96 else 128
+    block = 16 if rows <= 10 else 32 if rows <= 24 else 64 if rows <= 96 else 128
     swap = block <= 32
-    down = Tile(block=block, columns=_columns(used, shape.hidden, 32), warps=8 if block == 128 else 4, stages=3, swap=swap)
+    down = Tile(block=block, columns=128, warps=8 if block == 128 else 4, stages=3, swap=swap)
+    if block == 16:
+        down = replace(down, columns=64, stages=5)
     if runner == "triton":
-        return Tiles(up=dataclasses.replace(down, columns=_columns(used, 2 * shape.width, 32)), down=down)
-    columns = _columns(used, shape.width, 16)
-    if not shape.quantized or columns < 128:
-        return Tiles(up=Tile(block=block, columns=min(columns, 64), warps=down.warps, stages=3, swap=swap), down=down)
-    if block == 128:
-        return Tiles(up=Tile(block=block, columns=64, warps=8, stages=3, swap=False, quantize=True), down=down)
-    return Tiles(up=Tile(block=block, columns=128, warps=4 if block == 16 else 8, stages=2, swap=swap, quantize=True), down=down)
-
-
-def _columns(used: int, width: int, least: int) -> int:
-    """At most 128 columns, halved while fewer programs than MANY_PROGRAMS would come of them."""
+        return Tiles(up=down, down=down)
     columns = 128
-    while columns > least and used * (width // columns) < MANY_PROGRAMS:
+    while columns > 16 and used * (shape.width // columns) < MANY_PROGRAMS:
         columns //= 2
-    return columns
+    if not shape.quantized or columns < 128:
+        return Tiles(up=replace(down, columns=min(columns, 64), stages=4 if block == 16 else 3), down=down)
+    up = {
+        16: Tile(block=16, columns=128, warps=8 if num_tokens <= 8 else 4, stages=3, swap=True, quantize=True),
+        32: Tile(block=32, columns=128, warps=8, stages=2, swap=True, quantize=True),
+        64: Tile(block=64, columns=64, warps=4, stages=3, swap=False, quantize=True),
+        128: Tile(block=128, columns=64, warps=8, stages=3, swap=False, quantize=True),
+    }
+    return Tiles(up=up[block], down=down)
+
+
+def for_wide_products(tiles: Tiles) -> Tiles:
+    """The same with at least 64 rows on the left of every product: from there on the tensor cores are those of Hopper (wgmma)."""
+    return Tiles(
+        **{
+            name: replace(tile, columns=64) if tile.swap and tile.columns < 64 else tile
+            for name, tile in (("up", tiles.up), ("down", tiles.down))
+        }
+    )
 
 
 class TileTable:

@@ -6,8 +6,10 @@ quantized in one kernel, and a choice's output stays float32 until the sum (in b
 chained: each is launched while the one before still runs, and waits inside for its results.
 
 Both route with the kernels of `kernels.routing`, in which ids below zero are padding, and keep no state: buffers come from torch's
-allocator, which in a CUDA graph gives them the graph's own memory, and grids depend on shapes alone. With `deterministic` every
-batch is cut alike, so that a token's result cannot depend on how many others there are; with `tiles`, as they say.
+allocator, which in a CUDA graph gives them the graph's own memory, and grids depend on shapes alone. With `deterministic` a
+token's result does not depend on how many others there are: on Hopper, every cut of an FP8 product for wgmma has the same bits (seen
+in 7 cuts of H100, which a test of the GPU repeats), so that only cuts for the older tensor cores are left out; the gate, and products
+of plain weights, are cut alike for all batches.
 
 Triton is imported when a runner is made, for installs without it must be able to ask why it cannot serve.
 
@@ -23,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key
+from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key, for_wide_products
 from pointsman.kernels.triton_support import chains, reason_against
 from pointsman.moe.router import RouteTap
 from pointsman.moe.routing import Routing, RoutingSpec
@@ -58,14 +60,14 @@ class _Grouped:
     _chained: ClassVar[bool]
 
     def __init__(self, *, deterministic: bool = False, tiles: Tiles | None = None) -> None:
-        self._deterministic, self._given = deterministic, tiles
+        self.deterministic, self._given = deterministic, tiles
         self._routing = importlib.import_module("pointsman.kernels.routing")
         self._arrange = importlib.import_module("pointsman.kernels.arrange")
         self._gemm = importlib.import_module("pointsman.kernels.grouped_gemm")
 
     def route(self, x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor | None, spec: RoutingSpec, tap: RouteTap, /) -> Routing:
         pdl = self._chained and chains(x_TD.device)
-        logits = self._routing.router_logits(x_TD, gate_ED, deterministic=self._deterministic, pdl=pdl)
+        logits = self._routing.router_logits(x_TD, gate_ED, deterministic=self.deterministic, pdl=pdl)
         ids_TK, weights_TK = self._routing.choose_experts(
             logits,
             top_k=spec.top_k,
@@ -90,7 +92,11 @@ class _Grouped:
             return self._given
         num_experts, hidden, width = weights.down.data.shape
         shape = Shape(num_experts=num_experts, top_k=top_k, hidden=hidden, width=width, quantized=weights.quantized)
-        return tile_table(self.name, shape, weights.down.data.device)(FIXED_TOKENS if self._deterministic else num_tokens)
+        table = tile_table(self.name, shape, weights.down.data.device)
+        if not self.deterministic:
+            return table(num_tokens)
+        # FP8 products of one kind of tensor core have the same bits however they are cut; plain ones are cut alike
+        return for_wide_products(table(num_tokens)) if weights.quantized else table(FIXED_TOKENS)
 
 
 @functools.cache
@@ -149,7 +155,7 @@ class RoutedRunner(_Grouped):
         )
         rows_TD = x_TD if q_TD is None else q_TD
         h_PF, scale_PG = gemm.up(rows_TD, scale_TG, weights.gate_up, arranged, num_pairs, top_k, tiles.up, pdl=pdl)
-        exact = self._deterministic or num_tokens <= EXACT_TOKENS
+        exact = self.deterministic or num_tokens <= EXACT_TOKENS
         y_RD = torch.empty(num_pairs, x_TD.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=x_TD.device)
         gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tiles.down, y_RD, pdl=pdl)
         out_TD: Tensor = gemm.combine(y_RD, ids_TK, weights_TK, x_TD.dtype, pdl=pdl)

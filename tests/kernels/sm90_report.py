@@ -23,7 +23,7 @@ from tests.kernels.sm90 import SHARED_LIMIT, Binary, Launch, caught
 
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 256, 8, 3072, 1536
 PRODUCTS = ("up_kernel", "gemm_kernel")
-FEW = [(1, 1), (1, 128), (4, 8), (1, 8192)]
+FEW = [(1, 1), (1, 128), (4, 8), (2, 512), (1, 1024), (1, 8192)]
 ALL = [(tp, 2**power) for tp in (1, 2, 4) for power in range(14)]
 
 

@@ -16,9 +16,12 @@ from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.tiles import Shape, Tile, Tiles, load_tables, rule
 from pointsman.kernels.weight import Weight
 from pointsman.moe import grouped
+from pointsman.moe.capture import RouteStore
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
+from pointsman.moe.router import RouteTap, route_rows
 from pointsman.moe.routing import Routing, RoutingSpec
+from pointsman.moe.runner import choose_runner
 from pointsman.moe.weights import ExpertForm, ExpertWeights, stack_experts
 from tests.kernels.interpreter import correct
 
@@ -27,8 +30,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_EXPERTS, TOP_K, D, WIDTH = 4, 3, 256, 128
 RUNNERS = {"triton": TritonRunner, "routed": RoutedRunner}
 # routed rounds where the reference does: what differs is the result's rounding to bfloat16, whose error is 0.0017 of a number at
-# most on average. triton rounds gate, up and a choice's output to bfloat16 too, which moves some hidden numbers to the next e4m3.
-BOUND = {"routed": 0.0025, "triton": 0.045}
+# most on average. triton rounds gate, up and a choice's output to bfloat16 too, which moves some hidden numbers to the next e4m3; so
+# does Hopper, which sums FP8 products with some 13 bits within a block of K.
+BOUND = {"routed": 0.0025 if DEVICE.type == "cpu" else 0.01, "triton": 0.045}
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +165,47 @@ def test_a_token_alone_has_the_bits_it_has_in_company(name: str) -> None:
         assert torch.equal(alone[0], together[token])
 
 
+@pytest.mark.parametrize("name", RUNNERS)
+def test_routing_is_that_of_the_torch_router(name: str) -> None:
+    spec = RoutingSpec(num_experts=24, top_k=3, score="sigmoid", scale=2.0)
+    x_TD, gate_ED, bias_E = normal(6, D).bfloat16().to(DEVICE), normal(24, D, seed=1).to(DEVICE), normal(24, seed=2).to(DEVICE) * 0.1
+    slots_T = torch.tensor([5, 0, 7, 2, 1, 4], device=DEVICE)
+    given_TNK = torch.full((6, 2, 3), -1, device=DEVICE)
+    given_TNK[1, 1], given_TNK[3, 1] = torch.tensor([3, 9, 23]), torch.tensor([0, 1, 2])
+    stores = [RouteStore(8, 2, 3, 24, DEVICE) for _ in range(2)]
+    for layer, given_TK in ((0, None), (1, given_TNK[:, 1])):
+        for store in stores:
+            store.alike_S.fill_(1)
+        got = RUNNERS[name]().route(x_TD, gate_ED, bias_E, spec, RouteTap(layer, slots_T, stores[0], given_TK))
+        want = route_rows(x_TD, gate_ED, bias_E, spec, RouteTap(layer, slots_T, stores[1], given_TK))
+        assert torch.equal(got.ids_TK.long(), want.ids_TK)
+        torch.testing.assert_close(got.weights_TK, want.weights_TK, rtol=1e-5, atol=0)  # float32 sums of 256 in another order
+        assert torch.equal(stores[0].rows_SLK[slots_T, layer], stores[1].rows_SLK[slots_T, layer])
+        assert torch.equal(stores[0].alike_S, stores[1].alike_S)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter has no tensor cores")
+def test_cuts_for_wgmma_have_the_same_bits() -> None:
+    x_TD, chosen, weights = normal(200, D).bfloat16().to(DEVICE), routing("uniform", 200), experts(True)
+    down = Tile(block=16, columns=64, warps=4, stages=5, swap=True)
+    results = []
+    for block, columns, warps, swap, quantize in [
+        (16, 128, 4, True, True),
+        (16, 64, 4, True, False),
+        (32, 128, 8, True, True),
+        (64, 64, 4, False, True),
+        (64, 128, 8, False, True),
+        (128, 64, 8, False, True),
+    ]:
+        up = Tile(block=block, columns=columns, warps=warps, stages=3 if columns == 64 else 2, swap=swap, quantize=quantize)
+        tiles = Tiles(
+            up=up, down=dataclasses.replace(down, block=block, swap=swap, stages=3, warps=warps, columns=128 if warps == 8 else 64)
+        )
+        results.append(RoutedRunner(tiles=tiles)(x_TD, chosen, weights))
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
 SPEC = RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid")
 
 
@@ -175,7 +220,23 @@ SPEC = RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid")
 )
 def test_what_the_kernels_were_not_written_for_is_refused(form: ExpertForm, dtype: torch.dtype, reason: str) -> None:
     assert reason in (grouped.reason_against_form(SPEC, form, dtype) or "")
-    assert grouped.reason_against_form(SPEC, ExpertForm(256, 128, (128, 128)), torch.bfloat16) is None
+    fine = ExpertForm(256, 128, (128, 128))
+    assert grouped.reason_against_form(SPEC, fine, torch.bfloat16) is None
+    groups = RoutingSpec(num_experts=8, top_k=2, score="sigmoid", num_groups=4, top_groups=2)
+    assert "limited to 2 of 4 groups" in (grouped.reason_against_form(groups, fine, torch.bfloat16) or "")
+    many = RoutingSpec(num_experts=2048, top_k=2, score="sigmoid")
+    assert "at most 1024 experts; the model has 2048" in (grouped.reason_against_form(many, fine, torch.bfloat16) or "")
+
+
+def test_runners_that_mind_their_company_are_refused_where_it_may_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    form, cuda = ExpertForm(256, 128, (128, 128)), torch.device("cuda")
+    choice = choose_runner("auto", SPEC, form, device=cuda, dtype=torch.bfloat16, deterministic=True)
+    assert choice.name == "routed" and isinstance(choice, RoutedRunner) and choice.deterministic
+    assert choose_runner("auto", SPEC, form, device=cuda, dtype=torch.bfloat16).name == "routed"
+    with pytest.raises(ValueError, match="'reference' cannot serve here: what it computes for a row depends on the rows beside it"):
+        choose_runner("reference", SPEC, form, device=cuda, dtype=torch.bfloat16, deterministic=True)
 
 
 def test_devices_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
