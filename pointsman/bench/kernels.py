@@ -34,7 +34,7 @@ from pointsman.kernels.tiles import Shape
 from pointsman.kernels.triton_support import reason_against
 from pointsman.kernels.weight import FP8
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
-from pointsman.moe.router import RouteTap
+from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput
 from pointsman.moe.routing import Routing
 
 MINIMAX = {tp: Shape(num_experts=256, top_k=8, hidden=3072, width=1536 // tp, quantized=True) for tp in (1, 2, 4)}
@@ -54,13 +54,15 @@ class Block:
 
     def __init__(self, layer: Layer, runner: TritonRunner | RoutedRunner) -> None:
         self._layer, self._runner = layer, runner
+        self._router = (INVARIANT_ROUTERS if runner.deterministic else ROUTERS)["triton"]
         self._slots: dict[int, Tensor] = {}
 
     def route(self, x_TD: Tensor) -> Routing:
         layer, num_tokens = self._layer, len(x_TD)
         if num_tokens not in self._slots:
             self._slots[num_tokens] = torch.arange(num_tokens, device=x_TD.device)
-        return self._runner.route(x_TD, layer.gate_ED, layer.bias_E, layer.spec, RouteTap(0, self._slots[num_tokens]))
+        rows = RouterInput(x_TD, layer.gate_ED, layer.bias_E, 0, self._slots[num_tokens], None, None)
+        return self._router.run(rows, layer.spec)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self._runner(x_TD, self.route(x_TD), self._layer.experts)

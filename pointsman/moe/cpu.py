@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pointsman.kernels import reference
-from pointsman.moe.router import route_rows
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
@@ -25,7 +24,6 @@ class CpuRunner:
 
     name: ClassVar[str] = "cpu"
     routes_itself: ClassVar[bool] = False
-    route = staticmethod(route_rows)
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:

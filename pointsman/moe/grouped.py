@@ -5,7 +5,7 @@ product, sum, each a kernel that passes bfloat16 on. `routed` keeps the referenc
 quantized in one kernel, and a choice's output stays float32 until the sum (in batches of up to 1024 tokens). Its kernels are
 chained: each is launched while the one before still runs, and waits inside for its results.
 
-Both route with the kernels of `kernels.routing`, in which ids below zero are padding, and keep no state: buffers come from torch's
+Both take a Routing on the device, ids below zero being padding, and keep no state: buffers come from torch's
 allocator, which in a CUDA graph gives them the graph's own memory, and grids depend on shapes alone. With `deterministic` a
 token's result does not depend on how many others there are: on Hopper, every cut of an FP8 product for wgmma has the same bits (seen
 in 7 cuts of H100, which a test of the GPU repeats), so that only cuts for the older tensor cores are left out; the gate, and products
@@ -27,7 +27,6 @@ from torch import Tensor
 
 from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key, for_wide_products
 from pointsman.kernels.triton_support import chains, reason_against
-from pointsman.moe.router import RouteTap
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
@@ -45,8 +44,6 @@ def reason_against_form(spec: RoutingSpec, form: ExpertForm, dtype: torch.dtype)
         return f"it multiplies FP8 in blocks of {BLOCK}x{BLOCK}; the checkpoint's are {form.block[0]}x{form.block[1]}"
     if form.hidden % BLOCK or form.width % BLOCK:
         return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
-    if spec.num_groups > 1:
-        return f"its router chooses among all experts; the model's are limited to {spec.top_groups} of {spec.num_groups} groups"
     if spec.num_experts > MOST_EXPERTS:
         return f"it sorts by at most {MOST_EXPERTS} experts; the model has {spec.num_experts}"
     return None
@@ -57,32 +54,11 @@ class _Grouped:
 
     name: ClassVar[str]
     routes_itself: ClassVar[bool] = False
-    _chained: ClassVar[bool]
 
     def __init__(self, *, deterministic: bool = False, tiles: Tiles | None = None) -> None:
         self.deterministic, self._given = deterministic, tiles
-        self._routing = importlib.import_module("pointsman.kernels.routing")
         self._arrange = importlib.import_module("pointsman.kernels.arrange")
         self._gemm = importlib.import_module("pointsman.kernels.grouped_gemm")
-
-    def route(self, x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor | None, spec: RoutingSpec, tap: RouteTap, /) -> Routing:
-        pdl = self._chained and chains(x_TD.device)
-        logits = self._routing.router_logits(x_TD, gate_ED, deterministic=self.deterministic, pdl=pdl)
-        ids_TK, weights_TK = self._routing.choose_experts(
-            logits,
-            top_k=spec.top_k,
-            softmax=spec.score == "softmax",
-            renormalize=spec.renormalize,
-            scale=spec.scale,
-            bias_E=bias_E,
-            given_TK=tap.given_TK,
-            slots_T=tap.slots_T,
-            rows_CLK=None if tap.routes is None else tap.routes.rows_SLK,
-            alike_C=None if tap.routes is None else tap.routes.alike_S,
-            layer=tap.layer,
-            pdl=pdl,
-        )
-        return Routing(ids_TK, weights_TK)
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
         return weights if weights.quantized else weights.dequantize(dtype)
@@ -109,7 +85,6 @@ class TritonRunner(_Grouped):
     """Sort, product, activation, product, sum; what passes between kernels is bfloat16."""
 
     name: ClassVar[str] = "triton"
-    _chained: ClassVar[bool] = False
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -138,7 +113,6 @@ class RoutedRunner(_Grouped):
     """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics."""
 
     name: ClassVar[str] = "routed"
-    _chained: ClassVar[bool] = True
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels import reference
-from pointsman.moe.router import route_rows
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
@@ -21,7 +20,6 @@ class ReferenceRunner:
 
     name: ClassVar[str] = "reference"
     routes_itself: ClassVar[bool] = False
-    route = staticmethod(route_rows)
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
