@@ -425,6 +425,39 @@ def test_a_router_that_changes_meanwhile_changes_no_row_that_was_used(model: Pat
     llm.close()
 
 
+@pytest.mark.parametrize("disable_radix_cache", [False, True])
+@pytest.mark.parametrize("disable_overlap_schedule", [False, True])
+def test_preempted_again_and_again(
+    model: Path, alone: Engine, disable_overlap_schedule: bool, disable_radix_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on its way back: the scheduler keeps nothing free for growth here, and computing again takes many steps of few tokens."""
+    config = {"page_size": 4, "max_total_tokens": 140, "chunked_prefill_size": 8, "disable_radix_cache": disable_radix_cache}
+    llm = start(model, **config, disable_overlap_schedule=disable_overlap_schedule)
+    scheduler, seen = llm.engine.scheduler, []
+    monkeypatch.setattr(scheduler, "_growth_pages", 0)
+    keep_rows = llm.engine._rows.keep
+
+    def note(sequence: Sequence) -> None:
+        seen.append((sequence.num_preemptions, sequence.kept is not None and sequence.num_computed < sequence.kept.end))
+        keep_rows(sequence)
+
+    monkeypatch.setattr(llm.engine._rows, "keep", note)
+    requests = [
+        Request(
+            rid=str(index),
+            prompt_token_ids=tuple(range(20 * index, 20 * index + 12)),
+            sampling=PARAMS.replace(max_tokens=70 + 9 * index, temperature=1.0, seed=index),
+            replay=replay_of(rows(40 + index, index), **SIZES) if index % 2 else None,
+        )
+        for index in range(6)
+    ]
+    heard = drive(llm.engine, requests, {}, [0] * 6)
+    for request in requests:
+        same(heard[request.rid, 0], drive(alone, [request], {}, [0])[request.rid, 0], request)
+    assert max(times for times, _ in seen) > 1 and any(under_way for _, under_way in seen)
+    llm.close()
+
+
 @pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("disable_overlap_schedule", [False, True])
 def test_an_aborted_choice_that_had_to_make_room_has_its_rows(model: Path, disable_overlap_schedule: bool, replayed: bool) -> None:
