@@ -6,7 +6,10 @@ Everything here happens between two steps, in the thread that drives the engine;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import get_args
+
+from torch import Tensor
 
 from pointsman.engine.engine import Engine
 from pointsman.engine.weights import Fresh
@@ -60,6 +63,27 @@ class Control:
             ValueError: the checkpoint cannot be used; the weights before go on serving.
         """
         fresh = self._engine.weights.from_disk(model_path, version=weight_version)
+        return self.install(fresh, flush_cache=flush_cache, abort_all_requests=abort_all_requests)
+
+    def update_weights_from_tensor(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        begin: bool = True,
+        final: bool = True,
+        quantize: bool = False,
+        flush_cache: bool = True,
+        abort_all_requests: bool = False,
+        weight_version: str | None = None,
+    ) -> str:
+        """Replace some weights, or all, by tensors under a checkpoint's names; see `Weights.from_tensors` for the parts of an update.
+
+        Raises:
+            ValueError: the tensors cannot be used; nothing has changed, and an update that was under way in parts is given up.
+        """
+        fresh = self._engine.weights.from_tensors(tensors, begin=begin, final=final, quantize=quantize, version=weight_version)
+        if fresh is None:
+            return self._engine.weight_version
         return self.install(fresh, flush_cache=flush_cache, abort_all_requests=abort_all_requests)
 
     def install(self, fresh: Fresh, *, flush_cache: bool = True, abort_all_requests: bool = False) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from pointsman.config import engine_config
 from pointsman.engine.control import Control
@@ -141,6 +142,20 @@ class LLM:
         """Replace all weights by a checkpoint's, or change nothing and raise ValueError; see `Control`. Returns the version in force."""
         return self._control.update_weights_from_disk(
             model_path, flush_cache=flush_cache, abort_all_requests=abort_all_requests, weight_version=weight_version
+        )
+
+    def update_weights_from_tensor(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        quantize: bool = False,
+        flush_cache: bool = True,
+        abort_all_requests: bool = False,
+        weight_version: str | None = None,
+    ) -> str:
+        """Replace the weights of these names, or change nothing and raise ValueError; see `Control`. Returns the version in force."""
+        return self._control.update_weights_from_tensor(
+            tensors, quantize=quantize, flush_cache=flush_cache, abort_all_requests=abort_all_requests, weight_version=weight_version
         )
 
     def close(self) -> None:

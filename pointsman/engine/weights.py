@@ -10,24 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
 
 from pointsman.config import EngineConfig
+from pointsman.distributed import Group
 from pointsman.engine.model_runner import Step
 from pointsman.models import architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import locate, read_json
 from pointsman.models.decoder import Decoder
 from pointsman.models.loader import load_model
+from pointsman.models.revision import Revision
 from pointsman.request import MAX_VERSION_LENGTH
 
 logger = logging.getLogger(__name__)
 
 # what a checkpoint may say otherwise than the one before it: how its files are written, and layers that are not loaded
+_DTYPES = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
 FREE_FIELDS = frozenset({"dtype", "num_draft_layers"})
 
 
@@ -59,6 +65,8 @@ class Weights:
         self._decoder = decoder
         self._folder = folder
         self._make_step = make_step
+        self._revision: Revision | None = None
+        self._group: Group | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -76,6 +84,117 @@ class Weights:
         decoder = load_decoder(self._config, folder, self._decoder.device, load_format="auto", progress=False)
         return Fresh(decoder, self._make_step(decoder), folder, version)
 
+    def from_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        begin: bool = True,
+        final: bool = True,
+        quantize: bool = False,
+        version: str | None = None,
+    ) -> Fresh | None:
+        """Take in tensors by a checkpoint's names; the weights with all of an update's in their places once the final ones are there.
+
+        One thread at a time. An update in parts is given up as a whole when a part is refused.
+
+        Args:
+            begin: a new update; what had come of another is dropped.
+            final: nothing else comes; None is returned before.
+            quantize: plain matrices of an FP8 model are made FP8; else they are refused.
+
+        Raises:
+            ValueError: no update has begun, or the tensors cannot be used; the message names them.
+        """
+        check_version(version)
+        revision = self._begun(begin)
+        revision.add(tensors, quantize=quantize)
+        return self._staged(revision, final, version)
+
+    def from_files(self, files: Sequence[bytes], *, begin: bool, final: bool, quantize: bool, version: str | None) -> Fresh | None:
+        """The same with tensors out of safetensors files. Raises ValueError also where one is none."""
+        try:
+            tensors = [load(data) for data in files]
+        except SafetensorError as error:
+            self._revision = None
+            raise ValueError(f"this is not a whole safetensors file: {error}") from error
+        names = [name for file in tensors for name in file]
+        if len(set(names)) != len(names):
+            self._revision = None
+            raise ValueError("two of the files have a tensor of the same name")
+        joined = {name: tensor for file in tensors for name, tensor in file.items()}
+        return self.from_tensors(joined, begin=begin, final=final, quantize=quantize, version=version)
+
+    def _begun(self, begin: bool) -> Revision:
+        """The update that is under way, taken out: it is put back when this part of it has come."""
+        revision, self._revision = self._revision, None
+        if begin:
+            return Revision(self.architecture)
+        if revision is None:
+            raise ValueError("begin is false, but no update has begun, or a part of it was refused; begin it anew")
+        return revision
+
+    def _staged(self, revision: Revision, final: bool, version: str | None) -> Fresh | None:
+        if not final:
+            self._revision = revision
+            return None
+        old = self._decoder
+        decoder = Decoder(old.architecture, revision.apply(old.parameters), old.backends, old.dtype)
+        return Fresh(decoder, self._make_step(decoder), None, version)
+
+    def join_group(self, group: Group) -> None:
+        """Meet the trainer, and whoever else is in the group; one at a time. Raises ValueError where they do not all come in time."""
+        if self._group is not None:
+            raise ValueError(f"this engine is in the group {self._group.name!r}; leave that first")
+        group.join()
+        self._group = group
+
+    def leave_group(self, name: str) -> None:
+        """Raises ValueError where it is in no such group."""
+        self._group_of(name)
+        self._group = None
+
+    def from_group(
+        self,
+        announced: Sequence[tuple[str, str, tuple[int, ...]]],
+        *,
+        group_name: str,
+        begin: bool = True,
+        final: bool = True,
+        quantize: bool = False,
+        version: str | None = None,
+    ) -> Fresh | None:
+        """The same with tensors that rank 0 of a group broadcasts, one after the other.
+
+        Args:
+            announced: name, type (as safetensors or torch call it) and shape of each, in the order of the broadcasts.
+
+        Raises:
+            ValueError: as above, or they do not come in time. The group is left then, for nobody could tell what would come next.
+        """
+        check_version(version)
+        group = self._group_of(group_name)
+        self._group = None
+        revision = self._begun(begin)
+        forms = [
+            (name, shape, revision.check(name, shape, _DTYPES.get(dtype, dtype), quantize=quantize)) for name, dtype, shape in announced
+        ]
+        if len({name for name, _, _ in forms}) != len(forms):
+            raise ValueError("names has a tensor twice")
+        device = self._decoder.device
+        tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in forms}
+        for tensor in tensors.values():
+            group.receive(tensor)
+        revision.add(tensors, quantize=quantize)
+        fresh = self._staged(revision, final, version)
+        self._group = group
+        return fresh
+
+    def _group_of(self, name: str) -> Group:
+        if self._group is None or self._group.name != name:
+            where = "no group" if self._group is None else f"the group {self._group.name!r}"
+            raise ValueError(f"group_name is {name!r}, but this engine is in {where}; it leaves a group when an update fails")
+        return self._group
+
     def _check_same(self, folder: Path, found: Architecture) -> None:
         names = [field.name for field in dataclasses.fields(Architecture) if field.name not in FREE_FIELDS]
         pairs = [(name, getattr(found, name), getattr(self.architecture, name)) for name in names]
@@ -85,6 +204,7 @@ class Weights:
     def enter(self, fresh: Fresh) -> None:
         """These are in force now."""
         self._decoder = fresh.decoder
+        self._revision = None
         self._folder = fresh.folder or self._folder
 
 

@@ -113,7 +113,7 @@ def read_parameters(folder: Path, architecture: Architecture, *, device: torch.d
         for name, tensor in checkpoint.tensors(expected):
             view = storage.view(expected[name][1])
             view.copy_(tensor)
-            broken[name] = _is_broken(view)
+            broken[name] = is_broken(view)
             advance()
     _raise(folder, [f"{name} has numbers that are NaN or infinite" for name, flag in zip(broken, _flags(broken), strict=True) if flag])
     return storage.parameters()
@@ -131,7 +131,7 @@ def _differences(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpoi
         if header is None:
             yield f"{name} is missing"
             continue
-        shape, dtypes = _form(row, place, architecture)
+        shape, dtypes = form(row, place, architecture)
         if header.shape != shape:
             yield f"{name} is {list(header.shape)} where {list(shape)} belongs"
         if header.dtype not in dtypes:
@@ -141,7 +141,7 @@ def _differences(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpoi
             yield f"{name} does not belong to this model"
 
 
-def _form(row: Row, place: Place, architecture: Architecture) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def form(row: Row, place: Place, architecture: Architecture) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Shape and file types that a tensor may have."""
     shape, block = tuple(architecture.sizes[name] for name in row.shape), architecture.quantization_block
     if row.kind is not Kind.MATRIX or block is None:
@@ -168,7 +168,7 @@ def _plain_dtypes(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpo
     return widest
 
 
-def _is_broken(tensor: Tensor) -> Tensor:
+def is_broken(tensor: Tensor) -> Tensor:
     """Whether it has NaN or infinite numbers, where it is, so that a device is not waited for.
 
     Found by the largest: these reductions are ten times as fast as a test of each number.

@@ -8,7 +8,7 @@ Shape suffixes: V vocabulary, D hidden, E experts, Q all query channels, W all k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,37 @@ class Storage:
             return Weight(torch.empty(shape, dtype=self._plain_dtype[rows[0].parameter], device=self._device), parts=parts)
         scale = torch.empty((*stack, *scale_shape(parts, columns, block)), dtype=torch.float32, device=self._device)
         return Weight(torch.empty(shape, dtype=FP8, device=self._device), scale, block, parts)
+
+    @staticmethod
+    def of(rows: tuple[Row, ...], architecture: Architecture, parameters: Parameters) -> Storage:
+        """The storage that these parameters are in."""
+        storage = Storage((), architecture, {}, parameters.norm_D.device)
+        storage._weights = {("embed", None): Weight(parameters.embed_VD), ("head", None): parameters.head}
+        storage._tensors = {("norm", None): parameters.norm_D}
+        for index, layer in enumerate(parameters.layers):
+            weights = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.experts.gate_up, "down": layer.experts.down}
+            tensors = {"attention_norm": layer.attention_norm_D, "q_norm": layer.q_norm_Q, "k_norm": layer.k_norm_W}
+            tensors |= {"expert_norm": layer.expert_norm_D, "gate": layer.gate_ED, "bias": layer.bias_E}
+            storage._weights |= {(name, index): weight for name, weight in weights.items()}
+            storage._tensors |= {(name, index): tensor for name, tensor in tensors.items()}
+        assert {row.parameter for row in rows} == {name for name, _ in (*storage._weights, *storage._tensors)}
+        return storage
+
+    def plain_dtypes(self) -> dict[str, torch.dtype]:
+        """The types of the parameters that are kept as their file has them."""
+        return {name: weight.data.dtype for (name, _), weight in self._weights.items() if not weight.quantized}
+
+    def revised(self, changed: Collection[tuple[str, int | None]], dtypes: Mapping[str, torch.dtype]) -> Storage:
+        """A storage that shares what does not change. What does is copied, and plain numbers have these types."""
+        other = Storage((), self._architecture, dtypes, self._device)
+        other._tensors = {key: tensor.clone() if key in changed else tensor for key, tensor in self._tensors.items()}
+        for key, weight in self._weights.items():
+            dtype = weight.data.dtype if weight.quantized else dtypes[key[0]]
+            if key in changed or dtype != weight.data.dtype:
+                scale = None if weight.scale is None else weight.scale.clone()
+                weight = Weight(weight.data.to(dtype, copy=True), scale, weight.block, weight.parts)
+            other._weights[key] = weight
+        return other
 
     def view(self, place: Place) -> Tensor:
         """The memory that a tensor of the checkpoint fills, in the tensor's shape."""

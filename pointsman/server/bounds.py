@@ -23,6 +23,9 @@ MAX_NAME = 256
 MAX_TEMPLATE_VARIABLES = 64
 MAX_TOKENS = 1 << 30
 MAX_COUNTED_TOKENS = 1 << 17
+MAX_UPDATE_BYTES = 1 << 31
+MAX_FILES = 64
+MAX_TENSORS = 1 << 17
 MAX_INTEGER = (1 << 63) - 1
 
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
@@ -47,6 +50,7 @@ Priority = Annotated[int, Meta(ge=-(1 << 31), le=1 << 31)]
 Salt = Annotated[str, Meta(max_length=256)]
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 RequestName = Annotated[str, Meta(min_length=1, max_length=128)]
+Shape = Annotated[list[Annotated[int, Meta(ge=0, le=1 << 31)]], Meta(max_length=8)]
 ModelPath = Annotated[str, Meta(min_length=1, max_length=4096)]
 WeightVersion = Annotated[str, Meta(min_length=1, max_length=MAX_VERSION_LENGTH)]
 FunctionName = Annotated[str, Meta(pattern="^[A-Za-z0-9_.:/-]{1,128}$")]

@@ -10,14 +10,14 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pointsman.server import controls, wire
 
 if TYPE_CHECKING:
     from pointsman.engine.control import Control
     from pointsman.engine.engine import Engine
-    from pointsman.engine.weights import Fresh
+    from pointsman.engine.weights import Fresh, Weights
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Controller:
         self._engine = engine
         self._end = end
         self._made: Control | None = None
-        self._update: tuple[controls.UpdateFromDisk, Future[Fresh]] | None = None
+        self._work: tuple[controls.Work, Future[Fresh | None]] | None = None
 
     @property
     def _control(self) -> Control:
@@ -42,7 +42,7 @@ class Controller:
 
     def wait_ms(self, most: int | None) -> int | None:
         """How long an idle engine may wait for messages, of `most`."""
-        return most if self._update is None else min(LOOK_MS, LOOK_MS if most is None else most)
+        return most if self._work is None else min(LOOK_MS, LOOK_MS if most is None else most)
 
     def take(self, message: controls.Control) -> None:
         """Do it, or begin to."""
@@ -51,24 +51,28 @@ class Controller:
                 self._answer(message, lambda: self._control.pause(message.mode))
             case controls.Continue():
                 self._answer(message, self._control.resume)
-            case controls.UpdateFromDisk():
-                if self._update is not None:
+            case _:
+                if self._work is not None:
                     self._end.send(self._controlled(message, "another update of the weights is under way; wait for its end", 409))
                     return
-                weights, path, version = self._engine.weights, message.model_path, message.weight_version
-                self._update = message, _aside(lambda: weights.from_disk(path, version=version))
+                weights = self._engine.weights
+                self._work = message, _aside(lambda: work(weights, message))
 
     def look(self) -> None:
         """Put in force what has been read by now."""
-        if self._update is None or not self._update[1].done():
+        if self._work is None or not self._work[1].done():
             return
-        (message, reading), self._update = self._update, None
-        flush, abort = message.flush_cache, message.abort_all_requests
+        (message, reading), self._work = self._work, None
         error = reading.exception()
         if error is not None:
             self._fail(message, error)
-        else:
-            self._answer(message, lambda: self._control.install(reading.result(), flush_cache=flush, abort_all_requests=abort))
+            return
+        fresh = reading.result()
+        if fresh is None or isinstance(message, controls.JoinGroup | controls.LeaveGroup):
+            self._end.send(self._controlled(message))
+            return
+        flush, abort = message.flush_cache, message.abort_all_requests
+        self._answer(message, lambda: self._control.install(fresh, flush_cache=flush, abort_all_requests=abort))
 
     def _answer(self, message: controls.Control, work: Callable[[], object]) -> None:
         """Do something that is quick. Only what it raises for the asker is answered; a fault of the engine is everyone's."""
@@ -97,9 +101,41 @@ class Controller:
         )
 
 
-def _aside(work: Callable[[], Fresh]) -> Future[Fresh]:
+def work(weights: Weights, message: controls.Work) -> Fresh | None:
+    """What one asks for, as far as it can be done beside the steps. Raises ValueError where it cannot be done."""
+    from pointsman.distributed import Group  # noqa: PLC0415 - torch comes with it, and is there by now
+
+    match message:
+        case controls.UpdateFromDisk():
+            return weights.from_disk(message.model_path, version=message.weight_version)
+        case controls.UpdateFromTensors():
+            return weights.from_files(message.files, **_part(message))
+        case controls.UpdateFromGroup():
+            return weights.from_group(message.announced, group_name=message.group_name, **_part(message))
+        case controls.JoinGroup():
+            weights.join_group(
+                Group(
+                    master_address=message.master_address,
+                    master_port=message.master_port,
+                    rank=message.rank,
+                    world_size=message.world_size,
+                    name=message.name,
+                    backend=message.backend,
+                    timeout=message.timeout,
+                )
+            )
+        case controls.LeaveGroup():
+            weights.leave_group(message.name)
+    return None
+
+
+def _part(message: controls.UpdateFromTensors | controls.UpdateFromGroup) -> dict[str, Any]:
+    return {"begin": message.begin, "final": message.final, "quantize": message.quantize, "version": message.weight_version}
+
+
+def _aside(work: Callable[[], Fresh | None]) -> Future[Fresh | None]:
     """Do it in a thread that does not keep the process from ending."""
-    done: Future[Fresh] = Future()
+    done: Future[Fresh | None] = Future()
 
     def run() -> None:
         try:

@@ -33,6 +33,48 @@ class UpdateFromDisk(_Numbered, kw_only=True):
     weight_version: str | None
 
 
+class _Part(_Numbered, kw_only=True):
+    """A part of an update, or all of it."""
+
+    begin: bool
+    final: bool
+    quantize: bool
+    flush_cache: bool
+    abort_all_requests: bool
+    weight_version: str | None
+
+
+class UpdateFromTensors(_Part, kw_only=True):
+    """Tensors, as safetensors files."""
+
+    files: list[bytes]
+
+
+class UpdateFromGroup(_Part, kw_only=True):
+    """Tensors that come by broadcasts: (name, type, shape) of each, in their order."""
+
+    group_name: str
+    announced: list[tuple[str, str, tuple[int, ...]]]
+
+
+class JoinGroup(_Numbered, kw_only=True):
+    """Meet the others of a process group."""
+
+    master_address: str
+    master_port: int
+    rank: int
+    world_size: int
+    name: str
+    backend: str
+    timeout: float
+
+
+class LeaveGroup(_Numbered, kw_only=True):
+    """Have no more to do with it."""
+
+    name: str
+
+
 class Controlled(_Numbered, kw_only=True):
     """The answer to any of these.
 
@@ -48,4 +90,6 @@ class Controlled(_Numbered, kw_only=True):
     weight_version: str
 
 
-Control = Pause | Continue | UpdateFromDisk
+Work = UpdateFromDisk | UpdateFromTensors | UpdateFromGroup | JoinGroup | LeaveGroup
+"""What takes time, and is done beside the steps; one at a time."""
+Control = Pause | Continue | Work

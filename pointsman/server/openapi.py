@@ -51,6 +51,7 @@ class Route:
         admin: only for those who run the server.
         optional: the body may be left out.
         head: HEAD is answered too.
+        binary: the body may be bytes instead, with the fields in the query.
         media: the type of an answer that is text and not JSON.
     """
 
@@ -63,6 +64,7 @@ class Route:
     optional: bool = False
     head: bool = False
     media: str | None = None
+    binary: bool = False
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -97,7 +99,10 @@ def _methods(route: Route) -> dict[str, Any]:
         operation["parameters"] = [name]
     if route.form is not None:
         schema = {"$ref": REF.format(name=route.form.__name__)}
-        operation["requestBody"] = {"required": not route.optional, "content": {"application/json": {"schema": schema}}}
+        content: dict[str, Any] = {"application/json": {"schema": schema}}
+        if route.binary:
+            content["application/octet-stream"] = {}
+        operation["requestBody"] = {"required": not route.optional, "content": content}
     return {
         method.lower(): operation | ({"operationId": f"{operation['operationId']}_head"} if method == "HEAD" else {})
         for method in route.methods

@@ -25,7 +25,7 @@ from pointsman.server.stream import Stream
 
 BODY_SECONDS = 30.0
 MAX_READING_BYTES = 16 * MAX_BODY_BYTES
-MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES
+MAX_DISCARDED_BYTES = 3 * MAX_BODY_BYTES
 RETRY_SECONDS = "1"
 
 T = TypeVar("T")
@@ -54,26 +54,32 @@ class Answer(Protocol):
 
 
 class BodyReader:
-    """Reads bodies, no more at a time than there is room for."""
+    """Reads bodies, no more at a time than there is room for.
 
-    def __init__(self) -> None:
+    Args:
+        most: bytes of a body.
+        seconds: that a body may take to come.
+    """
+
+    def __init__(self, most: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS) -> None:
+        self._most, self._seconds = most, seconds
         self._reading = 0
 
-    async def read(self, http: Request, *, optional: bool = False) -> bytes:
-        """A body that says it is JSON. Raises ApiError for one that is not, is too long, or takes too long to come.
+    async def read(self, http: Request, *, optional: bool = False, media: str = "application/json") -> bytes:
+        """A body that says it is of this type. Raises ApiError for one that is not, is too long, or takes too long to come.
 
         The type is insisted on because a web page of anyone may post the others to us. An optional body may be left out with its type.
         """
         kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json" and not (optional and not kind):
-            raise ApiError(415, f"the content type is {kind[:80]!r}; it must be 'application/json'")
-        if int(http.headers.get("content-length", "0")) > MAX_DISCARDED_BYTES:
-            raise _too_long()
+        if kind != media and not (optional and not kind):
+            raise ApiError(415, f"the content type is {kind[:80]!r}; it must be {media!r}")
+        if int(http.headers.get("content-length", "0")) > self._most + MAX_DISCARDED_BYTES:
+            raise self._too_long()
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(self._seconds):
                 return await self._collect(http)
         except TimeoutError:
-            raise ApiError(408, f"the body took longer than {BODY_SECONDS:g} s to come", headers={"connection": "close"}) from None
+            raise ApiError(408, f"the body took longer than {self._seconds:g} s to come", headers={"connection": "close"}) from None
 
     async def _collect(self, http: Request) -> bytes:
         """What is a little too long is still read, and dropped: most clients look for an answer only when they have sent all."""
@@ -81,19 +87,22 @@ class BodyReader:
         try:
             async for part in http.stream():
                 length += len(part)
-                if length > MAX_DISCARDED_BYTES:
-                    raise _too_long()
-                if length > MAX_BODY_BYTES:
+                if length > self._most + MAX_DISCARDED_BYTES:
+                    raise self._too_long()
+                if length > self._most:
                     continue
                 body += part
                 self._reading += len(part)
-                if self._reading > MAX_READING_BYTES:
+                if self._reading > max(MAX_READING_BYTES, self._most):
                     raise ApiError(429, "too many long requests are coming in; try again later", code="queue_full")
-            if length > MAX_BODY_BYTES:
-                raise _too_long()
+            if length > self._most:
+                raise self._too_long()
             return bytes(body)
         finally:
             self._reading -= len(body)
+
+    def _too_long(self) -> ApiError:
+        return ApiError(413, f"the body is longer than {self._most} bytes", headers={"connection": "close"})
 
 
 async def respond(http: Request, bridge: Bridge, answer: Answer, seconds: float) -> Response:
@@ -195,10 +204,6 @@ def error_response(error: ApiError) -> Response:
 
 def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
-
-
-def _too_long() -> ApiError:
-    return ApiError(413, f"the body is longer than {MAX_BODY_BYTES} bytes", headers={"connection": "close"})
 
 
 def _took_too_long() -> ApiError:

@@ -1,0 +1,129 @@
+"""Tensors that take the place of some of a model's, or of all: collected and checked by their names, then applied as one.
+
+The table of names says what each must look like, as it does for a checkpoint. Collecting touches nothing; applying makes new parameters
+that share with the old ones what does not change. So a revision that is refused, at its first tensor or its last, has done nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pointsman.kernels.reference import quantize_weight
+from pointsman.models import MODELS
+from pointsman.models.architecture import Architecture
+from pointsman.models.loader import FILE_DTYPES, MOST_LISTED, form, is_broken
+from pointsman.models.names import SCALE_SUFFIX, Kind, places
+from pointsman.models.parameters import Parameters, Storage
+
+_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
+
+
+class Revision:
+    """An update of a model's weights that is being collected."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+        self._rows = MODELS[architecture.name].rows
+        self._expected = places(self._rows, architecture)
+        self._tensors: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        """How many tensors have come; a quantized matrix is two."""
+        return len(self._tensors)
+
+    def add(self, tensors: Mapping[str, Tensor], *, quantize: bool = False) -> None:
+        """Take these in, all or none.
+
+        Args:
+            tensors: by the names that a checkpoint has for them.
+            quantize: plain matrices of a model that is FP8 are quantized in blocks, by `kernels.reference.quantize_weight`.
+
+        Raises:
+            ValueError: some do not belong to the model, or are broken; the message names them.
+        """
+        taken: dict[str, Tensor] = {}
+        problems: list[str] = []
+        for name, tensor in tensors.items():
+            if name not in self._expected:
+                problems.append(f"{name:.200} does not belong to this model")
+            elif name in self._tensors:
+                problems.append(f"{name} has come already in this update")
+            elif wrong := self._wrong(name, tensor, quantize):
+                problems.append(wrong)
+            elif self._is_raw(name, tensor):
+                weight = quantize_weight(tensor, self._architecture.quantization_block or (1, 1))
+                assert weight.scale is not None
+                taken |= {name: weight.data, name + SCALE_SUFFIX: weight.scale}
+            else:
+                taken[name] = tensor
+        _raise(problems)
+        self._tensors |= taken
+
+    def check(self, name: str, shape: tuple[int, ...], dtype: str, *, quantize: bool = False) -> torch.dtype:
+        """The type of a tensor that is announced by safetensors' name of its type. Raises ValueError where it would be refused."""
+        if name not in self._expected:
+            raise ValueError(f"{name:.200} does not belong to this model")
+        row, place = self._expected[name]
+        right, dtypes = form(row, place, self._architecture)
+        if quantize and row.kind is Kind.MATRIX and not place.scale:
+            dtypes = (*dtypes, "BF16", "F32")
+        if shape != right:
+            raise ValueError(f"{name} is {list(shape)} where {list(right)} belongs")
+        if dtype not in dtypes:
+            hint = "; quantize true makes blocks of plain numbers" if dtypes == ("F8_E4M3",) and dtype in ("BF16", "F32") else ""
+            raise ValueError(f"{name} is {dtype:.20} where {' or '.join(dict.fromkeys(dtypes))} belongs{hint}")
+        return FILE_DTYPES[dtype]
+
+    def _wrong(self, name: str, tensor: Tensor, quantize: bool) -> str | None:
+        try:
+            self.check(name, tuple(tensor.shape), _NAMES.get(tensor.dtype, str(tensor.dtype)), quantize=quantize)
+        except ValueError as error:
+            return str(error)
+        return f"{name} has numbers that are NaN or infinite" if is_broken(tensor) else None
+
+    def _is_raw(self, name: str, tensor: Tensor) -> bool:
+        """Whether it is a matrix of plain numbers where the model has FP8."""
+        row, place = self._expected[name]
+        quantized = row.kind is Kind.MATRIX and self._architecture.quantization_block is not None
+        return quantized and not place.scale and tensor.element_size() > 1
+
+    def apply(self, parameters: Parameters) -> Parameters:
+        """The parameters with these tensors in their places.
+
+        Raises:
+            ValueError: none has come, or numbers came without their scales or scales without their numbers.
+        """
+        if not self._tensors:
+            raise ValueError("the update has no tensors")
+        _raise([f"{name} came without {partner}" for name in self._tensors if (partner := self._partner(name)) not in self._tensors])
+        live = Storage.of(self._rows, self._architecture, parameters)
+        changed = {(place.parameter, place.layer) for _, place in map(self._expected.__getitem__, self._tensors)}
+        storage = live.revised(changed, self._dtypes(live))
+        for name, tensor in self._tensors.items():
+            storage.view(self._expected[name][1]).copy_(tensor)
+        return storage.parameters()
+
+    def _partner(self, name: str) -> str:
+        """The tensor without which this one means nothing: scales and numbers; itself for one that is alone."""
+        partner = name.removesuffix(SCALE_SUFFIX) if name.endswith(SCALE_SUFFIX) else name + SCALE_SUFFIX
+        return partner if partner in self._expected else name
+
+    def _dtypes(self, storage: Storage) -> dict[str, torch.dtype]:
+        """For each parameter that is kept as it comes the widest type among its tensors, as the loader has it; those that stay count."""
+        live = storage.plain_dtypes()
+        found: dict[str, list[torch.dtype]] = {}
+        for name, (row, _) in self._expected.items():
+            tensor = self._tensors.get(name)
+            dtype = tensor.dtype if tensor is not None else live.get(row.parameter)
+            if dtype is not None:
+                found.setdefault(row.parameter, []).append(dtype)
+        return {parameter: max(dtypes, key=lambda dtype: dtype.itemsize) for parameter, dtypes in found.items()}
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
+        raise ValueError(f"the tensors cannot be used: {'; '.join(sorted(problems)[:MOST_LISTED])}{more}")
