@@ -57,12 +57,13 @@ class BodyReader:
     """Reads bodies, no more at a time than there is room for.
 
     Args:
-        most: bytes of a body.
+        most: bytes of a body, and of all that are being read; None is what requests may have.
         seconds: that a body may take to come.
     """
 
-    def __init__(self, most: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS) -> None:
-        self._most, self._seconds = most, seconds
+    def __init__(self, most: int | None = None, seconds: float | None = None) -> None:
+        self._most, self._together = (MAX_BODY_BYTES, MAX_READING_BYTES) if most is None else (most, most)
+        self._seconds = BODY_SECONDS if seconds is None else seconds
         self._reading = 0
 
     async def read(self, http: Request, *, optional: bool = False, media: str = "application/json") -> bytes:
@@ -93,7 +94,7 @@ class BodyReader:
                     continue
                 body += part
                 self._reading += len(part)
-                if self._reading > max(MAX_READING_BYTES, self._most):
+                if self._reading > self._together:
                     raise ApiError(429, "too many long requests are coming in; try again later", code="queue_full")
             if length > self._most:
                 raise self._too_long()

@@ -84,6 +84,12 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._choices)
 
+    def settle(self) -> None:
+        pass
+
+    def abort_all(self) -> None:
+        self._choices.clear()
+
     def add(self, request: Request) -> None:
         prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
         if "REFUSE" in prompt:
