@@ -77,6 +77,7 @@ class Products:
         self._layer, self._runner, self._num_tokens = layer, runner, num_tokens
         self._arrange = importlib.import_module("pointsman.kernels.arrange")
         self._gemm = importlib.import_module("pointsman.kernels.grouped_gemm")
+        self._rows = importlib.import_module("pointsman.kernels.expert_rows")
         device, shape = layer.gate_ED.device, layer.shape
         generator = torch.Generator(device).manual_seed(seed)
         self._pdl = runner == "routed" and chains(device)
@@ -105,7 +106,7 @@ class Products:
             hidden = [self._up(index, some) for index in range(NUM_BATCHES)]
         else:
             hidden = [
-                self._gemm.activate(self._up(index, some), arranged, pairs, tile.block, quantize=shape.quantized)
+                self._rows.activate(self._up(index, some), arranged, pairs, tile.block, quantize=shape.quantized)
                 for index, (arranged, _, _) in enumerate(self._arranged)
             ]
         dtype = torch.float32 if self._runner == "routed" else torch.bfloat16

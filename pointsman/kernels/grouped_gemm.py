@@ -3,8 +3,7 @@
 `up_kernel` makes hidden rows: gate and up of the same columns in one program, silu(gate) * up rounded to bfloat16, and, where a
 program has a whole group of 128 columns, quantized. `gemm_kernel` multiplies them back; hidden rows that came in bfloat16 it
 quantizes as it reads them, which gives the same bits. So `up` may be cut into few columns where there are too few experts in use
-to keep every processor busy. `combine_kernel` adds a token's choices in their order, in float32, and rounds once. No sum depends
-on timing.
+to keep every processor busy. No sum depends on timing.
 
 Weights are the left operand where a block of pairs is small (swapped): the tensor cores' left side has at least 64 rows, which
 tokens would leave empty. FP8 products are scaled and added to the sums every 128 of K.
@@ -163,6 +162,44 @@ def fetch_line(pointers):
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
+@triton.jit
+def row_products(
+    h_ptr,
+    hs_ptr,
+    w_ptr,
+    ws_ptr,
+    row,
+    mask,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    SWAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """h[row] times the COLUMNS rows of weights at w_ptr, in float32, transposed if SWAP."""
+    k = tl.arange(0, BLOCK_K)
+    h_ptrs = h_ptr + row[:, None] * F + k[None, :]
+    w_ptrs = w_ptr + tl.arange(0, COLUMNS)[:, None] * F + k[None, :]
+    y = tl.zeros((COLUMNS, BLOCK_M) if SWAP else (BLOCK_M, COLUMNS), tl.float32)
+    for step in tl.range(0, F // BLOCK_K, num_stages=STAGES):
+        h = tl.load(h_ptrs, mask=mask[:, None], other=0.0)
+        w = tl.load(w_ptrs)
+        if QUANTIZED:
+            if QUANTIZE:
+                h, h_scale = quantize_groups(h.to(tl.float32))
+            else:
+                h_scale = tl.load(hs_ptr + row * (F // GROUP) + step, mask=mask, other=0.0)
+            y += scaled(product(h, w, SWAP), h_scale, tl.load(ws_ptr + step), SWAP)
+        else:
+            y += product(h, w, SWAP)
+        h_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return y
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def gemm_kernel(
     h_ptr,
@@ -211,85 +248,16 @@ def gemm_kernel(
         if GATHER > 0:
             row = tl.where(mask, pair // GATHER, 0).to(tl.int64)
         expert = tl.load(expert_ptr + block).to(tl.int64)
-        k = tl.arange(0, BLOCK_K)
         n = column + tl.arange(0, COLUMNS)
-        h_ptrs = h_ptr + row[:, None] * F + k[None, :]
-        w_ptrs = w_ptr + expert * (N * F) + n[:, None] * F + k[None, :]
-        if QUANTIZED:
-            hs_ptrs = hs_ptr + row * (F // GROUP)
-            scale_ptr = ws_ptr + expert * ((N // GROUP) * (F // GROUP)) + (column // GROUP) * (F // GROUP)
-        y = tl.zeros((COLUMNS, BLOCK_M) if SWAP else (BLOCK_M, COLUMNS), tl.float32)
-        for step in tl.range(0, F // BLOCK_K, num_stages=STAGES):
-            h = tl.load(h_ptrs, mask=mask[:, None], other=0.0)
-            w = tl.load(w_ptrs)
-            if QUANTIZED:
-                if QUANTIZE:
-                    h, h_scale = quantize_groups(h.to(tl.float32))
-                else:
-                    h_scale = tl.load(hs_ptrs + step, mask=mask, other=0.0)
-                y += scaled(product(h, w, SWAP), h_scale, tl.load(scale_ptr + step), SWAP)
-            else:
-                y += product(h, w, SWAP)
-            h_ptrs += BLOCK_K
-            w_ptrs += BLOCK_K
+        w_ptr += expert * (N * F) + column * F
+        ws_ptr += expert * ((N // GROUP) * (F // GROUP)) + (column // GROUP) * (F // GROUP)
+        y = row_products(h_ptr, hs_ptr, w_ptr, ws_ptr, row, mask, F, BLOCK_M, COLUMNS, BLOCK_K, QUANTIZED, QUANTIZE, SWAP, STAGES)
         target = (place if ARRANGED else pair).to(tl.int64)
         y = y.to(y_ptr.dtype.element_ty)
         if SWAP:
             tl.store(y_ptr + target[None, :] * N + n[:, None], y, mask=mask[None, :])
         else:
             tl.store(y_ptr + target[:, None] * N + n[None, :], y, mask=mask[:, None])
-
-
-@triton.jit(do_not_specialize=["num_pairs"])
-def activate_kernel(
-    g_ptr,
-    h_ptr,
-    hs_ptr,
-    pairs_ptr,
-    num_blocks_ptr,
-    num_pairs,
-    F: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """h = silu(first half) * second half of bfloat16 rows [P, 2F], rounded to bfloat16 and, if QUANTIZE, quantized."""
-    block, group = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if block < tl.load(num_blocks_ptr):
-        place = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        real = tl.load(pairs_ptr + place) < num_pairs
-        row = place.to(tl.int64)[:, None]
-        column = group * GROUP + tl.arange(0, GROUP)[None, :]
-        gate = tl.load(g_ptr + row * (2 * F) + column, mask=real[:, None], other=0.0).to(tl.float32)
-        up = tl.load(g_ptr + row * (2 * F) + F + column, mask=real[:, None], other=0.0).to(tl.float32)
-        h = (gate / (1.0 + tl.exp(-gate)) * up).to(tl.bfloat16)
-        if QUANTIZE:
-            q, scale = quantize_groups(h.to(tl.float32))
-            tl.store(h_ptr + row * F + column, q, mask=real[:, None])
-            tl.store(hs_ptr + place * (F // GROUP) + group, scale, mask=real)
-        else:
-            tl.store(h_ptr + row * F + column, h, mask=real[:, None])
-
-
-@triton.jit
-def combine_kernel(y_ptr, ids_ptr, weights_ptr, out_ptr, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
-    """out[t] = the sum over the token's choices, in their order, of weight * y."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < D
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for k in tl.static_range(K):
-        real = tl.load(ids_ptr + token * K + k) >= 0
-        weight = tl.load(weights_ptr + token * K + k)
-        y = tl.load(y_ptr + (token * K + k) * D + column, mask=inside, other=0.0).to(tl.float32)
-        total += tl.where(real, weight * y, 0.0)  # what a choice without an expert left in y may be anything
-    tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def up(
@@ -385,51 +353,6 @@ def gemm(
         **launch_options(pdl),
     )
     return out_RN
-
-
-def activate(
-    gate_up_PF: Tensor, arrangement: Arrangement, num_pairs: int, block: int, *, quantize: bool, pdl: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """silu(gate) * up of bfloat16 rows [P, 2F]: e4m3 [P, F] and scales [P, G], or bfloat16 and None."""
-    num_rows, width = len(gate_up_PF), gate_up_PF.shape[1] // 2
-    h_PF = torch.empty(num_rows, width, dtype=FP8 if quantize else torch.bfloat16, device=gate_up_PF.device)
-    scale_PG = torch.empty(num_rows, width // 128, device=gate_up_PF.device) if quantize else None
-    activate_kernel[(num_rows // block, width // 128)](
-        gate_up_PF,
-        h_PF,
-        h_PF if scale_PG is None else scale_PG,
-        arrangement.pairs_P,
-        arrangement.num_blocks,
-        num_pairs,
-        F=width,
-        BLOCK_M=block,
-        QUANTIZE=quantize,
-        PDL=pdl,
-        num_warps=4,
-        **launch_options(pdl),
-    )
-    return h_PF, scale_PG
-
-
-def combine(y_RD: Tensor, ids_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, pdl: bool = False) -> Tensor:
-    """The weighted sum [T, D] of the rows of each token's choices, in float32, rounded once; ids below zero count nothing."""
-    num_tokens, top_k = ids_TK.shape
-    hidden = y_RD.shape[1]
-    out_TD = torch.empty(num_tokens, hidden, dtype=dtype, device=y_RD.device)
-    block = min(1024, triton.next_power_of_2(hidden))
-    combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
-        y_RD,
-        ids_TK,
-        weights_TK,
-        out_TD,
-        D=hidden,
-        K=top_k,
-        BLOCK_D=block,
-        PDL=pdl,
-        num_warps=4,
-        **launch_options(pdl),
-    )
-    return out_TD
 
 
 def tile_options(tile: Tile) -> dict[str, int]:

@@ -75,6 +75,29 @@ def gate_kernel(
     tl.store(target, sums, mask=(expert < E)[:, None] & (token < num_tokens)[None, :])
 
 
+@triton.jit
+def scores(logits, real, SOFTMAX: tl.constexpr):
+    if SOFTMAX:
+        logits = tl.where(real, logits, float("-inf"))
+        powers = tl.exp(logits - tl.max(logits, axis=0))
+        return tl.div_rn(powers, tl.sum(powers, axis=0))
+    else:
+        return tl.div_rn(1.0, 1.0 + tl.exp(-logits))
+
+
+@triton.jit
+def best_experts(value, expert, real, choice, E_PADDED: tl.constexpr, K: tl.constexpr):
+    """The K experts of the largest values, best first, at the places of `choice`; zeros beyond K."""
+    key = (ordered(value) << 32) | (E_PADDED - 1 - expert).to(tl.int64)
+    key = tl.where(real, key, -0x7FFFFFFFFFFFFFFF)
+    ids = choice * 0
+    for k in tl.static_range(K):
+        best = tl.max(key, axis=0)
+        ids = tl.where(choice == k, E_PADDED - 1 - (best & 0xFFFFFFFF).to(tl.int32), ids)
+        key = tl.where(key == best, -0x7FFFFFFFFFFFFFFF, key)
+    return ids
+
+
 @triton.jit(do_not_specialize=["num_tokens", "scale", "given_stride", "row_stride", "row_offset"])
 def choose_kernel(
     part_ptr,
@@ -116,23 +139,11 @@ def choose_kernel(
     logits = tl.zeros((E_PADDED,), tl.float32)
     for part in tl.static_range(PARTS):
         logits += tl.load(part_ptr + (part * num_tokens + token).to(tl.int64) * E + expert, mask=real, other=0.0)
-    if SOFTMAX:
-        logits = tl.where(real, logits, float("-inf"))
-        powers = tl.exp(logits - tl.max(logits, axis=0))
-        score = tl.div_rn(powers, tl.sum(powers, axis=0))
-    else:
-        score = tl.div_rn(1.0, 1.0 + tl.exp(-logits))
+    score = scores(logits, real, SOFTMAX)
     biased = score
     if BIASED:
         biased += tl.load(bias_ptr + expert, mask=real, other=0.0)
-    key = (ordered(biased) << 32) | (E_PADDED - 1 - expert).to(tl.int64)
-    key = tl.where(real, key, -0x7FFFFFFFFFFFFFFF)
-    ids = tl.zeros((K_PADDED,), tl.int32)
-    for k in tl.static_range(K):
-        best = tl.max(key, axis=0)
-        found = E_PADDED - 1 - (best & 0xFFFFFFFF).to(tl.int32)
-        ids = tl.where(choice == k, found, ids)
-        key = tl.where(key == best, -0x7FFFFFFFFFFFFFFF, key)
+    ids = best_experts(biased, expert, real, choice, E_PADDED, K)
     if SLOTS:
         slot = tl.load(slot_ptr + token + choice * 0).to(tl.int64)
     if REPLAY:

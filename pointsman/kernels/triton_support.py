@@ -49,6 +49,11 @@ def chains(device: torch.device) -> bool:
     return device.type == "cuda" and capability(device) >= (9, 0)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether products run on the tensor cores of 9.0 (wgmma)."""
+    return device.type == "cuda" and capability(device) == (9, 0)
+
+
 def launch_options(pdl: bool) -> dict[str, bool]:
     """Keywords of a launch that may begin while the kernel before still runs."""
     return {"launch_pdl": True} if pdl else {}

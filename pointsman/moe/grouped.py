@@ -8,8 +8,8 @@ chained: each is launched while the one before still runs, and waits inside for 
 Both take a Routing on the device, ids below zero being padding, and keep no state: buffers come from torch's
 allocator, which in a CUDA graph gives them the graph's own memory, and grids depend on shapes alone. With `deterministic` a
 token's result does not depend on how many others there are: on Hopper, every cut of an FP8 product for wgmma has the same bits (seen
-in 7 cuts of H100, which a test of the GPU repeats), so that only cuts for the older tensor cores are left out; the gate, and products
-of plain weights, are cut alike for all batches.
+in 7 cuts of H100, which a test of the GPU repeats), so that only cuts for the older tensor cores are left out; the gate, and
+products of plain weights or on other GPUs, are cut alike for all batches.
 
 Triton is imported when a runner is made, for installs without it must be able to ask why it cannot serve.
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key, for_wide_products
-from pointsman.kernels.triton_support import chains, reason_against
+from pointsman.kernels.triton_support import chains, is_hopper, reason_against
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
@@ -59,6 +59,7 @@ class _Grouped:
         self.deterministic, self._given = deterministic, tiles
         self._arrange = importlib.import_module("pointsman.kernels.arrange")
         self._gemm = importlib.import_module("pointsman.kernels.grouped_gemm")
+        self._rows = importlib.import_module("pointsman.kernels.expert_rows")
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
         return weights if weights.quantized else weights.dequantize(dtype)
@@ -71,8 +72,9 @@ class _Grouped:
         table = tile_table(self.name, shape, weights.down.data.device)
         if not self.deterministic:
             return table(num_tokens)
-        # FP8 products of one kind of tensor core have the same bits however they are cut; plain ones are cut alike
-        return for_wide_products(table(num_tokens)) if weights.quantized else table(FIXED_TOKENS)
+        # Hopper's FP8 products by wgmma have the same bits however they are cut; others are cut alike
+        free = weights.quantized and is_hopper(weights.down.data.device)
+        return for_wide_products(table(num_tokens)) if free else table(FIXED_TOKENS)
 
 
 @functools.cache
@@ -102,10 +104,10 @@ class TritonRunner(_Grouped):
         both_PF = x_TD.new_empty(len(arranged.pairs_P), weights.gate_up.data.shape[1])
         rows_TD = x_TD if q_TD is None else q_TD
         gemm.gemm(rows_TD, scale_TG, weights.gate_up, arranged, num_pairs, tiles.up, both_PF, gather=top_k)
-        h_PF, scale_PG = gemm.activate(both_PF, arranged, num_pairs, tiles.up.block, quantize=weights.quantized)
+        h_PF, scale_PG = self._rows.activate(both_PF, arranged, num_pairs, tiles.up.block, quantize=weights.quantized)
         y_RD = x_TD.new_empty(num_pairs, x_TD.shape[1])
         gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tiles.down, y_RD)
-        out_TD: Tensor = gemm.combine(y_RD, ids_TK, weights_TK, x_TD.dtype)
+        out_TD: Tensor = self._rows.combine(y_RD, ids_TK, weights_TK, x_TD.dtype)
         return out_TD
 
 
@@ -132,5 +134,5 @@ class RoutedRunner(_Grouped):
         exact = self.deterministic or num_tokens <= EXACT_TOKENS
         y_RD = torch.empty(num_pairs, x_TD.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=x_TD.device)
         gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tiles.down, y_RD, pdl=pdl)
-        out_TD: Tensor = gemm.combine(y_RD, ids_TK, weights_TK, x_TD.dtype, pdl=pdl)
+        out_TD: Tensor = self._rows.combine(y_RD, ids_TK, weights_TK, x_TD.dtype, pdl=pdl)
         return out_TD

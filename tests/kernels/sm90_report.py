@@ -15,7 +15,8 @@ import torch
 
 from pointsman.kernels import tiles
 from pointsman.kernels.arrange import arrange
-from pointsman.kernels.grouped_gemm import activate, combine, gemm, up
+from pointsman.kernels.expert_rows import activate, combine
+from pointsman.kernels.grouped_gemm import gemm, up
 from pointsman.kernels.routing import choose_experts, router_logits
 from pointsman.kernels.tiles import Shape, Tiles
 from pointsman.kernels.weight import FP8, Weight
