@@ -17,7 +17,6 @@ import logging
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,17 @@ LAYER_BYTES = 3.70e9  # of the model above, a little rounded up
 RESERVED_BYTES = 12e9  # embedding and head, cache, work space
 
 
+def keep(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write what has been measured so far."""
+    if args.out is not None:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        return
+    card = torch.cuda.get_device_name().split()[1].lower()
+    path = RESULTS / f"engine_{card}.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(kept | {args.what: result}, indent=1) + "\n")
+
+
 def tokens_of(llm: LLM, questions: int) -> tuple[list[list[int]], float, float]:
     """Greedy answers to held-out word problems: token ids, share that is right, seconds."""
     problems = held_out(ARITHMETIC, questions, 0)
@@ -110,6 +120,8 @@ def answers(args: argparse.Namespace) -> dict[str, Any]:
     tokens: dict[str, list[list[int]]] = {}
     wanted = json.loads(Path(args.cpu).read_text()) if args.cpu else None
     for name, way in ways.items():
+        if args.ways and name not in args.ways:
+            continue
         begin = time.perf_counter()
         with contextlib.closing(LLM(device="cuda", progress=False, **way)) as llm:
             start_up = time.perf_counter() - begin
@@ -122,6 +134,7 @@ def answers(args: argparse.Namespace) -> dict[str, Any]:
                 found[name]["alone_and_together"] = alone_and_together(llm)
             found["machine"] = machine(llm.engine)
         print(name, json.dumps(found[name]), flush=True)
+        keep(args, found)
     if wanted is not None:
         found["cpu"] = {"accuracy": wanted["accuracy"], "questions": len(wanted["tokens"])}
     return found
@@ -157,6 +170,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         llm = LLM(
             folder,
             load_format="dummy",
+            served_model_name="minimax-m2.5-shape",
             device="cuda",
             progress=False,
             kv_cache_dtype="fp8_e4m3",
@@ -170,9 +184,14 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"layers": layers, "start_up_s": start_up, "read_bandwidth": bandwidth}
     print(json.dumps(found), flush=True)
     with contextlib.closing(llm):
-        found |= machine(llm.engine) | {"gpu": torch.cuda.get_device_name()}
-        found["decode"] = [decode(llm.engine, batch, layers, bandwidth, args.output_len) for batch in BATCHES]
-        found["profile"] = {batch: profile(llm.engine, batch) for batch in BATCHES}
+        found |= machine(llm.engine)
+        found |= {"decode": [], "profile": {}}
+        for batch in BATCHES:
+            found["decode"].append(decode(llm.engine, batch, layers, bandwidth, args.output_len))
+            keep(args, found)
+        for batch in BATCHES:
+            found["profile"][batch] = profile(llm.engine, batch)
+            keep(args, found)
     return found
 
 
@@ -234,18 +253,14 @@ def profile(engine: Engine, batch: int, num_steps: int = 5) -> dict[str, Any]:
         engine.abort(f"profile-{index}")
     while engine.has_work:
         engine.step()
-    kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels[event.name][0] += event.device_time_total / num_steps
-            kernels[event.name][1] += 1 / num_steps
-    rows = sorted(kernels.items(), key=lambda item: -item[1][0])
-    print(f"batch {batch}: {1e6 * seconds / num_steps:.0f} us a step, {sum(us for us, _ in kernels.values()):.0f} us of kernels")
-    for name, (us, count) in rows[:16]:
-        print(f"  {us:9.1f} us {count:7.1f} x  {name[:90]}")
+    found = [(entry.self_device_time_total / num_steps, entry.count / num_steps, entry.key) for entry in profiler.key_averages()]
+    rows = sorted((row for row in found if row[0] > 0), reverse=True)
+    print(f"batch {batch}: {1e6 * seconds / num_steps:.0f} us a step, {sum(us for us, _, _ in rows):.0f} us of kernels")
+    for us, count, name in rows[:16]:
+        print(f"  {us:9.1f} us {count:7.1f} x  {name[:90]}", flush=True)
     return {
         "step_us": round(1e6 * seconds / num_steps, 1),
-        "kernels": [{"name": name[:120], "us": round(us, 1), "count": round(count, 1)} for name, (us, count) in rows[:40]],
+        "kernels": [{"name": name[:120], "us": round(us, 1), "count": round(count, 1)} for us, count, name in rows[:40]],
     }
 
 
@@ -257,20 +272,14 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("--cpu", help="the CPU's answers, to compare with")
     parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--ways", nargs="*", help="only these ways to run a step, graphs first")
     parser.add_argument("--layers", type=int, help="layers of the cut model (default: what fits)")
     parser.add_argument("--runner", default="auto", help="--moe-runner-backend of the cut model")
     parser.add_argument("--eager", action="store_true", help="the cut model without CUDA graphs")
     parser.add_argument("--output-len", type=int, default=64)
     args = parser.parse_args(words)
     logging.basicConfig(level="INFO", format="%(relativeCreated)6.0f ms %(message)s")
-    result = {"cpu": cpu, "answers": answers, "speed": speed}[args.what](args)
-    if args.out is not None:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    else:
-        card = torch.cuda.get_device_name().split()[1].lower()
-        path = RESULTS / f"engine_{card}.json"
-        kept = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps(kept | {args.what: result}, indent=1) + "\n")
+    keep(args, {"cpu": cpu, "answers": answers, "speed": speed}[args.what](args))
     return 0
 
 

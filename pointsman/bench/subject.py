@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 from pointsman.bench.machine import here
 from pointsman.engine.engine import Engine
 from pointsman.request import Request, SamplingParams
@@ -26,4 +28,5 @@ def settle(engine: Engine) -> None:
 
 def machine(engine: Engine) -> dict[str, Any]:
     """Versions, hardware, and what the engine was set up with."""
-    return {"model": engine.model_name, **engine.choices, "step": engine.step_name} | here()
+    gpu = {"gpu": torch.cuda.get_device_name()} if engine.choices["device"] == "cuda" else {}
+    return {"model": engine.model_name, **engine.choices, "step": engine.step_name} | gpu | here()

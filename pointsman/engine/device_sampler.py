@@ -1,23 +1,26 @@
 """Tokens drawn where their logits are, so that the next step need not wait for the host to see them.
 
-A lane's token is drawn here if its parameters and its logits are all that it takes. Where the host has to know more
-(`LaneSampling.needs_host`: edited logits, a grammar, log-probabilities to tell) it draws the token itself from a copy of the logits,
-and the runner finishes such a step before it launches another. This is the one place that decides.
+A lane's token is drawn here if its parameters and its logits are all that it takes. Where the host has to know more it draws the token
+itself from a copy of the logits, and the runner finishes such a step before it launches another. `Greedy.takes` and `Kernels.takes` are the
+one place that decides which lanes go where.
 
 Shape suffixes: R rows with logits, V vocabulary, B lanes that draw here, L lanes.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pointsman.engine.device_lanes import DeviceLanes
-from pointsman.engine.transfer import Download, Upload
+from pointsman.engine.transfer import Array, Download, Upload
+from pointsman.request import Logprob
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE, Drawn, greedy
 
@@ -31,41 +34,130 @@ class Draw:
     sampling: LaneSampling
 
 
+class Answer(NamedTuple):
+    """What was drawn: int64 tokens, NO_TOKEN where a row is not finite; float64 log-probabilities and int64 ranks where they are told."""
+
+    token_B: Tensor
+    logprob_B: Tensor | None = None
+    rank_B: Tensor | None = None
+
+
+class Way(Protocol):
+    """A way to draw on the device."""
+
+    def takes(self, sampling: LaneSampling) -> bool:
+        """Whether the lane's next token can be drawn so."""
+
+    def parameters(self, draws: Sequence[Draw]) -> list[Array]:
+        """What it needs of the lanes beside their rows, as arrays [B]."""
+
+    def __call__(self, logits_RV: Tensor, row_B: Tensor, parameters: Sequence[Tensor], draws: Sequence[Draw]) -> Answer:
+        """Draw; nothing is waited for."""
+
+
+class Greedy:
+    """The likeliest token, in torch: for devices without the kernels."""
+
+    def takes(self, sampling: LaneSampling) -> bool:
+        return sampling.alone and sampling.greedy and sampling.sampling.logprobs is None
+
+    def parameters(self, draws: Sequence[Draw]) -> list[Array]:
+        return []
+
+    def __call__(self, logits_RV: Tensor, row_B: Tensor, parameters: Sequence[Tensor], draws: Sequence[Draw]) -> Answer:
+        token_B, finite_B = greedy(logits_RV[row_B])
+        return Answer(torch.where(finite_B, token_B, NO_TOKEN))
+
+
+class Kernels:
+    """`kernels.sampling`: every temperature, top-p and min-p, top-k up to a limit, and the log-probability of the token itself."""
+
+    def __init__(self) -> None:
+        self._kernels: Any = importlib.import_module("pointsman.kernels.sampling")
+
+    def takes(self, sampling: LaneSampling) -> bool:
+        fits = sampling.greedy or sampling.sampling.top_k <= self._kernels.MOST_TOP_K
+        return sampling.alone and fits and sampling.sampling.logprobs in (None, 0)
+
+    def parameters(self, draws: Sequence[Draw]) -> list[Array]:
+        lanes = [draw.sampling for draw in draws]
+        return [
+            np.array([1 if lane.greedy else max(lane.sampling.top_k, 0) for lane in lanes], np.int32),
+            np.array([1.0 if lane.greedy else lane.sampling.temperature for lane in lanes], np.float64),
+            np.array([lane.sampling.top_p for lane in lanes], np.float64),
+            np.array([lane.sampling.min_p for lane in lanes], np.float64),
+            np.array([lane.seed % 2**64 for lane in lanes], np.uint64).view(np.int64),
+            np.array([lane.num_output for lane in lanes], np.int64),
+        ]
+
+    def __call__(self, logits_RV: Tensor, row_B: Tensor, parameters: Sequence[Tensor], draws: Sequence[Draw]) -> Answer:
+        lanes = [draw.sampling for draw in draws]
+        whole = [lane for lane in lanes if not lane.greedy and lane.sampling.top_k <= 0]
+        tokens = self._kernels.draw(
+            logits_RV,
+            self._kernels.RowSampling(row_B, *parameters),
+            few=len(whole) < len(lanes),
+            whole=bool(whole),
+            nucleus=any(lane.sampling.top_p < 1.0 for lane in whole),
+            score=any(lane.sampling.logprobs is not None for lane in lanes),
+        )
+        return Answer(*tokens)
+
+
 class Drawing:
     """Tokens that are being drawn, and with them the end of their step. `indices`: which of the step's draws they are, ascending."""
 
-    def __init__(self, indices: list[int], tokens_and_finite: Tensor) -> None:
+    def __init__(self, indices: list[int], draws: Sequence[Draw], answer: Answer) -> None:
         self.indices = indices
-        self._download = Download(tokens_and_finite)
+        self._draws = draws
+        parts = [answer.token_B]
+        if answer.logprob_B is not None and answer.rank_B is not None:
+            parts += [answer.logprob_B.view(torch.int64), answer.rank_B]
+        self._download = Download(torch.stack(parts))
 
     def drawn(self) -> Drawn:
         """The tokens; waits until the step is through, also where it draws none here."""
-        tokens, finite = self._download.array().tolist()
-        errors = {index: NOT_FINITE for index, flag in enumerate(finite) if not flag}
-        return Drawn([NO_TOKEN if index in errors else token for index, token in enumerate(tokens)], None, errors)
+        numbers = self._download.array()
+        tokens: list[int] = numbers[0].tolist()
+        errors = {index: NOT_FINITE for index, token in enumerate(tokens) if token == NO_TOKEN}
+        if len(numbers) == 1:
+            return Drawn(tokens, None, errors)
+        told = zip(tokens, numbers[1].view(np.float64).tolist(), numbers[2].tolist(), self._draws, strict=True)
+        logprobs = [
+            {token: Logprob(logprob, rank)} if token != NO_TOKEN and draw.sampling.sampling.logprobs is not None else None
+            for token, logprob, rank, draw in told
+        ]
+        return Drawn(tokens, logprobs, errors)
 
 
 class DeviceSampler:
     """Draws for the lanes whose tables are on a device."""
 
-    def __init__(self, lanes: DeviceLanes, device: torch.device) -> None:
-        self._lanes = lanes
+    def __init__(self, lanes: DeviceLanes, device: torch.device, way: Way) -> None:
+        self._lanes, self._way = lanes, way
         self._upload = Upload(device)
 
     @torch.inference_mode()
     def draw(self, logits_RV: Tensor, draws: Sequence[Draw]) -> Drawing:
         """Draw the tokens that can be drawn here, and tell their lanes that they have drawn."""
-        indices = [index for index, draw in enumerate(draws) if not draw.sampling.needs_host]
+        indices = [index for index, draw in enumerate(draws) if self._way.takes(draw.sampling)]
         here = [draws[index] for index in indices]
         if not here:
-            return Drawing([], logits_RV.new_empty((2, 0), dtype=torch.int64))
-        rows_B, lanes_B = self._upload((_int64([draw.row for draw in here]), _int64([draw.lane for draw in here])))
-        tokens_B, finite_B = greedy(logits_RV[rows_B])
-        self._lanes.last_token_L.index_copy_(0, lanes_B, tokens_B)
+            return Drawing([], [], Answer(logits_RV.new_empty(0, dtype=torch.int64)))
+        row_B, lane_B, *parameters = self._upload(
+            [_int64([draw.row for draw in here]), _int64([draw.lane for draw in here]), *self._way.parameters(here)]
+        )
+        answer = self._way(logits_RV, row_B, parameters, here)
+        self._lanes.last_token_L.index_copy_(0, lane_B, answer.token_B.clamp(min=0))  # a lane with an error runs on until the host knows
         for draw in here:
             draw.sampling.count()
-        return Drawing(indices, torch.stack((tokens_B, finite_B.long())))
+        return Drawing(indices, here, answer)
 
 
-def _int64(numbers: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _int64(numbers: list[int]) -> Array:
     return np.array(numbers, np.int64)
+
+
+def choose_way(device: torch.device) -> Way:
+    """How tokens are drawn on a device."""
+    return Kernels() if device.type == "cuda" else Greedy()

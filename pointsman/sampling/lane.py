@@ -38,11 +38,12 @@ class LaneSampling:
 
     Attributes:
         sampling: how its tokens are chosen.
+        seed: of its random numbers.
         num_output: tokens of output so far; the position of the next one.
         constraint: what keeps it to its grammar, if it has one.
     """
 
-    __slots__ = ("_bias", "_biased", "_edited", "_keys", "_seen", "_suppressed", "constraint", "greedy", "num_output", "sampling")
+    __slots__ = ("_bias", "_biased", "_edited", "_keys", "_seen", "_suppressed", "constraint", "greedy", "num_output", "sampling", "seed")
 
     def __init__(self, start: LaneStart, vocab_size: int, eos_ids: Sequence[int], constraint: Constraint | None = None) -> None:
         sampling = start.sampling
@@ -51,6 +52,7 @@ class LaneSampling:
         self.greedy = sampling.greedy
         self.constraint = constraint
         self.num_output = len(start.output)
+        self.seed = start.seed
         self._keys = round_keys(start.seed)
         self._biased = np.fromiter(sampling.logit_bias.keys(), np.intp)
         self._bias = np.fromiter(sampling.logit_bias.values(), np.float32)
@@ -72,9 +74,9 @@ class LaneSampling:
         return self._edited or constrained or self.num_output < self.sampling.min_tokens
 
     @property
-    def needs_host(self) -> bool:
-        """Only the host can draw the next token: it takes more than logits and parameters, or more than a token is to be told."""
-        return not self.greedy or self.edited or self.constraint is not None or self.sampling.logprobs is not None
+    def alone(self) -> bool:
+        """Logits and parameters are all that the next token takes: it can be drawn where nothing else is known."""
+        return not self.edited and self.constraint is None
 
     @property
     def ended(self) -> bool:
@@ -118,8 +120,8 @@ class LaneSampling:
         return uniform(self._keys, self.num_output)
 
     def count(self) -> None:
-        """The next token of the output is being drawn elsewhere: of a lane that does not need the host, its number is all to know."""
-        assert not self.needs_host
+        """The next token of the output is being drawn elsewhere; which it is will not be asked here."""
+        assert self.alone
         self.num_output += 1
 
     def commit(self, token: int) -> None:

@@ -20,7 +20,7 @@ from pointsman import LLM, RequestOutput, SamplingParams
 from pointsman.engine import build, device_step
 from pointsman.engine.batch import Batch
 from pointsman.engine.device_lanes import DeviceLanes
-from pointsman.engine.device_sampler import DeviceSampler, Draw
+from pointsman.engine.device_sampler import DeviceSampler, Draw, Greedy
 from pointsman.engine.device_step import pad, size_for, step_sizes
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE
@@ -143,7 +143,9 @@ def test_lanes_that_need_the_host_are_left_to_it() -> None:
         for lane, way in enumerate(ways)
     ]
     lanes = DeviceLanes(6, 1, torch.device("cpu"))
-    drawing = DeviceSampler(lanes, torch.device("cpu")).draw(logits_RV, [Draw(5 - row, row, state) for row, state in enumerate(states)])
+    drawing = DeviceSampler(lanes, torch.device("cpu"), Greedy()).draw(
+        logits_RV, [Draw(5 - row, row, state) for row, state in enumerate(states)]
+    )
     assert drawing.indices == [0, 4]
     drawn = drawing.drawn()
     assert drawn.tokens == [int(logits_RV[0].argmax()), NO_TOKEN] and drawn.errors == {1: NOT_FINITE}
