@@ -1,4 +1,4 @@
-"""An engine in process needs none of the server's libraries, nor those that grammars are compiled with: machines with GPUs often lack them."""
+"""An engine in process needs none of the server's libraries, nor what compiles grammars: machines with GPUs often lack them."""
 
 from __future__ import annotations
 
