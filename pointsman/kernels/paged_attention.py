@@ -239,8 +239,8 @@ def write_tiles(into_N3: Tiles, tiles: Sequence[Span]) -> None:
     """Write tiles in the device's order (first row, number of rows, lane); the room behind them becomes empty tiles."""
     assert len(tiles) <= len(into_N3), f"{len(tiles)} tiles in room for {len(into_N3)}"
     into_N3[len(tiles) :] = 0
-    for index, (lane, start, length) in enumerate(tiles):
-        into_N3[index] = (start, length, lane)
+    if tiles:
+        into_N3[: len(tiles)] = [(start, length, lane) for lane, start, length in tiles]
 
 
 def plan(spans: Sequence[Span], num_rows: int, shape: Shape, device: torch.device, *, uniform: bool = False) -> TilePlan:
