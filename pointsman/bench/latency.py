@@ -130,7 +130,7 @@ def check(engine: Engine, prompts: Prompts, output_len: int) -> str | None:
 def _answers(engine: Engine, prompts: Prompts, output_len: int) -> list[list[tuple[int, float]]]:
     """Tokens and their log-probabilities of each prompt."""
     found: dict[str, list[tuple[int, float]]] = {}
-    for delta, _ in _deltas(engine, prompts, _params(output_len, logprobs=0)):
+    for delta, _ in deltas(engine, prompts, _params(output_len, logprobs=0)):
         entries = zip(delta.token_ids, delta.logprobs or [], strict=True)
         found.setdefault(delta.rid, []).extend((token, entry[token].logprob) for token, entry in entries)
     return [found[rid] for rid in sorted(found)]
@@ -140,7 +140,7 @@ def _params(output_len: int, logprobs: int | None = None) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, logprobs=logprobs)
 
 
-def _deltas(engine: Engine, prompts: Prompts, params: SamplingParams) -> Iterator[tuple[ChoiceDelta, float]]:
+def deltas(engine: Engine, prompts: Prompts, params: SamplingParams) -> Iterator[tuple[ChoiceDelta, float]]:
     """Run a batch to its end; each delta with the seconds since its first request was handed over."""
     start = time.perf_counter()
     for index, prompt in enumerate(prompts):
@@ -161,7 +161,7 @@ def time_batch(engine: Engine, prompts: Prompts, output_len: int) -> Timing:
     first: dict[str, float] = {}
     ends: list[float] = []
     counts: list[tuple[float, int]] = []
-    for delta, now in _deltas(engine, prompts, _params(output_len)):
+    for delta, now in deltas(engine, prompts, _params(output_len)):
         first.setdefault(delta.rid, now)
         counts.append((now, len(delta.token_ids)))
         if delta.finish_reason is not None:

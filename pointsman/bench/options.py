@@ -66,6 +66,21 @@ class Gsm8kOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CpuOptions:
+    """Several engines on the same prompts, in turn."""
+
+    contender: tuple[str, ...] = flag((), "what to run, as `llama.cpp f16`; may be given several times (default: all)")
+    batch_size: tuple[int, ...] = flag((1, 8, 32), "sequences that run at once, one or several numbers", low=1, high=64)
+    input_len: int = flag(64, "tokens of a prompt", low=1, high=1024)
+    output_len: int = flag(128, "tokens of an answer", low=2, high=1024)
+    num_iters: int = flag(5, "rounds over all contenders, each in a new process; the median counts", low=1)
+    num_repeats: int = flag(3, "batches of each size in a round, besides one that warms up; the median counts", low=1)
+    threads: int | None = flag(None, "threads of each engine (default: one a core)", low=1, high=1024)
+    seed: int = flag(0, "which prompts", low=0)
+    log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatencyOptions:
     """Random prompts of one length, answered in full batches."""
 

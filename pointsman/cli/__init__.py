@@ -81,6 +81,7 @@ VERBS = {
         positional="files",
         engine=False,
     ),
+    "bench cpu": Verb("this engine beside others on a CPU", "pointsman.bench.options:CpuOptions", "pointsman.bench.cpu.run:run"),
     "bench latency": Verb("speed and memory, offline", "pointsman.bench.options:LatencyOptions", "pointsman.bench.latency:run"),
     "bench kernels": Verb(
         "the experts' kernels on a GPU", "pointsman.bench.options:KernelsOptions", "pointsman.bench.kernels:run", engine=False
