@@ -128,7 +128,10 @@ def _worker(name: str, task: Task, scratch: str) -> Iterator[tuple[subprocess.Po
     path.write_bytes(msgspec.json.encode(task))
     command = [sys.executable, "-m", "pointsman.bench.cpu.workers", name, str(path)]
     start = time.time()
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        (Path(scratch) / "errors").open("w") as errors,  # a pipe that nobody reads would stop it
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         try:
             yield process, start
         finally:
@@ -139,10 +142,10 @@ def _worker(name: str, task: Task, scratch: str) -> Iterator[tuple[subprocess.Po
 def _measure(name: str, task: Task, scratch: str) -> dict[str, Any]:
     """What a worker found. Raises ValueError with its last line where it failed."""
     with _worker(name, task, scratch) as (process, start):
-        out, errors = process.communicate()
+        out, _ = process.communicate()
         found = [line.removeprefix(MARK) for line in out.splitlines() if line.startswith(MARK)]
         if process.returncode or not found:
-            lines = errors.strip().splitlines()
+            lines = (Path(scratch) / "errors").read_text(errors="replace").strip().splitlines()
             raise ValueError(f"{name} ended with code {process.returncode}: {lines[-1] if lines else 'it printed nothing'}")
     result: dict[str, Any] = json.loads(found[0])
     return result | {"start_up_s": result["first_token_at"] - start}
