@@ -67,7 +67,7 @@ def test_no_command_has_a_flag_of_the_engine_with_another_meaning():
         ("eval", "pointsman: eval needs one of arithmetic, tools"),
         ("eval --seed 3", "pointsman: eval needs one of arithmetic, tools"),
         ("eval arithmetics", "pointsman: unknown command 'eval arithmetics'; did you mean 'eval arithmetic'?"),
-        ("bench qqqqqqqqqqqqqqqq", "pointsman: unknown command 'bench qqqqqqqqqqqqqqqq'; there are serve, latency"),
+        ("bench qqqqqqqqqqqqqqqq", "pointsman: unknown command 'bench qqqqqqqqqqqqqqqq'; there are serve, cpu, latency"),
         ("serve --moe-runer-backend cpu", "pointsman serve: unknown flag '--moe-runer-backend'; did you mean '--moe-runner-backend'?"),
         ("serve --moe-runner", "pointsman serve: unknown flag '--moe-runner'"),
         ("serve now", "pointsman serve: unexpected argument 'now'"),
