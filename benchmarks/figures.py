@@ -2,6 +2,7 @@
 
     python benchmarks/figures.py                   measure all, on a machine that does nothing else
     python benchmarks/figures.py latency tools     measure these again
+    python benchmarks/figures.py more              measure what takes long or needs other engines: COMPARISONS
     python benchmarks/figures.py --write           write what is kept into the documents
 
 What a command printed last is kept as it is in benchmarks/results, with machine, versions and commit. A test compares the
@@ -17,6 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where it is run as a file
+
+from benchmarks import comparisons
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COMMANDS = {
@@ -27,6 +32,14 @@ COMMANDS = {
     "streaming": "python -m benchmarks.streaming",
     "structured": "python -m benchmarks.structured",
 }
+# Each has a part of its own in docs/performance.md once it has been measured.
+COMPARISONS = {
+    "cpu": "pointsman bench cpu",
+    "bookkeeping": "python -m benchmarks.bookkeeping",
+    "load_client": "python -m benchmarks.load_client",
+    "accuracy": "pointsman eval table",
+    "agreement": "pointsman eval agreement",
+}
 EVALS = (("word problems", "arithmetic"), ("tool calls", "tools"))
 PLACE = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
 
@@ -35,8 +48,9 @@ Results = dict[str, dict[str, Any]]
 
 def measure(name: str) -> None:
     """Run a command and keep the JSON line that it ends with."""
-    command = [sys.executable, "-m", *COMMANDS[name].removeprefix("python -m ").split()]
-    print(f"$ {COMMANDS[name]}", flush=True)
+    typed = (COMMANDS | COMPARISONS)[name]
+    command = [sys.executable, "-m", *typed.removeprefix("python -m ").split()]
+    print(f"$ {typed}", flush=True)
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
     print(out, flush=True)
     RESULTS.mkdir(exist_ok=True)
@@ -45,7 +59,8 @@ def measure(name: str) -> None:
 
 def kept() -> Results:
     """What was measured, by name."""
-    return {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in COMMANDS if (RESULTS / f"{name}.json").is_file()}
+    paths = {name: RESULTS / f"{name}.json" for name in (*COMMANDS, *COMPARISONS)}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
 
 
 def summary(results: Results) -> str:
@@ -171,16 +186,20 @@ def _machines(results: Results) -> str:
 
 def documents(results: Results) -> dict[Path, str]:
     """Each document as it should be."""
-    tables = {ROOT / "README.md": summary(results), ROOT / "docs" / "performance.md": details(results)}
-    tables[ROOT / "docs" / "structured-output.md"] = structured(results)
-    return {path: PLACE.sub(rf"\g<1>{text}\g<2>", path.read_text()) for path, text in tables.items()}
+    first = {name: results[name] for name in COMMANDS}
+    more = "".join(f"\n{part(results[name])}" for name, part in comparisons.PARTS.items() if name in results)
+    tables = {ROOT / "README.md": summary(first), ROOT / "docs" / "performance.md": details(first) + more}
+    tables[ROOT / "docs" / "structured-output.md"] = structured(first)
+    texts = {path: PLACE.sub(lambda place, text=text: place[1] + text + place[2], path.read_text()) for path, text in tables.items()}
+    return texts | {ROOT / "docs" / name: draw(results) for name, draw in comparisons.PLOTS.items() if name.removesuffix(".svg") in results}
 
 
 def main(words: list[str]) -> int:
     names = [word for word in words if word != "--write"] or ([] if words else list(COMMANDS))
+    names = [each for name in names for each in (COMPARISONS if name == "more" else [name])]
     for name in names:
-        if name not in COMMANDS:
-            print(f"unknown figure {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        if name not in COMMANDS | COMPARISONS:
+            print(f"unknown figure {name!r}; there are {', '.join(COMMANDS | COMPARISONS)}, and more for the latter", file=sys.stderr)
             return 2
         measure(name)
     results = kept()

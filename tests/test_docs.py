@@ -117,7 +117,7 @@ def test_the_layers_of_the_architecture_are_those_of_the_linter():
     assert [re.findall(r"\w+", line) for line in block.splitlines()] == [layer for layer in layers if layer]
 
 
-@pytest.mark.skipif(figures.kept().keys() != figures.COMMANDS.keys(), reason="not everything has been measured")
+@pytest.mark.skipif(not figures.COMMANDS.keys() <= figures.kept().keys(), reason="not everything has been measured")
 def test_the_figures_are_those_that_were_measured():
     for path, text in figures.documents(figures.kept()).items():
         assert path.read_text() == text

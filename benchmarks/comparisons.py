@@ -1,0 +1,118 @@
+"""The parts of docs/performance.md that compare: with other engines, with a budget, with a library, with Hugging Face. See `figures`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import bookkeeping
+from pointsman.bench.plot import Line, Panel, chart
+
+Result = dict[str, Any]
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
+
+
+def where(result: Result) -> str:
+    """What it was measured on."""
+    return f"\n{result['cpu']}, {result['cores']} cores; Python {result['python']}; commit {result['commit']}.\n"
+
+
+def cpu(result: Result) -> str:
+    """Ours beside others on a CPU."""
+    sizes = list(next(iter(result["rows"].values()))["sizes"])
+
+    def cells(row: Result, key: str, scale: float, digits: int) -> str:
+        return " / ".join(f"{scale * row['sizes'][size][key]:,.{digits}f}" for size in sizes)
+
+    rows = [
+        (name, f"{row['start_up_s']:.2f} s", cells(row, "decode_tokens_per_s", 1, 0), cells(row, "spread", 100, 0),
+         cells(row, "prefill_s", 1000, 1), cells(row, "peak_memory_mb", 1, 0))
+        for name, row in result["rows"].items()
+    ]  # fmt: skip
+    head = ("engine", "first token", f"decode tokens/s at {' / '.join(sizes)}", "spread %", "prefill ms", "peak MB")
+    best = [f"{name} {' / '.join(f'{found[size]:.2f}x' for size in sizes)}" for name, found in result["ratios"].items()]
+    same = [f"{name} {100 * share:.1f} %" for name, share in result["same_tokens"].items()]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (
+        f"### Beside other engines on a CPU\n\n`pointsman bench cpu`, {result['input_len']} tokens in, {result['output_len']} out:\n\n"
+        + table(head, rows)
+        + f"\nBy llama.cpp's best of the same kind: {'; '.join(best)}. Greedy tokens up to the first that is another than Hugging Face's: "
+        + f"{', '.join(same)}. {versions}.\n\n![Decoding by sequences at once](cpu.svg)\n"
+        + where(result)
+    )
+
+
+def cpu_plot(results: dict[str, Result]) -> str:
+    lines = [
+        Line(name=name, points=[(int(size), entry["decode_tokens_per_s"]) for size, entry in row["sizes"].items()])
+        for name, row in results["cpu"]["rows"].items()
+    ]
+    return chart([Panel(title="decoding on a CPU", x="sequences at once", y="tokens/s", lines=lines, logarithmic=True)])
+
+
+def bookkeeping_part(result: Result) -> str:
+    """What a step costs beside the model."""
+    names = ("step_ms", *bookkeeping.PARTS)
+    rows = [(f"{row['running']:,}", f"{row['prefixes']:,}", *(f"{row[name]:.3f}" for name in names)) for row in result["rows"]]
+    head = ("running", "cached prefixes", "step ms", *bookkeeping.PARTS)
+    return (
+        f"### Bookkeeping\n\n`python -m benchmarks.bookkeeping`: the engine around a model that costs nothing, medians in ms; "
+        f"the budget is {result['budget_ms']} ms at {result['budget_running']} running requests, hidden behind the step:\n\n"
+        + table(head, rows)
+        + "\n![Bookkeeping of a step by running requests](bookkeeping.svg)\n"
+        + where(result)
+    )
+
+
+def load_client(result: Result) -> str:
+    """What the load client can time."""
+    rows = [
+        (row["client"], f"{row['streams']:,}", f"{row['asked_tokens_per_s']:,.0f}", f"{row['tokens_per_s']:,}",
+         f"{row['us_per_token']:.1f}", f"{row['p99_late_ms']:.1f}", "yes" if row["keeps_up"] else "no")
+        for row in result["rows"]
+    ]  # fmt: skip
+    head = ("client", "streams", "asked tokens/s", "timed tokens/s", "us a token", "late P99 ms", "keeps up")
+    return "### The load client\n\n`python -m benchmarks.load_client`, on one core:\n\n" + table(head, rows) + where(result)
+
+
+def accuracy(result: Result) -> str:
+    """Every way to run a model."""
+    rows = [
+        (row["moe_runner_backend"], row["kv_cache_dtype"], f"{row['tensor_parallel_size']}", f"{row['expert_parallel_size']}", row["step"],
+         _share(row["arithmetic"]), _share(row["tools"]),
+         f"{row['output_throughput']:,.0f}")
+        for row in result["rows"]
+    ]  # fmt: skip
+    refused = "".join(
+        f"* {', '.join(sorted({way['moe_runner_backend'] for way in ways}))}: {reason}\n" for reason, ways in result["refused"].items()
+    )
+    return (
+        "### Accuracy of every way to run it\n\n"
+        f"`pointsman eval table`, the same {result['num_questions']} problems of each kind in every row:\n\n"
+        + table(("runner", "cache", "tp", "ep", "step", "word problems", "tool calls", "tokens/s"), rows)
+        + (f"\nRefused here:\n\n{refused}" if refused else "")
+        + where(result)
+    )
+
+
+def _share(entry: Result) -> str:
+    low, high = entry["accuracy_95"]
+    return f"{entry['accuracy']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def agreement(result: Result) -> str:
+    """Nearness to Hugging Face's model."""
+    return (
+        "### Agreement with Hugging Face\n\n`pointsman eval agreement`: over "
+        f"{result['tokens']:,} tokens the divergence from Hugging Face's model in float32 is {result['kl_mean']:.1e} nats in the mean and "
+        f"{result['kl_p99']:.1e} at the 99th percentile, the likeliest token is the same for {100 * result['top1_match']:.2f} %, and "
+        f"the experts of a token in a layer are for {100 * result['routing_match']:.2f} % of {result['choices']:,} choices.\n"
+        + where(result)
+    )
+
+
+PARTS = {"cpu": cpu, "bookkeeping": bookkeeping_part, "load_client": load_client, "accuracy": accuracy, "agreement": agreement}
+PLOTS = {"cpu.svg": cpu_plot, "bookkeeping.svg": lambda results: bookkeeping.figure(results["bookkeeping"]["rows"])}

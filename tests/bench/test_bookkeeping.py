@@ -1,0 +1,32 @@
+"""The benchmark of bookkeeping runs, and its figures become a part of the document; so do those of the other comparisons."""
+
+import xml.etree.ElementTree as ElementTree
+
+from benchmarks import bookkeeping, comparisons
+
+HERE = {"cpu": "a CPU", "cores": 2, "python": "3", "commit": "abc"}
+SIZE = {"decode_tokens_per_s": 10.0, "spread": 0.1, "prefill_s": 0.01, "peak_memory_mb": 5.0}
+
+
+def test_every_request_decodes_in_every_step_that_is_timed():
+    row = bookkeeping.measure(3, 5)
+    assert (row["running"], row["prefixes"]) == (3, 5)
+    assert 0 < max(row[name] for name in bookkeeping.PARTS) < row["step_ms"] * 3
+    result = {"budget_ms": 1.5, "budget_running": 256, "rows": [row]} | HERE
+    assert "| 3 | 5 |" in comparisons.PARTS["bookkeeping"](result)
+    ElementTree.fromstring(comparisons.PLOTS["bookkeeping.svg"]({"bookkeeping": result}))
+
+
+def test_other_engines_are_a_table_and_a_picture():
+    result = HERE | {
+        "input_len": 64,
+        "output_len": 128,
+        "rows": {"pointsman": {"start_up_s": 1.0, "sizes": {"1": SIZE, "8": SIZE}}},
+        "ratios": {"pointsman": {"1": 1.25, "8": 1.5}},
+        "same_tokens": {"pointsman": 1.0},
+        "versions": {"xllamacpp": "1"},
+    }
+    text = comparisons.PARTS["cpu"](result)
+    assert "| pointsman | 1.00 s | 10 / 10 | 10 / 10 | 10.0 / 10.0 | 5 / 5 |" in text
+    assert "pointsman 1.25x / 1.50x" in text
+    ElementTree.fromstring(comparisons.PLOTS["cpu.svg"]({"cpu": result}))
