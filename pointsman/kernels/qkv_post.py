@@ -164,6 +164,6 @@ def qkv_post(
             C_PAD=triton.next_power_of_2(channels),
             R_PAD=triton.next_power_of_2(half),
             REST_PAD=triton.next_power_of_2(max(1, channels - 2 * half)),
-            num_warps=8,
+            num_warps=max(1, triton.next_power_of_2(heads * channels) // 1024),
         )
     return q_TQC

@@ -1,0 +1,125 @@
+"""Compiles the kernels of a layer besides the experts', and the sampler's, for sm_90 without a GPU.
+
+    python -m tests.kernels.sm90_layer [--all]
+
+Without `--all`, a few sizes that stand for the others. The lines are those of `sm90_report`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from pointsman.kernels import block_gemm, norm_quant, paged_attention
+from pointsman.kernels.paged_attention import TilePlan
+from pointsman.kernels.qkv_post import qkv_post
+from pointsman.kernels.sampling import RowSampling, draw
+from pointsman.kernels.weight import FP8, Quantized
+from tests.kernels.sm90 import SHARED_LIMIT, Binary, Launch, caught
+
+HIDDEN, HEADS, KV_HEADS, CHANNELS, HALF = 3072, 48, 8, 128, 32
+FEW = [(1, 1), (1, 64), (1, 1024), (4, 16), (2, 128)]
+ALL = [(tp, 2**power) for tp in (1, 2, 4) for power in range(14)]
+
+
+def meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def weight(rows: int, columns: int, *, quantized: bool = True, aligned: bool = True, invariant: bool = False) -> block_gemm.BlockWeight:
+    return block_gemm.BlockWeight(
+        data=meta(rows, columns, dtype=FP8 if quantized else torch.bfloat16),
+        scale=meta(rows // 128, columns // 128) if quantized else None,
+        scale_row_N=meta(rows, dtype=torch.int32),
+        aligned=aligned,
+        arrivals=meta(rows // 4, dtype=torch.int32),
+        invariant=invariant,
+    )
+
+
+def rows_of(num_rows: int, width: int) -> Quantized:
+    return Quantized(meta(num_rows, width, dtype=FP8), meta(num_rows, width // 128))
+
+
+def products(tp: int, num_rows: int) -> list[Launch]:
+    """The linears of a layer on one of `tp` devices; and, once, the head that never varies and weights of ragged parts."""
+    width = HEADS * CHANNELS // tp
+    with caught() as found:
+        for rows, columns in ((width + 2 * KV_HEADS * CHANNELS // tp, HIDDEN), (HIDDEN, width)):
+            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns))
+            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, aligned=False))
+            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, invariant=True))
+        block_gemm.linear(meta(num_rows, HIDDEN, dtype=torch.bfloat16), weight(200_064, HIDDEN, quantized=False, invariant=True))
+    return found
+
+
+def others(tp: int, num_rows: int) -> list[Launch]:
+    """Norms, what follows the joined projection, and attention, with every dtype of the cache."""
+    heads, kv_heads = HEADS // tp, KV_HEADS // tp
+    x_TD, weight_D = meta(num_rows, HIDDEN, dtype=torch.bfloat16), meta(HIDDEN, dtype=torch.bfloat16)
+    positions_T, table_LP = meta(num_rows, dtype=torch.int64), meta(128, 4096, dtype=torch.int32)
+    with caught() as found:
+        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6)
+        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, quantize=True)
+        norm_quant.quantize(meta(num_rows, heads * CHANNELS, dtype=torch.bfloat16))
+        for dtype in (torch.bfloat16, FP8):
+            pages = meta(4096, kv_heads, 16, CHANNELS, dtype=dtype)
+            qkv_TN = meta(num_rows, (heads + 2 * kv_heads) * CHANNELS, dtype=torch.bfloat16)
+            norms = meta(heads * CHANNELS, dtype=torch.bfloat16), meta(kv_heads * CHANNELS, dtype=torch.bfloat16)
+            angles = meta(num_rows, HALF), meta(num_rows, HALF)
+            q_TQC = qkv_post(qkv_TN, *norms, 1e-6, *angles, pages, pages, positions_T)
+            for splits in (1, paged_attention.num_splits(num_rows, kv_heads)):
+                tiles = TilePlan(
+                    decode_D3=meta(num_rows, 3, dtype=torch.int32), prefill_P3=meta(9, 3, dtype=torch.int32), num_splits=splits
+                )
+                paged_attention.attention(q_TQC, pages, pages, tiles, positions_T, table_LP, 0.1)
+                paged_attention.attention_quantize(q_TQC, pages, pages, tiles, positions_T, table_LP, 0.1)
+    return found
+
+
+def sampler(num_rows: int) -> list[Launch]:
+    """A token for each row, of the vocabulary of MiniMax-M2."""
+    whole, number = meta(num_rows, dtype=torch.int64), meta(num_rows, dtype=torch.float64)
+    rows = RowSampling(whole, meta(num_rows, dtype=torch.int32), number, number, number, whole, whole)
+    with caught() as found:
+        draw(meta(num_rows, 200_064), rows, score=True)
+    return found
+
+
+def faults(launch: Launch, binary: Binary) -> list[str]:
+    """What a shipped kernel must not be."""
+    found = []
+    if binary.stack:
+        found.append(f"spills {binary.stack} bytes")
+    if binary.shared > SHARED_LIMIT:
+        found.append(f"needs {binary.shared} bytes of shared memory")
+    given = launch.arguments
+    left = given["M"] if "M" in given else given.get("COLUMNS" if given.get("SWAP") else "ROWS")
+    if left is not None and (left >= 64) != binary.uses_wgmma:
+        found.append(f"{'uses no' if left >= 64 else 'uses'} wgmma with {left} rows on the left")
+    return found
+
+
+def main() -> int:
+    seen: dict[str, list[str]] = {}
+    for tp, num_rows in ALL if "--all" in sys.argv[1:] else FEW:
+        more = others(tp, num_rows) + sampler(num_rows) if num_rows in (1, 128) else []
+        for launch in products(tp, num_rows) + more:
+            if launch.key in seen:
+                continue
+            binary = launch.compile()
+            seen[launch.key] = faults(launch, binary)
+            numbers = f"{binary.registers:4} registers {binary.shared:7} shared {binary.stack:5} stack"
+            tile = " ".join(
+                f"{name}={launch.arguments[name]}" for name in ("ROWS", "COLUMNS", "SPLITS", "SWAP", "M") if name in launch.arguments
+            )
+            print(f"tp {tp} rows {num_rows:5} {launch.kernel.__name__:16} {numbers} {tile} {'; '.join(seen[launch.key])}", flush=True)
+    wrong = {key: found for key, found in seen.items() if found}
+    print(json.dumps({"compiled": len(seen), "faults": wrong}))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
