@@ -27,11 +27,11 @@ from pointsman.kernels.norm_quant import quantize
 from pointsman.kernels.weight import Quantized, Weight
 
 BLOCK = 128
-# programs that keep an H100 or H200 busy: three on each of 132 multiprocessors where tiles are small, two where they are large
-SMALL_PROGRAMS, LARGE_PROGRAMS = 396, 264
+# programs that keep an H100 or H200 busy: three on each of 132 multiprocessors
+PROGRAMS = 396
 MOST_SPLITS = 16
-# products of more rows are never split
-SPLIT_ROWS = 256
+# products of more rows are never split: what splits write and read again would cost more than idle multiprocessors
+SPLIT_ROWS = 32
 BAND = 8
 
 
@@ -86,27 +86,22 @@ def prepare(weight: Weight, dtype: torch.dtype = torch.bfloat16, *, invariant: b
     )
 
 
-def tiling(num_rows: int, columns_out: int, columns_in: int, *, invariant: bool) -> Tiling:
-    """The tiling for a product of these sizes."""
-    if invariant:
+def tiling(num_rows: int, columns_out: int, columns_in: int, *, invariant: bool, aligned: bool = True) -> Tiling:
+    """The tiling for a product of these sizes: what was quickest on an H100, of the tilings tried."""
+    if invariant or SPLIT_ROWS < num_rows <= 256:
         return Tiling(64, 64, 1, False, num_warps=4, num_stages=4)
-    if num_rows <= 32:
-        rows = 16 if num_rows <= 16 else 32
-        splits = _splits(1, triton.cdiv(columns_out, 64), columns_in, SMALL_PROGRAMS)
-        return Tiling(rows, 64, splits, True, num_warps=4, num_stages=5 if rows == 16 else 4)
     if num_rows <= SPLIT_ROWS:
-        columns = 64 if num_rows <= 64 else 128
-        programs = SMALL_PROGRAMS if columns == 64 else LARGE_PROGRAMS
-        splits = _splits(triton.cdiv(num_rows, 64), triton.cdiv(columns_out, columns), columns_in, programs)
-        return Tiling(64, columns, splits, False, num_warps=4, num_stages=4)
-    if triton.cdiv(num_rows, 128) * triton.cdiv(columns_out, 128) < 132:
+        rows = 16 if num_rows <= 16 else 32
+        return Tiling(rows, 64, _splits(columns_out, columns_in), True, num_warps=4, num_stages=5 if rows == 16 else 4)
+    # a scale for each column takes registers that the largest tiles have not
+    if not aligned or triton.cdiv(num_rows, 128) * triton.cdiv(columns_out, 128) < 132:
         return Tiling(64, 128, 1, False, num_warps=4, num_stages=4)
     return Tiling(128, 128, 1, False, num_warps=8, num_stages=4)
 
 
-def _splits(tiles_down: int, tiles_across: int, columns_in: int, programs: int) -> int:
-    """Splits that give about so many programs, each with at least two steps of 128 along K."""
-    wanted = int(triton.cdiv(programs, tiles_down * tiles_across))
+def _splits(columns_out: int, columns_in: int) -> int:
+    """Splits that give about `PROGRAMS` programs, each with at least two steps of 128 along K."""
+    wanted = int(triton.cdiv(PROGRAMS, triton.cdiv(columns_out, 64)))
     return max(1, min(wanted, MOST_SPLITS, columns_in // (2 * BLOCK)))
 
 
@@ -141,8 +136,10 @@ def multiply_kernel(
     row = (band * BAND + within % height) * ROWS + tl.arange(0, ROWS)
     first_column = within // height * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)
-    # rows and columns past the end repeat others; they are not stored
-    x_row, w_row = (row % num_rows).to(tl.int64), (column % N).to(tl.int64)
+    # Columns past the end repeat others and are not stored. Rows must not: many programs would read one row of x from one place of the
+    # second-level cache, and wait for it.
+    x_inside = row < num_rows
+    x_row, w_row = row.to(tl.int64), (column % N).to(tl.int64)
     inner = tl.arange(0, STEP)
     x_ptr += x_row[:, None] * K + inner[None, :]
     w_ptr += w_row[:, None] * K + inner[None, :]
@@ -156,15 +153,15 @@ def multiply_kernel(
     y = tl.zeros((COLUMNS, ROWS), tl.float32) if SWAP else tl.zeros((ROWS, COLUMNS), tl.float32)
     for block in range(split * per_split, tl.minimum((split + 1) * per_split, BLOCKS)):
         if K % STEP == 0:
-            x = tl.load(x_ptr + block * STEP)
+            x = tl.load(x_ptr + block * STEP, mask=x_inside[:, None], other=0.0)
             w = tl.load(w_ptr + block * STEP)
         else:
             inside = inner[None, :] < K - block * STEP
-            x = tl.load(x_ptr + block * STEP, mask=inside, other=0.0)
+            x = tl.load(x_ptr + block * STEP, mask=inside & x_inside[:, None], other=0.0)
             w = tl.load(w_ptr + block * STEP, mask=inside, other=0.0)
         product = tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)
         if QUANTIZED:
-            x_scale = tl.load(x_scale_ptr + block)
+            x_scale = tl.load(x_scale_ptr + block, mask=x_inside, other=0.0)
             w_scale = tl.load(w_scale_ptr + block)
             if ALIGNED:
                 scale = x_scale * w_scale
@@ -184,7 +181,7 @@ def multiply_kernel(
     if SPLITS == 1:
         tl.store(out_ptr + at, y.to(tl.bfloat16), mask=inside)
     else:
-        size = num_rows.to(tl.int64) * N
+        size = tl.full((), N, tl.int64) * num_rows
         tl.store(part_ptr + split * size + at, y, mask=inside)
         # all of this program's stores come before its arrival, and all arrivals before the loads of the last
         tl.debug_barrier()
@@ -214,11 +211,11 @@ def linear(x: Tensor | Quantized, weight: BlockWeight, cut: Tiling | None = None
     out_TN = torch.empty(num_rows, height, dtype=torch.bfloat16, device=data.device)
     if num_rows == 0:
         return out_TN
-    cut = cut or tiling(num_rows, height, width, invariant=weight.invariant)
+    cut = cut or tiling(num_rows, height, width, invariant=weight.invariant, aligned=weight.aligned)
     tiles = triton.cdiv(num_rows, cut.rows) * triton.cdiv(height, cut.columns)
     part_STN = out_TN
     if cut.splits > 1:
-        assert tiles <= len(weight.arrivals), f"{cut} splits products of up to {SPLIT_ROWS} rows; there are {num_rows}"
+        assert num_rows <= SPLIT_ROWS, f"{cut} splits products of up to {SPLIT_ROWS} rows; there are {num_rows}"
         part_STN = torch.empty(cut.splits, num_rows, height, dtype=torch.float32, device=data.device)
     multiply_kernel[(tiles, cut.splits)](
         data,

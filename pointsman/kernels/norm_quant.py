@@ -127,11 +127,11 @@ def _launch(
             NORM=weight_D is not None,
             WRITE=normed_TD is not None,
             QUANTIZE=quantize,
-            num_warps=num_warps(groups),
+            num_warps=num_warps(groups, quantize=quantize),
         )
     return sum_TD, quantized
 
 
-def num_warps(groups: int) -> int:
-    """Warps of a program that holds this many blocks of 128: about 16 numbers a thread."""
-    return max(1, min(16, groups // 4))
+def num_warps(groups: int, *, quantize: bool) -> int:
+    """Warps of a program that holds this many blocks of 128: about 16 numbers a thread, and half as many where they are divided."""
+    return max(1, min(16, groups // (2 if quantize else 4)))

@@ -47,7 +47,6 @@ class Shape(Protocol):
 
 Tiles = npt.NDArray[np.int32]
 
-BLOCK_N = 64
 DECODE_M = 16
 PREFILL_M = 64
 MOST_SPLITS = 32
@@ -113,6 +112,9 @@ def attend_kernel(
     position = tl.load(positions_ptr + row)
     length = tl.load(positions_ptr + first + num_rows - 1).to(tl.int32) + 1
     q = tl.load(q_ptr + (row.to(tl.int64) * (H * G) + head)[:, None] * C + channel[None, :], mask=valid[:, None], other=0.0)
+    if k_ptr.dtype.element_ty == tl.float8e4nv:
+        # float16 holds every e4m3 number, and a GPU has an instruction for that; bfloat16 would take three
+        q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
     blocks = tl.cdiv(length, N)
     per_split = tl.cdiv(blocks, num_splits)
     low = split * per_split
@@ -279,7 +281,7 @@ def attention(
 
     Args:
         q_TQC: bfloat16; C a power of two of at least 16, at most 16 query heads per key/value head.
-        k_PHSC, v_PHSC: one layer's pages in bfloat16, float32 or e4m3, multiplied as bfloat16.
+        k_PHSC, v_PHSC: one layer's pages in bfloat16 or float32, multiplied as bfloat16, or e4m3, multiplied as float16.
         positions_T: int32 or int64.
         page_table_LP: int32 or int64.
     """
@@ -315,6 +317,7 @@ def _attend(
     kv_heads, page_size = k_PHSC.shape[1:3]
     assert q_TQC.is_contiguous() and k_PHSC.is_contiguous() and v_PHSC.is_contiguous() and page_table_LP.stride(1) == 1
     num_decode = len(tiles.decode_D3)
+    small = k_PHSC.dtype == FP8
     splits = tiles.num_splits
     part = lse = out_TQC
     if splits > 1:
@@ -341,11 +344,11 @@ def _attend(
                 C=channels,
                 PAGE=page_size,
                 M=rows,
-                N=BLOCK_N,
+                N=128 if small else 64,
                 PARTIAL=parts > 1,
                 QUANTIZE=scale_TQ is not None,
                 num_warps=4,
-                num_stages=3 if rows == DECODE_M else 2,
+                num_stages=2 if small else 3,
             )
     if splits > 1 and num_decode:
         join_kernel[(num_decode, heads)](

@@ -76,6 +76,18 @@ def _keys(x):
 
 
 @triton.jit
+def _nth_largest(keys, n):
+    """The n-th largest of the keys, bit by bit from the highest: the largest number that n of them reach."""
+    bound = tl.max(keys, axis=0)
+    if n > 1:
+        bound = bound * 0
+        for bit in range(32):
+            tried = bound + (tl.full((), 1, tl.int64) << (31 - bit))
+            bound = tl.where(tl.sum((keys >= tried).to(tl.int32), axis=0) >= n, tried, bound)
+    return bound
+
+
+@triton.jit
 def _uniform(seed, position):
     """The number of `pointsman.sampling.philox`: 53 bits."""
     low, high = (position & 0xFFFFFFFF).to(tl.uint32), (position >> 32).to(tl.uint32)
@@ -147,11 +159,7 @@ def few_kernel(
     maxima = tl.load(maxima_ptr + b * NUM_CHUNKS * 64 + group, mask=group < NUM_CHUNKS * 64, other=float("-inf"))
     highest = tl.max(maxima, axis=0)
     keys = _keys(maxima)
-    least = keys.to(tl.int64) * 0
-    bound = tl.sum(least, axis=0)
-    for bit in range(32):
-        tried = bound + (tl.full((), 1, tl.int64) << (31 - bit))
-        bound = tl.where(tl.sum((keys >= tried).to(tl.int32), axis=0) >= k, tried, bound)
+    bound = _nth_largest(keys, k)
     above = keys > bound
     level = keys == bound
     missing = k - tl.sum(above.to(tl.int32), axis=0)
@@ -167,10 +175,7 @@ def few_kernel(
     row = tl.load(row_ptr + b)
     x = tl.load(logits_ptr + row * V + ids, mask=filled, other=float("-inf")).to(tl.float32)
     keys = tl.where(filled, _keys(x), -1)
-    bound = bound * 0
-    for bit in range(32):
-        tried = bound + (tl.full((), 1, tl.int64) << (31 - bit))
-        bound = tl.where(tl.sum((keys >= tried).to(tl.int32), axis=0) >= k, tried, bound)
+    bound = _nth_largest(keys, k)
     level = keys == bound
     missing = k - tl.sum((keys > bound).to(tl.int32), axis=0)
     kept = (keys > bound) | (level & (tl.cumsum(level.to(tl.int32), axis=0) <= missing))
@@ -222,7 +227,7 @@ def _descend(parts_ptr, state_ptr, goal_ptr, top_p_ptr, b, digit, NUM_CHUNKS: tl
     return prefix * 16.0 + chosen.to(tl.float64), left, goal
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["digit"])
 def nucleus_kernel(
     logits_ptr,
     row_ptr,
@@ -257,15 +262,17 @@ def nucleus_kernel(
         at = chunk * 4096 + tl.arange(0, 4096)
         x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
         keys = _keys(x)
-        shift = ((7 - digit) * 4).to(tl.int64)
+        shift = tl.full((), 28, tl.int64) - digit * 4
         within = (at < V) & ((keys >> (shift + 4)) == prefix.to(tl.int64))
-        values = ((keys >> shift) & 15).to(tl.int32)
-        highest = _highest(maxima_ptr, b, NUM_CHUNKS, CHUNKS_PAD)
-        weights = tl.where(within, _weights(x, highest, tl.load(temperature_ptr + b)), 0.0)
-        for value in range(16):
-            tl.store(
-                parts_ptr + ((b * 8 + digit) * NUM_CHUNKS + chunk) * 16 + value, tl.sum(tl.where(values == value, weights, 0.0), axis=0)
-            )
+        sums_ptr = parts_ptr + ((b * 8 + digit) * NUM_CHUNKS + chunk) * 16
+        if tl.sum(within.to(tl.int32), axis=0) == 0:
+            tl.store(sums_ptr + tl.arange(0, 16), tl.zeros((16,), tl.float64))
+        else:
+            values = ((keys >> shift) & 15).to(tl.int32)
+            highest = _highest(maxima_ptr, b, NUM_CHUNKS, CHUNKS_PAD)
+            weights = tl.where(within, _weights(x, highest, tl.load(temperature_ptr + b)), 0.0)
+            for value in range(16):
+                tl.store(sums_ptr + value, tl.sum(tl.where(values == value, weights, 0.0), axis=0))
 
 
 @triton.jit

@@ -61,6 +61,8 @@ class Launch:
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = f"*{TYPES[value.dtype]}"
                 attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
+                signature[parameter.name], constants[parameter.name] = "constexpr", 1  # as a launch makes it
             elif isinstance(value, int):
                 signature[parameter.name] = "i32"
                 if not parameter.do_not_specialize and value % 16 == 0:

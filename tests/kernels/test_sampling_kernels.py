@@ -86,7 +86,7 @@ def test_it_draws_each_token_as_often_as_the_host(sampling: SamplingParams) -> N
     """Many positions of one row: the whole distribution, token by token."""
     logits_RV = (torch.randn(1, 300, generator=torch.Generator().manual_seed(1)) * 2).to(DEVICE)
     got = draw(logits_RV, rows_of([sampling] * 20, [0] * 20, [7] * 20, list(range(20)))).token_B.tolist()
-    assert got == [host(logits_RV[0], sampling, 7, position) for position in range(20)] and len(set(got)) > 10
+    assert got == [host(logits_RV[0], sampling, 7, position) for position in range(20)] and len(set(got)) > 5
 
 
 def test_equal_logits_count_by_id() -> None:
