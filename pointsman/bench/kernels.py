@@ -220,10 +220,11 @@ def check_choice(layer: Layer, x_TD: Tensor, chosen: Routing) -> str | None:
 def oracle(layer: Layer, x_D: Tensor, ids_K: Tensor, weights_K: Tensor) -> Tensor:
     """A token's weighted sum in float64, rounded where the reference rounds, [D]."""
     out_D = torch.zeros(layer.shape.hidden, dtype=torch.float64, device=x_D.device)
-    x_D = dequantized(x_D)
+    rounded = dequantized if layer.shape.quantized else Tensor.double
+    x_D = rounded(x_D)
     for expert, weight in zip(ids_K.tolist(), weights_K.tolist(), strict=True):
         gate, up = (layer.experts.gate_up[expert].dequantize(torch.float64) @ x_D).chunk(2)
-        hidden_F = dequantized((gate * gate.sigmoid() * up).bfloat16())
+        hidden_F = rounded((gate * gate.sigmoid() * up).bfloat16())
         out_D += weight * (layer.experts.down[expert].dequantize(torch.float64) @ hidden_F)
     return out_D
 

@@ -29,6 +29,7 @@ from pointsman.kernels.triton_support import chains
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 
 NUM_BATCHES = 4
+MOST_TOKENS_AHEAD = 256  # in larger steps `down` does not wait for weights
 RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed": RoutedRunner, "triton": TritonRunner}
 
 
@@ -180,7 +181,7 @@ def tune_runner(layer: Layer, runner: str, path: Path, options: TuneOptions) -> 
         if num_tokens not in known:
             products = Products(layer, runner, num_tokens)
             seconds, tiles = min(measured(products, runner, layer.shape, num_tokens), key=lambda pair: pair[0])
-            if runner == "routed":
+            if runner == "routed" and num_tokens <= MOST_TOKENS_AHEAD:
                 tiles = with_prefetch(layer, tiles, products.x)
             fault, _ = check(layer, Block(layer, RUNNERS[runner](tiles=tiles)), products.x[0], BOUNDS[runner])
             if fault is not None:

@@ -9,7 +9,7 @@ import torch
 
 from pointsman import cli
 from pointsman.bench.expert_layer import Layer
-from pointsman.bench.kernels import MINIMAX, Block, block_bytes, check, draw
+from pointsman.bench.kernels import BOUNDS, MINIMAX, Block, block_bytes, check, draw
 from pointsman.bench.options import KernelsOptions
 from pointsman.kernels.tiles import Shape
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
@@ -17,33 +17,42 @@ from pointsman.moe.routing import Routing
 from tests.kernels.interpreter import correct
 
 correct()
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUTED_BOUND = 0.0025 if DEVICE.type == "cpu" else BOUNDS["routed"]  # tensor cores sum with fewer bits than the interpreter
 
 
 @pytest.fixture
 def layer(monkeypatch: pytest.MonkeyPatch) -> Layer:
     monkeypatch.setattr("pointsman.kernels.tiles.MANY_PROGRAMS", 1)
-    return Layer.draw(Shape(num_experts=4, top_k=2, hidden=256, width=128, quantized=True), CPU, 0)
+    return Layer.draw(Shape(num_experts=4, top_k=2, hidden=256, width=128, quantized=True), DEVICE, 0)
 
 
-@pytest.mark.parametrize(("runner", "bound"), [(TritonRunner, 0.03), (RoutedRunner, 0.0025)])
+@pytest.mark.parametrize(("runner", "bound"), [(TritonRunner, 0.03), (RoutedRunner, ROUTED_BOUND)])
 def test_a_right_block_passes(layer: Layer, runner: type[RoutedRunner], bound: float) -> None:
-    x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     fault, error = check(layer, Block(layer, runner()), x_TD, bound)
     assert fault is None and 0 < error < bound
 
 
+@pytest.mark.parametrize(("runner", "bound"), [(TritonRunner, 0.006), (RoutedRunner, 0.0025)])
+def test_plain_weights_are_checked_without_quantization(runner: type[RoutedRunner], bound: float) -> None:
+    plain = Layer.draw(Shape(num_experts=4, top_k=2, hidden=256, width=128, quantized=False), DEVICE, 0)
+    x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    fault, error = check(plain, Block(plain, runner()), x_TD, bound)
+    assert fault is None and 0 < error < bound
+
+
 def test_what_is_wrong_is_found(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     block = Block(layer, RoutedRunner())
     good, out = block.route(x_TD), block(x_TD)
-    monkeypatch.setattr(Block, "__call__", lambda *_: out * 1.01)
-    assert "off the reference where 0.004 is allowed" in (check(layer, block, x_TD, 0.004)[0] or "")
+    monkeypatch.setattr(Block, "__call__", lambda *_: out * 1.02)
+    assert f"off the reference where {ROUTED_BOUND} is allowed" in (check(layer, block, x_TD, ROUTED_BOUND)[0] or "")
     monkeypatch.setattr(Block, "__call__", lambda *_: torch.cat([out[:1], out[1:2] * float("nan"), out[2:]]))
-    assert "not finite" in (check(layer, block, x_TD, 0.004)[0] or "")
+    assert "not finite" in (check(layer, block, x_TD, ROUTED_BOUND)[0] or "")
     results = iter([out, out + 1])
     monkeypatch.setattr(Block, "__call__", lambda *_: next(results))
-    assert "other bits" in (check(layer, block, x_TD, 0.004)[0] or "")
+    assert "other bits" in (check(layer, block, x_TD, ROUTED_BOUND)[0] or "")
     for wrong, word in [
         (Routing((good.ids_TK + 1) % 4, good.weights_TK), "better than one it chose"),
         (Routing(good.ids_TK + 4, good.weights_TK), "do not exist"),
@@ -51,7 +60,7 @@ def test_what_is_wrong_is_found(layer: Layer, monkeypatch: pytest.MonkeyPatch) -
     ]:
         monkeypatch.setattr(Block, "route", lambda *_, wrong=wrong: wrong)
         monkeypatch.setattr(Block, "__call__", lambda *_: out)
-        assert word in (check(layer, block, x_TD, 0.004)[0] or "")
+        assert word in (check(layer, block, x_TD, ROUTED_BOUND)[0] or "")
 
 
 def test_bytes_are_those_of_the_roofline() -> None:

@@ -17,6 +17,7 @@ from pointsman.kernels.tiles import Shape, Tile, TileTable, device_key
 from tests.kernels.interpreter import correct
 
 correct()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = Shape(num_experts=4, top_k=2, hidden=256, width=128, quantized=True)
 
 
@@ -43,7 +44,7 @@ def test_the_best_is_kept_found_and_not_measured_again(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(tune.Products, "time_up", time_up)
     monkeypatch.setattr(tune.Products, "time_down", lambda _, tile, from_quantized: 1e-6 * tile.stages)
-    layer = Layer.draw(SHAPE, torch.device("cpu"), 0)
+    layer = Layer.draw(SHAPE, DEVICE, 0)
     options = TuneOptions(num_experts=4, experts_per_token=2, hidden_size=256, expert_width=128, num_tokens=(2,))
     rows = tune.tune_runner(layer, "routed", tiles.own_file(), options)
     assert [row["tokens"] for row in rows] == [2] and best in timed
@@ -67,7 +68,7 @@ def test_a_wrong_result_is_never_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tune, "check", lambda *_: ("it is wrong", 1.0))
     options = TuneOptions(num_experts=4, experts_per_token=2, hidden_size=256, expert_width=128, num_tokens=(1,))
     with pytest.raises(ValueError, match=r"routed with 1 tokens in .* it is wrong"):
-        tune.tune_runner(Layer.draw(SHAPE, torch.device("cpu"), 0), "routed", tmp_path / "tiles.json", options)
+        tune.tune_runner(Layer.draw(SHAPE, DEVICE, 0), "routed", tmp_path / "tiles.json", options)
     assert not list(tmp_path.iterdir())
 
 
