@@ -23,7 +23,7 @@ from pointsman.engine.batch import Lanes
 from pointsman.engine.compiled import choose_step
 from pointsman.engine.device import MEM_FRACTION, check_options, choose_device, device_memory
 from pointsman.engine.device_lanes import DeviceLanes
-from pointsman.engine.device_sampler import DeviceSampler, Greedy
+from pointsman.engine.device_sampler import DeviceSampler, choose_way
 from pointsman.engine.device_step import DeviceMemory, make_device_step
 from pointsman.engine.grammars import Grammars
 from pointsman.engine.memory import CacheSize, memory_bytes, size_cache, workspace_bytes
@@ -229,7 +229,7 @@ def _runner(
         def make_step_on_device(decoder: Decoder) -> Step:
             return make_device_step(config, decoder, memory, progress=progress)
 
-        sampler = DeviceSampler(tables, decoder.device, Greedy())
+        sampler = DeviceSampler(tables, decoder.device, choose_way(decoder.device))
         return ModelRunner(make_step_on_device(decoder), lanes, routes, memory.load, sampler), make_step_on_device
     load = ExpertLoad(routes, architecture.num_experts)
 

@@ -1,17 +1,18 @@
 """Tokens drawn where their logits are, so that the next step need not wait for the host to see them.
 
 A lane's token is drawn here if its parameters and its logits are all that it takes. Where the host has to know more it draws the token
-itself from a copy of the logits, and the runner finishes such a step before it launches another. `takes` of a `Way`
-is the one place that decides which lanes go where.
+itself from a copy of the logits, and the runner finishes such a step before it launches another. `Greedy.takes` and `Kernels.takes` are the
+one place that decides which lanes go where.
 
 Shape suffixes: R rows with logits, V vocabulary, B lanes that draw here, L lanes.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class Way(Protocol):
 
 
 class Greedy:
-    """The likeliest token, in torch."""
+    """The likeliest token, in torch: for devices without the kernels."""
 
     def takes(self, sampling: LaneSampling) -> bool:
         return sampling.alone and sampling.greedy and sampling.sampling.logprobs is None
@@ -66,6 +67,41 @@ class Greedy:
     def __call__(self, logits_RV: Tensor, row_B: Tensor, parameters: Sequence[Tensor], draws: Sequence[Draw]) -> Answer:
         token_B, finite_B = greedy(logits_RV[row_B])
         return Answer(torch.where(finite_B, token_B, NO_TOKEN))
+
+
+class Kernels:
+    """`kernels.sampling`: every temperature, top-p and min-p, top-k up to a limit, and the log-probability of the token itself."""
+
+    def __init__(self) -> None:
+        self._kernels: Any = importlib.import_module("pointsman.kernels.sampling")
+
+    def takes(self, sampling: LaneSampling) -> bool:
+        fits = sampling.greedy or sampling.sampling.top_k <= self._kernels.MOST_TOP_K
+        return sampling.alone and fits and sampling.sampling.logprobs in (None, 0)
+
+    def parameters(self, draws: Sequence[Draw]) -> list[Array]:
+        lanes = [draw.sampling for draw in draws]
+        return [
+            np.array([1 if lane.greedy else max(lane.sampling.top_k, 0) for lane in lanes], np.int32),
+            np.array([1.0 if lane.greedy else lane.sampling.temperature for lane in lanes], np.float64),
+            np.array([lane.sampling.top_p for lane in lanes], np.float64),
+            np.array([lane.sampling.min_p for lane in lanes], np.float64),
+            np.array([lane.seed % 2**64 for lane in lanes], np.uint64).view(np.int64),
+            np.array([lane.num_output for lane in lanes], np.int64),
+        ]
+
+    def __call__(self, logits_RV: Tensor, row_B: Tensor, parameters: Sequence[Tensor], draws: Sequence[Draw]) -> Answer:
+        lanes = [draw.sampling for draw in draws]
+        whole = [lane for lane in lanes if not lane.greedy and lane.sampling.top_k <= 0]
+        tokens = self._kernels.draw(
+            logits_RV,
+            self._kernels.RowSampling(row_B, *parameters),
+            few=len(whole) < len(lanes),
+            whole=bool(whole),
+            nucleus=any(lane.sampling.top_p < 1.0 for lane in whole),
+            score=any(lane.sampling.logprobs is not None for lane in lanes),
+        )
+        return Answer(*tokens)
 
 
 class Drawing:
@@ -120,3 +156,8 @@ class DeviceSampler:
 
 def _int64(numbers: list[int]) -> Array:
     return np.array(numbers, np.int64)
+
+
+def choose_way(device: torch.device) -> Way:
+    """How tokens are drawn on a device."""
+    return Kernels() if device.type == "cuda" else Greedy()
