@@ -79,6 +79,13 @@ class Kernels:
         fits = sampling.greedy or sampling.sampling.top_k <= self._kernels.MOST_TOP_K
         return sampling.alone and fits and sampling.sampling.logprobs in (None, 0)
 
+    def make_ready(self, device: torch.device, vocab_size: int) -> None:
+        """Compile every kernel now rather than when a request first asks for it."""
+        zeros, ones = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.float64, device=device)
+        rows = self._kernels.RowSampling(zeros, zeros.int(), ones, ones / 2, zeros.double(), zeros, zeros)
+        for score in (False, True):
+            self._kernels.draw(torch.zeros(1, vocab_size, device=device), rows, score=score)
+
     def parameters(self, draws: Sequence[Draw]) -> list[Array]:
         lanes = [draw.sampling for draw in draws]
         return [
@@ -158,6 +165,10 @@ def _int64(numbers: list[int]) -> Array:
     return np.array(numbers, np.int64)
 
 
-def choose_way(device: torch.device) -> Way:
+def choose_way(device: torch.device, vocab_size: int) -> Way:
     """How tokens are drawn on a device."""
-    return Kernels() if device.type == "cuda" else Greedy()
+    if device.type != "cuda":
+        return Greedy()
+    way = Kernels()
+    way.make_ready(device, vocab_size)
+    return way
