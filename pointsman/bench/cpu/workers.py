@@ -174,7 +174,8 @@ def measure(contender: Contender, task: Task) -> dict[str, Any]:
 @contextlib.contextmanager
 def llama_over_http(task: Task) -> Iterator[str]:
     """Serve a GGUF file; gives the address."""
-    yield LlamaServer(task.gguf, max(task.prompts), _room(task), task.threads).address
+    server = LlamaServer(task.gguf, max(task.prompts), _room(task), task.threads)  # it ends with its last reference
+    yield server.address
 
 
 def main(name: str, path: str) -> None:
