@@ -1,11 +1,12 @@
 """How far a trainer's log-probabilities are from the rollout's, with the rollout's routing and without.
 
     python -m benchmarks.replay
+    python -m benchmarks.replay --save      keep the result, and write its table into docs/routing.md
 
-The bundled checkpoint answers word problems at temperature 1 and returns log-probabilities and routing. Hugging Face's model of the same
-checkpoint then reads the answers, once choosing experts by itself and once under the record. What is left with the record is
-what numerics leave; what is gone with it were flipped experts. Engines and trainers of several precisions are crossed, because it
-is their difference that flips experts.
+The checkpoint that `examples/rl/grpo.py` begins with (the bundled one, shaken: it is too sure of its answers to show anything)
+answers at temperature 1 and returns log-probabilities and routing. Hugging Face's model of the same checkpoint then reads the answers,
+once choosing experts by itself and once under the record. What is left with the record is what numerics leave; what is gone with it
+were flipped experts. Engines and trainers of several precisions are crossed, because it is their difference that flips experts.
 
 `kl` is the mean of exp(d) - 1 - d over the answers' tokens, d being the trainer's log-probability minus the engine's: an estimate
 of KL(engine || trainer) that is never negative.
@@ -17,23 +18,29 @@ import argparse
 import contextlib
 import itertools
 import json
+import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from examples.rl import trainer
-from pointsman import LLM, RequestOutput, SamplingParams, tiny
-from pointsman.bench import arithmetic
+from examples.rl.grpo import options as defaults
+from examples.rl.grpo import problems, shaken
+from pointsman import LLM, RequestOutput, SamplingParams
 from pointsman.bench.machine import here
 from pointsman.bench.subject import settle
 from pointsman.rl import replay
 
 RESULT = Path(__file__).parent / "results" / "replay.json"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "routing.md"
+PLACE = re.compile(r"(<!-- replay -->\n).*?(<!-- end of replay -->\n)", re.DOTALL)
 ENGINES: dict[str, dict[str, Any]] = {
     "float32 (the default on a CPU)": {},
     "bfloat16": {"dtype": "bfloat16"},
@@ -43,13 +50,12 @@ TRAINERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCH = 16
 
 
-def rollout(options: dict[str, Any], num_prompts: int) -> list[RequestOutput]:
+def rollout(folder: Path, options: dict[str, Any], num_prompts: int) -> list[RequestOutput]:
     """Answers of one engine."""
-    with contextlib.closing(LLM(**options)) as llm:
+    with contextlib.closing(LLM(str(folder), **options)) as llm:
         settle(llm.engine)
-        problems = itertools.islice(arithmetic.problems("heldout", seed=0, follow_ups=0), num_prompts)
-        prompts = [llm.render(problem.messages) for problem in problems]
-        how = SamplingParams(temperature=1.0, max_tokens=256, logprobs=0, return_routed_experts=True, seed=0)
+        prompts = [llm.render(problem.messages) for problem in itertools.islice(problems(seed=0), num_prompts)]
+        how = SamplingParams(temperature=1.0, max_tokens=128, logprobs=0, return_routed_experts=True, seed=0)
         return llm.generate(prompts, how)
 
 
@@ -86,14 +92,14 @@ def distance(theirs: Tensor, ours: Tensor) -> dict[str, float]:
     }
 
 
-def compare(num_prompts: int) -> list[dict[str, Any]]:
+def compare(folder: Path, num_prompts: int) -> list[dict[str, Any]]:
     rows = []
     for engine, options in ENGINES.items():
-        results = rollout(options, num_prompts)
+        results = rollout(folder, options, num_prompts)
         entries = [zip(result.outputs[0].token_ids, result.outputs[0].logprobs or [], strict=True) for result in results]
         spoken = torch.tensor([step[token].logprob for answer in entries for token, step in answer])
         for name, dtype in TRAINERS.items():
-            model = trainer.load(tiny.path(), dtype)
+            model = trainer.load(folder, dtype)
             with_replay, alike = read(model, results, forced=True)
             without, _ = read(model, results, forced=False)
             rows.append(
@@ -110,8 +116,20 @@ def compare(num_prompts: int) -> list[dict[str, Any]]:
     return rows
 
 
+def document(result: dict[str, Any]) -> str:
+    """The table of docs/routing.md."""
+    head = ("engine", "trainer", "routers agree", "mean, replay", "mean, free", "KL, replay", "KL, free")
+    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for row in result["rows"]:
+        figures = [f"{row[side][name]:.1e}" for name in ("mean", "kl") for side in ("with_replay", "without_replay")]
+        lines.append(f"| {' | '.join([row['engine'], row['trainer'], format(row['agreement'], '.4f'), *figures])} |")
+    tokens = result["rows"][0]["tokens"]
+    where = f"{result['cpu']}, torch {result['torch']}, commit {result['commit']}"
+    return "\n".join(lines) + f"\n\nAbout {round(tokens, -2):,} tokens of {result['num_prompts']} answers; {where}.\n"
+
+
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="trainer minus engine, log-probability of the answers' tokens", title_justify="left")
+    table = Table(title="trainer minus engine, log-probability of the answers' tokens", title_justify="left", box=box.SIMPLE_HEAD)
     for head in ("engine", "trainer", "routers agree", "mean, replay", "mean, free", "p99, replay", "p99, free", "KL, replay", "KL, free"):
         table.add_column(head, justify="left" if head in ("engine", "trainer") else "right")
     for row in rows:
@@ -123,14 +141,18 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--num-prompts", type=int, default=128)
-    parser.add_argument("--save", action="store_true", help=f"keep the result in {RESULT.relative_to(Path.cwd())}")
+    parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--save", action="store_true", help="keep the result, and write its table into docs/routing.md")
     arguments = parser.parse_args()
-    rows = compare(arguments.num_prompts)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, begun = Path(scratch) / "shaken", defaults([])
+        shaken(folder, begun.noise, begun.seed)
+        rows = compare(folder, arguments.num_prompts)
     show(rows)
     line = {"bench": "replay", "num_prompts": arguments.num_prompts, "rows": rows, **here()}
     if arguments.save:
         RESULT.write_text(json.dumps(line, indent=1) + "\n")
+        DOCUMENT.write_text(PLACE.sub(rf"\g<1>{document(line)}\g<2>", DOCUMENT.read_text()))
     print(json.dumps(line, allow_nan=False))
 
 
