@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import random
-import resource
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pointsman.bench.machine import peak_memory_mb
 from pointsman.bench.options import LatencyOptions
 from pointsman.bench.start_up import measure_start_up
 from pointsman.bench.subject import machine, settle
@@ -193,12 +193,6 @@ def summarize(timings: Sequence[Timing]) -> dict[str, float]:
         "decode_tokens_per_s": round(statistics.median(rates), 1),
         "decode_spread": round((max(rates) - min(rates)) / statistics.median(rates), 3),
     }
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in MB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from pointsman.bench.cpu.llama import LlamaServer
-from pointsman.bench.latency import deltas, peak_memory_mb
+from pointsman.bench.machine import peak_memory_mb
 from pointsman.request import SamplingParams
 
 Prompts = Sequence[Sequence[int]]
@@ -78,6 +78,8 @@ class Ours:
         return [result.outputs[0].token_ids for result in results]
 
     def spans(self, prompts: Prompts, output_len: int) -> list[Span]:
+        from pointsman.bench.latency import deltas  # noqa: PLC0415
+
         params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
         first: dict[str, float] = {}
         last: dict[str, float] = {}
