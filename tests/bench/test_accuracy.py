@@ -30,7 +30,7 @@ class KnownModel:
         self.task, self.write, self.finish = task, write, finish
         self.rendered = []
         self.engine = types.SimpleNamespace(
-            model_name="known", choices={"moe_runner_backend": "cpu"}, step_name="torch", step_is_final=True
+            model_name="known", choices={"device": "cpu", "moe_runner_backend": "cpu"}, step_name="torch", step_is_final=True
         )
 
     def __call__(self, **config):

@@ -81,9 +81,8 @@ def test_greedy_tokens_are_the_same() -> None:
     size = (SHAPE.layers, 20, SHAPE.kv_heads, 16, SHAPE.head_dim)
     routes = np.zeros((320, SHAPE.layers, SHAPE.top_k), np.uint8)
     table = np.random.default_rng(0).permutation(20).astype(np.int32).reshape(2, 10)
-    step = CpuStep(
-        SHAPE, packed(model), CpuCache(np.zeros(size, np.float32), np.zeros(size, np.float32), routes, table), max_rows=32, num_threads=2
-    )
+    cache = CpuCache(np.zeros(size, np.float32), np.zeros(size, np.float32), routes, np.zeros(320, np.int16), table)
+    step = CpuStep(SHAPE, packed(model), cache, max_rows=32, num_threads=2)
     prompts = np.random.default_rng(1).integers(0, SHAPE.vocab, (2, 14))
     positions, lanes = np.tile(np.arange(14), 2), np.repeat([0, 1], 14)
     logits = [step.run(prompts.reshape(-1), positions, lanes, [13, 27]).copy()]

@@ -111,7 +111,10 @@ class FakeEngine:
         ended = [choice for choice in self._choices if choice.request.rid == rid]
         self._choices = [choice for choice in self._choices if choice.request.rid != rid]
         self._aborted += bool(ended)
-        deltas = [ChoiceDelta(rid=rid, index=choice.index, finish_reason=FinishReason.ABORT) for choice in ended]
+        deltas = [
+            ChoiceDelta(rid=rid, index=choice.index, finish_reason=FinishReason.ABORT, weight_version=self.weight_version)
+            for choice in ended
+        ]
         for choice, delta in zip(ended, deltas, strict=True):
             self._route(choice, delta, len(choice.request.prompt_token_ids) + choice.done - 3)
         return deltas
@@ -146,6 +149,7 @@ class FakeEngine:
             raise RuntimeError("secret 1234")
         prompt = request.prompt_token_ids
         delta = ChoiceDelta(rid=request.rid, index=choice.index, num_prompt_tokens=len(prompt), num_cached_tokens=len(prompt) // 2)
+        delta.weight_version = self.weight_version
         if choice.done == 0 and sampling.prompt_logprobs is not None:
             delta.prompt_logprobs = [None, *(self._entry(token, sampling.prompt_logprobs) for token in prompt[1:])]
         if "UNUSABLE" in choice.text:

@@ -27,6 +27,7 @@ def test_one_text(client: httpx.Client) -> None:
             "prompt_tokens": 7,
             "completion_tokens": 4,
             "cached_tokens": 3,
+            "weight_version": "0",
         },
     }
 
