@@ -30,6 +30,9 @@ FIRST_VERSION = "0"
 PauseMode = Literal["abort", "in_place", "keep", "retract"]
 """What becomes of requests when the engine is paused: they end, stay as they are (under either name), or go back to the queue."""
 
+MemoryTag = Literal["weights", "kv_cache"]
+"""What an engine can be without for a time: the weights, or the cache of keys, values and routing rows."""
+
 
 class QueueFull(ValueError):
     """More is waiting than the engine is set up for; the same request may be taken later."""

@@ -28,6 +28,7 @@ from pointsman.engine.device_step import DeviceMemory, make_device_step
 from pointsman.engine.grammars import Grammars
 from pointsman.engine.memory import CacheSize, memory_bytes, size_cache, workspace_bytes
 from pointsman.engine.model_runner import ModelRunner, Step
+from pointsman.engine.storage import CacheStorage
 from pointsman.engine.weights import Weights, load_decoder
 from pointsman.layers.paged_kv import KV_DTYPES, PagedKV, bytes_per_token
 from pointsman.models.architecture import Architecture
@@ -91,7 +92,7 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
     grammars = None
     if tokenizer is not None and eos_ids:
         grammars = Grammars(tokenizer, architecture.vocab_size, config.scheduler.max_running_requests)
-    runner, make_step = _runner(config, decoder, cache, context_length, eos_ids, grammars, progress)
+    runner, storage, make_step = _runner(config, decoder, cache, context_length, eos_ids, grammars, progress)
     return Parts(
         folder=folder,
         architecture=architecture,
@@ -104,7 +105,7 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
         scheduler=_scheduler(config, cache, context_length, eos_ids),
         grammars=grammars,
         runner=runner,
-        weights=Weights(config, decoder, folder, make_step),
+        weights=Weights(config, decoder, folder, storage, make_step),
     )
 
 
@@ -199,8 +200,8 @@ def _runner(
     eos_ids: tuple[int, ...],
     grammars: Grammars | None,
     progress: bool | None,
-) -> tuple[ModelRunner, Callable[[Decoder], Step]]:
-    """What runs steps, and what makes a step for other weights."""
+) -> tuple[ModelRunner, CacheStorage, Callable[[Decoder], Step]]:
+    """What runs steps, the memory of the cache, and what makes a step for other weights."""
     architecture = decoder.architecture
     launches = launches_steps(decoder.device)
     num_pages = cache.num_pages + (1 if launches else 0)  # the last is that of rows which pad a step
@@ -214,6 +215,7 @@ def _runner(
         device=decoder.device,
     )
     routes = RouteStore(kv.num_slots, architecture.num_layers, architecture.top_k, architecture.num_experts, decoder.device)
+    storage = CacheStorage(kv, routes)
     lanes = Lanes(
         max_lanes=config.scheduler.max_running_requests,
         max_pages=math.ceil(context_length / cache.page_size),
@@ -230,13 +232,13 @@ def _runner(
             return make_device_step(config, decoder, memory, progress=progress)
 
         sampler = DeviceSampler(tables, decoder.device, choose_way(decoder.device, architecture.vocab_size))
-        return ModelRunner(make_step_on_device(decoder), lanes, routes, memory.load, sampler), make_step_on_device
+        return ModelRunner(make_step_on_device(decoder), lanes, routes, memory.load, sampler), storage, make_step_on_device
     load = ExpertLoad(routes, architecture.num_experts)
 
     def make_step(decoder: Decoder) -> Step:
         return choose_step(config, decoder, kv, routes, lanes)
 
-    return ModelRunner(make_step(decoder), lanes, routes, load), make_step
+    return ModelRunner(make_step(decoder), lanes, routes, load), storage, make_step
 
 
 def launches_steps(device: torch.device) -> bool:

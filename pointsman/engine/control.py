@@ -1,4 +1,4 @@
-"""What those who run an engine do to it besides asking: pause it, change its weights.
+"""What those who run an engine do to it besides asking: pause it, change its weights, have it free memory for a time.
 
 Everything here happens between two steps, in the thread that drives the engine; only reading new weights may happen elsewhere
 (`pointsman.engine.weights`). What that brings to an end or forward, the engine's next `step` hands out, so nothing is lost.
@@ -6,14 +6,14 @@ Everything here happens between two steps, in the thread that drives the engine;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import get_args
 
 from torch import Tensor
 
 from pointsman.engine.engine import Engine
 from pointsman.engine.weights import Fresh
-from pointsman.request import PauseMode
+from pointsman.request import MemoryTag, PauseMode
 
 
 class Busy(RuntimeError):
@@ -47,6 +47,40 @@ class Control:
     def resume(self) -> None:
         """Let steps run again; no error where they do."""
         self._engine.paused = False
+
+    def release_memory(self, tags: Collection[MemoryTag] | None = None) -> None:
+        """Free memory until `resume_memory`. Meanwhile no step runs, and requests are queued; those that wait already stay there.
+
+        Args:
+            tags: "weights" frees parameters and every form of them; "kv_cache" frees the storage of keys, values and routing rows, and
+                forgets cached prefixes. None is both.
+
+        Raises:
+            ValueError: a tag is unknown or its memory released already, or a sequence runs or is kept in its lane by a pause.
+        """
+        wanted, released = _tags(tags), self._engine.weights.released
+        if again := [tag for tag in wanted if tag in released]:
+            raise ValueError(f"released already: {', '.join(again)}")
+        self._engine.release(wanted)
+
+    def check_resume(self, tags: Collection[MemoryTag] | None) -> list[MemoryTag]:
+        """What `resume_memory` has to do. Raises ValueError where that cannot be."""
+        wanted, released = _tags(tags), self._engine.weights.released
+        if there := [tag for tag in wanted if tag not in released]:
+            raise ValueError(f"not released: {', '.join(there)}; tags may name what is: {', '.join(released) or 'nothing'}")
+        return wanted
+
+    def resume_memory(self, tags: Collection[MemoryTag] | None = None) -> None:
+        """Have released memory again; when all of it is there, steps run again, unless the engine is paused.
+
+        Args:
+            tags: "weights" reads the folder again that was read last, and `weight_version` is again what it was then; a full update
+                brings other weights instead, and needs no `resume_memory` of them. "kv_cache" has as much storage as before. None is both.
+
+        Raises:
+            ValueError: a tag is unknown or its memory not released, or the folder is not what it was; nothing has changed.
+        """
+        self.install(self._engine.weights.restore(self.check_resume(tags)))
 
     def update_weights_from_disk(
         self, model_path: str, *, flush_cache: bool = True, abort_all_requests: bool = False, weight_version: str | None = None
@@ -93,3 +127,13 @@ class Control:
             self._engine.abort_all()
         self._engine.install(fresh, flush_cache=flush_cache)
         return self._engine.weight_version
+
+
+def _tags(given: Collection[MemoryTag] | None) -> list[MemoryTag]:
+    known = get_args(MemoryTag)
+    if given is None:
+        return list(known)
+    if isinstance(given, str) or not given or (wrong := [tag for tag in given if tag not in known]):
+        shown = given if isinstance(given, str) or not given else wrong[0]
+        raise ValueError(f"tags has {shown!r:.80}; it must be a list of {' or '.join(map(repr, known))}")
+    return [tag for tag in known if tag in given]

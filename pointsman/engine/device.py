@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from pointsman.config import EngineConfig
@@ -43,6 +45,15 @@ def check_options(config: EngineConfig, device: torch.device) -> None:
             "enable_deterministic_inference needs --cpu-step compiled on a CPU: torch chooses its kernels by shape, so that a row "
             "may differ with its company"
         )
+
+
+def return_memory(device: torch.device) -> None:
+    """Give what was freed back to the device, or to the operating system where its allocator can be told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    elif (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from pointsman.config import EngineConfig
@@ -20,7 +21,7 @@ from pointsman.engine.waiting_room import WaitingRoom
 from pointsman.engine.weights import Fresh
 from pointsman.grammar import Grammar
 from pointsman.replay import check_sizes
-from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, QueueFull, Request
+from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, MemoryTag, QueueFull, Request
 from pointsman.scheduler import Advance, Sequence
 from pointsman.step import StepPlan
 from pointsman.text import Detokenizer, StopStrings
@@ -96,7 +97,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         waits = self._in_flight is not None or self.scheduler.has_work or bool(self._room)
-        return bool(self._held) or (waits and not self.paused)
+        return bool(self._held) or (waits and not self.halted)
+
+    @property
+    def halted(self) -> bool:
+        """No step runs, and requests wait: it is paused, or is without some of its memory."""
+        return self.paused or not self._runner.has_step
 
     @property
     def num_waiting(self) -> int:
@@ -110,7 +116,7 @@ class Engine:
 
     @property
     def step_name(self) -> str:
-        """What computes a step just now: `torch` or `compiled`."""
+        """What computes a step just now: `torch` or `compiled`; `none` while memory is released that a step needs."""
         return self._runner.step_name
 
     @property
@@ -179,7 +185,7 @@ class Engine:
     def step(self) -> list[ChoiceDelta]:
         """Run one step and return what it added; an empty list where no choice grew. Raises what the model raises."""
         held, self._held = self._held, []
-        if self.paused:
+        if self.halted:
             return held
         refused = held + (self._call_room() if self._room else [])
         given_back, self._given_back = self._given_back, []
@@ -349,13 +355,26 @@ class Engine:
     def install(self, fresh: Fresh, *, flush_cache: bool = True) -> None:
         """Put new weights in force, between two steps. What runs goes on with them from its next token."""
         self.settle()
-        self.weights.enter(fresh)
-        self._runner.enter(fresh.step, fresh.version or self._next_version())
+        version = self.weight_version if fresh.same else fresh.version or self._next_version()
+        self.weights.enter(fresh, version)
+        self._runner.enter(fresh.step, None if fresh.same else version)
+        if fresh.same:
+            return
         for sequence in self.scheduler.sequences:
             if sequence.kept is not None:
                 sequence.tainted, sequence.cacheable = True, False
         if flush_cache:
             self.flush_cache()
+
+    def release(self, tags: Collection[MemoryTag]) -> None:
+        """Free memory between two steps, when no sequence runs. Raises ValueError where one does."""
+        self.settle()
+        if running := self.scheduler.num_running:
+            raise ValueError(f"{running} sequences are running or kept; pause with mode 'abort' or 'retract', or wait for their end")
+        if "kv_cache" in tags:
+            self.flush_cache()
+        self._runner.drop_step()
+        self.weights.release(tags)
 
     def _next_version(self) -> str:
         current = self.weight_version

@@ -20,7 +20,17 @@ from pointsman.config import engine_config
 from pointsman.engine.control import Control
 from pointsman.engine.engine import Engine
 from pointsman.replay import replay_of
-from pointsman.request import ChoiceDelta, CompletionOutput, PauseMode, Replay, Request, RequestFailed, RequestOutput, SamplingParams
+from pointsman.request import (
+    ChoiceDelta,
+    CompletionOutput,
+    MemoryTag,
+    PauseMode,
+    Replay,
+    Request,
+    RequestFailed,
+    RequestOutput,
+    SamplingParams,
+)
 from pointsman.text import chat_prompt
 
 Prompt = str | Sequence[int]
@@ -136,6 +146,14 @@ class LLM:
         """Let steps run again."""
         self._control.resume()
 
+    def release_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> None:
+        """Free the memory of "weights", "kv_cache" or both; see `Control.release_memory`."""
+        self._control.release_memory(tags)
+
+    def resume_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> None:
+        """Have it again; see `Control.resume_memory`."""
+        self._control.resume_memory(tags)
+
     def update_weights_from_disk(
         self, model_path: str, *, flush_cache: bool = True, abort_all_requests: bool = False, weight_version: str | None = None
     ) -> str:
@@ -163,8 +181,11 @@ class LLM:
         self._engine.close()
 
     def _check_running(self) -> None:
-        if self._engine.paused and not self._engine.has_work:
-            raise RuntimeError("generation is paused, and nothing would come; call continue_generation first")
+        if not self._engine.halted or self._engine.has_work:
+            return
+        if released := self._engine.weights.released:
+            raise RuntimeError(f"nothing would come: {' and '.join(released)} released; call resume_memory_occupation first")
+        raise RuntimeError("generation is paused, and nothing would come; call continue_generation first")
 
     def _replays(self, prompts: Sequence[Prompt], given: Any) -> list[Replay | None]:
         """A replay, or None, for each prompt."""

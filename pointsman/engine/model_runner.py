@@ -113,28 +113,42 @@ class ModelRunner:
     """
 
     def __init__(self, step: Step, lanes: Lanes, routes: RouteStore, load: Load, sampler: DeviceSampler | None = None) -> None:
-        self._step, self._lanes, self._routes, self._sampler = step, lanes, routes, sampler
+        self._step: Step | None = step
+        self._lanes, self._routes, self._sampler = lanes, routes, sampler
         self._unfinished: _Launched | None = None
         self.load = load
         self.versions = SlotVersions(routes.num_slots)
 
     @property
+    def has_step(self) -> bool:
+        """Whether plans can be executed; not while memory is released that a step needs."""
+        return self._step is not None
+
+    @property
     def step_name(self) -> str:
-        return self._step.name
+        return "none" if self._step is None else self._step.name
 
     @property
     def step_is_final(self) -> bool:
-        return self._step.final
+        return self._step is not None and self._step.final
 
     @property
     def on_device(self) -> bool:
         """Steps are launched on a device, and may be while the one before runs."""
         return self._sampler is not None
 
-    def enter(self, step: Step, version: str) -> None:
-        """From the next plan on, this step with other weights, of this version."""
+    def enter(self, step: Step | None, version: str | None = None) -> None:
+        """From the next plan on, this step; with other weights, where there is a version."""
         self._step = step
-        self.versions.enter(version)
+        if version is not None:
+            self.versions.enter(version)
+
+    def drop_step(self) -> None:
+        """Let go of the step and of all that it left to be read. The steps that were launched are through, and no sequence runs."""
+        if self._unfinished is not None:
+            self._unfinished.result()
+        self.load.counts_LE()  # what is not counted yet stands in the cache
+        self._unfinished = self._step = None
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises whatever the model raises: such a fault is the engine's, not a request's."""
@@ -145,6 +159,7 @@ class ModelRunner:
         if self._unfinished is not None:
             self._unfinished.result()
             self._unfinished = None
+        assert self._step is not None, "a plan, but no step"
         batch = self._lanes.lay_out(plan)
         self.load.before_step()
         logits_RV = self._step(batch, self._lanes)

@@ -4,13 +4,16 @@ New weights are read, checked and brought into the form of the step beside those
 one object, `Fresh`. Putting that in place is a change of references between two steps. So an update that fails has
 changed nothing, one that succeeds is what a fresh start would have made, by the same calls, and no step waits for a file. The price
 is memory: for as long as an update takes there are two models.
+
+Weights and cache can be released, to leave their memory to others for a time. There is no step then. Weights come back from the folder
+that was read last, under the name that they had then, or as a full update; the step is made anew when all is there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +24,16 @@ from torch import Tensor
 
 from pointsman.config import EngineConfig
 from pointsman.distributed import Group
+from pointsman.engine.device import return_memory
 from pointsman.engine.model_runner import Step
+from pointsman.engine.storage import CacheStorage
 from pointsman.models import architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import locate, read_json
 from pointsman.models.decoder import Decoder
 from pointsman.models.loader import load_model
 from pointsman.models.revision import Revision
-from pointsman.request import MAX_VERSION_LENGTH
+from pointsman.request import FIRST_VERSION, MAX_VERSION_LENGTH, MemoryTag
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +42,42 @@ _DTYPES = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
 FREE_FIELDS = frozenset({"dtype", "num_draft_layers"})
 
 
+@dataclass(frozen=True)
+class Source:
+    """A folder, how it is read, and what its files were like then: size and time of each."""
+
+    folder: Path
+    load_format: str
+    files: frozenset[tuple[str, int, int]]
+
+    @staticmethod
+    def of(folder: Path, load_format: str) -> Source:
+        found = [(path.name, path.stat()) for path in folder.glob("*.safetensors")]
+        return Source(folder, load_format, frozenset((name, status.st_size, status.st_mtime_ns) for name, status in found))
+
+    def check(self) -> None:
+        """Raises ValueError where it would not be the same weights that are read now."""
+        if not self.folder.is_dir() or Source.of(self.folder, self.load_format) != self:
+            raise ValueError(f"{self.folder} is not what it was when its weights were read; bring new ones by an update")
+
+
 @dataclass(frozen=True, eq=False)
 class Fresh:
     """Weights that are ready to serve.
 
     Attributes:
-        folder: the checkpoint they were read from; None where they came otherwise.
+        decoder: None where they are released, and only the cache has come back.
+        step: None while something is released that it needs.
+        source: where they were read; None where they came otherwise.
         version: what they are to be called; None counts on.
+        same: these have been in force before, and nothing has changed.
     """
 
-    decoder: Decoder
-    step: Step
-    folder: Path | None
-    version: str | None
+    decoder: Decoder | None
+    step: Step | None
+    source: Source | None = None
+    version: str | None = None
+    same: bool = False
 
 
 class Weights:
@@ -57,20 +85,31 @@ class Weights:
 
     Args:
         decoder: the model as it was loaded at the start, from this folder.
-        make_step: the step over a model's weights, as at the start.
+        storage: of the cache.
+        make_step: the step over a model's weights and the cache, as at the start.
+
+    Attributes:
+        released: what is not there.
     """
 
-    def __init__(self, config: EngineConfig, decoder: Decoder, folder: Path, make_step: Callable[[Decoder], Step]) -> None:
+    def __init__(
+        self, config: EngineConfig, decoder: Decoder, folder: Path, storage: CacheStorage, make_step: Callable[[Decoder], Step]
+    ) -> None:
         self._config = config
-        self._decoder = decoder
-        self._folder = folder
+        self._decoder: Decoder | None = decoder
+        self._device, self._backends, self._dtype = decoder.device, decoder.backends, decoder.dtype
+        self._source, self._source_version = Source.of(folder, config.model.load_format), FIRST_VERSION
+        self._is_source = True
+        self._storage = storage
         self._make_step = make_step
+        self.architecture = decoder.architecture
+        self.released: tuple[MemoryTag, ...] = ()
         self._revision: Revision | None = None
         self._group: Group | None = None
 
-    @property
-    def architecture(self) -> Architecture:
-        return self._decoder.architecture
+    def _gone(self) -> tuple[MemoryTag, ...]:
+        gone: dict[MemoryTag, bool] = {"weights": self._decoder is None, "kv_cache": self._storage.released}
+        return tuple(tag for tag, is_gone in gone.items() if is_gone)
 
     def from_disk(self, model_path: str, *, version: str | None = None) -> Fresh:
         """Read a checkpoint of the same architecture; any thread may.
@@ -81,8 +120,12 @@ class Weights:
         check_version(version)
         folder = locate(model_path)
         self._check_same(folder, architecture_of(read_json(folder, "config.json")))
-        decoder = load_decoder(self._config, folder, self._decoder.device, load_format="auto", progress=False)
-        return Fresh(decoder, self._make_step(decoder), folder, version)
+        source = Source.of(folder, "auto")
+        decoder = load_decoder(self._config, folder, self._device, load_format=source.load_format, progress=False)
+        return Fresh(decoder, self._step(decoder), source, version)
+
+    def _step(self, decoder: Decoder | None) -> Step | None:
+        return None if decoder is None or self._storage.released else self._make_step(decoder)
 
     def from_tensors(
         self,
@@ -137,9 +180,9 @@ class Weights:
         if not final:
             self._revision = revision
             return None
-        old = self._decoder
-        decoder = Decoder(old.architecture, revision.apply(old.parameters), old.backends, old.dtype)
-        return Fresh(decoder, self._make_step(decoder), None, version)
+        old = None if self._decoder is None else self._decoder.parameters
+        decoder = Decoder(self.architecture, revision.apply(old, self._device), self._backends, self._dtype)
+        return Fresh(decoder, self._step(decoder), None, version)
 
     def join_group(self, group: Group) -> None:
         """Meet the trainer, and whoever else is in the group; one at a time. Raises ValueError where they do not all come in time."""
@@ -180,8 +223,7 @@ class Weights:
         ]
         if len({name for name, _, _ in forms}) != len(forms):
             raise ValueError("names has a tensor twice")
-        device = self._decoder.device
-        tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in forms}
+        tensors = {name: torch.empty(shape, dtype=dtype, device=self._device) for name, shape, dtype in forms}
         for tensor in tensors.values():
             group.receive(tensor)
         revision.add(tensors, quantize=quantize)
@@ -201,11 +243,50 @@ class Weights:
         if others := [f"{name} is {new!r} where the model that serves has {old!r}" for name, new, old in pairs if new != old]:
             raise ValueError(f"{folder} is another model's checkpoint: {'; '.join(others)}")
 
-    def enter(self, fresh: Fresh) -> None:
-        """These are in force now."""
+    def enter(self, fresh: Fresh, version: str) -> None:
+        """These are in force now, and called so."""
         self._decoder = fresh.decoder
+        self.released = self._gone()
+        if fresh.same:
+            return
         self._revision = None
-        self._folder = fresh.folder or self._folder
+        self._is_source = fresh.source is not None
+        if fresh.source is not None:
+            self._source, self._source_version = fresh.source, version
+
+    def release(self, tags: Collection[MemoryTag]) -> None:
+        """Free the memory of these. There must be no step over them any more."""
+        if "weights" in tags:
+            self._decoder = None
+        if "kv_cache" in tags:
+            self._storage.release()
+        self.released = self._gone()
+        return_memory(self._device)
+
+    def restore(self, tags: Collection[MemoryTag]) -> Fresh:
+        """Have again what was released, or none of it; any thread may, one at a time.
+
+        Weights are read from the folder that was read last, whatever tensors have come since; it must be as it was.
+
+        Raises:
+            ValueError: it is no longer what it was.
+        """
+        source, again = self._source, "weights" in tags
+        decoder = self._decoder
+        if again:
+            source.check()
+            decoder = load_decoder(self._config, source.folder, self._device, load_format=source.load_format, progress=False)
+        if "kv_cache" in tags:
+            self._storage.restore()
+        try:
+            step = self._step(decoder)
+        except BaseException:
+            if "kv_cache" in tags:
+                self._storage.release()
+            raise
+        if again and not self._is_source:
+            return Fresh(decoder, step, source, self._source_version)
+        return Fresh(decoder, step, same=True)
 
 
 def load_decoder(config: EngineConfig, folder: Path, device: torch.device, *, load_format: str, progress: bool | None) -> Decoder:

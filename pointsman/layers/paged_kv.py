@@ -15,7 +15,7 @@ from torch import Tensor
 KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8_e4m3": torch.float8_e4m3fn}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PagedKV:
     """`k` and `v`, each [layers, pages, kv_heads, page_size, head_dim], in bfloat16, float32 or float8_e4m3fn."""
 
@@ -38,12 +38,23 @@ class PagedKV:
         return PagedKV(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
 
     @property
+    def num_pages(self) -> int:
+        return self.k.shape[1]
+
+    @property
     def page_size(self) -> int:
         return self.k.shape[3]
 
     @property
     def num_slots(self) -> int:
         return self.k.shape[1] * self.k.shape[3]
+
+    def resize(self, num_pages: int) -> None:
+        """Other tensors, of so many pages, in place of these. What they held is lost; who holds them keeps their memory."""
+        num_layers, _, *page = self.k.shape
+        self.k, self.v = self.k.new_empty(num_layers, 0, *page), self.v.new_empty(num_layers, 0, *page)
+        if num_pages:
+            self.k, self.v = self.k.new_empty(num_layers, num_pages, *page), self.v.new_empty(num_layers, num_pages, *page)
 
 
 def bytes_per_token(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -90,30 +90,37 @@ class Revision:
         quantized = row.kind is Kind.MATRIX and self._architecture.quantization_block is not None
         return quantized and not place.scale and tensor.element_size() > 1
 
-    def apply(self, parameters: Parameters) -> Parameters:
-        """The parameters with these tensors in their places.
+    def apply(self, parameters: Parameters | None, device: torch.device) -> Parameters:
+        """The parameters with these tensors in their places; where there are none, these are all of them, on this device.
 
         Raises:
-            ValueError: none has come, or numbers came without their scales or scales without their numbers.
+            ValueError: none has come, or numbers came without their scales or scales without their numbers, or not all of those that
+                are needed.
         """
         if not self._tensors:
             raise ValueError("the update has no tensors")
         _raise([f"{name} came without {partner}" for name in self._tensors if (partner := self._partner(name)) not in self._tensors])
-        live = Storage.of(self._rows, self._architecture, parameters)
-        changed = {(place.parameter, place.layer) for _, place in map(self._expected.__getitem__, self._tensors)}
-        storage = live.revised(changed, self._dtypes(live))
+        storage = self._storage(device) if parameters is None else self._revised(parameters)
         for name, tensor in self._tensors.items():
             storage.view(self._expected[name][1]).copy_(tensor)
         return storage.parameters()
+
+    def _storage(self, device: torch.device) -> Storage:
+        _raise([f"{name} is missing, and the weights before are released" for name in self._expected.keys() - self._tensors.keys()])
+        return Storage(self._rows, self._architecture, self._dtypes({}), device)
+
+    def _revised(self, parameters: Parameters) -> Storage:
+        live = Storage.of(self._rows, self._architecture, parameters)
+        changed = {(place.parameter, place.layer) for _, place in map(self._expected.__getitem__, self._tensors)}
+        return live.revised(changed, self._dtypes(live.plain_dtypes()))
 
     def _partner(self, name: str) -> str:
         """The tensor without which this one means nothing: scales and numbers; itself for one that is alone."""
         partner = name.removesuffix(SCALE_SUFFIX) if name.endswith(SCALE_SUFFIX) else name + SCALE_SUFFIX
         return partner if partner in self._expected else name
 
-    def _dtypes(self, storage: Storage) -> dict[str, torch.dtype]:
+    def _dtypes(self, live: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
         """For each parameter that is kept as it comes the widest type among its tensors, as the loader has it; those that stay count."""
-        live = storage.plain_dtypes()
         found: dict[str, list[torch.dtype]] = {}
         for name, (row, _) in self._expected.items():
             tensor = self._tensors.get(name)

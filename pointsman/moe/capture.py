@@ -34,6 +34,11 @@ class RouteStore:
     def num_slots(self) -> int:
         return len(self.rows_SLK)
 
+    def resize(self, num_slots: int) -> None:
+        """Other tensors, for so many slots, in place of these. What they held is lost; who holds them keeps their memory."""
+        self.rows_SLK = self.rows_SLK.new_empty(num_slots, *self.rows_SLK.shape[1:])
+        self.alike_S = self.alike_S.new_empty(num_slots)
+
     def record(self, layer: int, slots_T: Tensor, ids_TK: Tensor) -> None:
         """Store the experts that the tokens in these slots used in this layer."""
         self._writable()[slots_T, layer] = ids_TK.to(torch.int16 if self.rows_SLK.dtype == torch.uint16 else torch.uint8)

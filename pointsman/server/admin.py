@@ -1,4 +1,4 @@
-"""The routes for those who run the server: pausing, and changing the weights. The fields are in `operations`."""
+"""The routes for those who run the server: pausing, changing the weights, freeing memory. The fields are in `operations`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pointsman.server.operations import (
     ContinueRequest,
     DestroyGroupRequest,
     InitGroupRequest,
+    MemoryRequest,
     Part,
     PauseRequest,
     UpdateFromDiskRequest,
@@ -47,6 +48,8 @@ class Admin:
         """Every route and who answers it."""
         pause = Route("/pause_generation", "Let no step run", PauseRequest, "Controlled", admin=True, optional=True)
         resume = Route("/continue_generation", "Let steps run again", ContinueRequest, "Controlled", admin=True, optional=True)
+        release = Route("/release_memory_occupation", "Free memory for a time", MemoryRequest, "Controlled", admin=True, optional=True)
+        restore = Route("/resume_memory_occupation", "Have memory again", MemoryRequest, "Controlled", admin=True, optional=True)
         disk = Route("/update_weights_from_disk", "Replace the weights by a checkpoint's", UpdateFromDiskRequest, "Controlled", admin=True)
         tensors = Route(
             "/update_weights_from_tensor", "Replace weights by tensors", UpdateFromTensorRequest, "Controlled", admin=True, binary=True
@@ -67,6 +70,8 @@ class Admin:
             leave: self._handler(leave, lambda form: controls.LeaveGroup(name=form.group_name)),
             pause: self._handler(pause, lambda form: controls.Pause(mode=form.mode)),
             resume: self._handler(resume, lambda form: controls.Continue()),
+            release: self._handler(release, lambda form: controls.Release(tags=form.tags)),
+            restore: self._handler(restore, lambda form: controls.Resume(tags=form.tags)),
             disk: self._handler(disk, _from_disk),
             Route("/weight_version", "What the weights in force are called", None, "WeightVersion"): self._weight_version,
         }
@@ -110,7 +115,8 @@ def _from_disk(form: UpdateFromDiskRequest) -> controls.Control:
 
 
 def _controlled(answer: controls.Controlled) -> Response:
-    return json_response({"success": True, "paused": answer.paused, "weight_version": answer.weight_version})
+    state = {"paused": answer.paused, "released": answer.released, "weight_version": answer.weight_version}
+    return json_response({"success": True, **state})
 
 
 def _decoded(body: bytes) -> tuple[UpdateFromTensorRequest, list[bytes]]:

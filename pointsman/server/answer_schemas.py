@@ -40,6 +40,7 @@ def _ref(name: str) -> Schema:
 
 
 IDS = _list(WHOLE)
+TAGS = _list({"enum": ["weights", "kv_cache"]})
 _PAIR = {"type": "array", "items": WHOLE, "minItems": 2, "maxItems": 2}
 _RECORD = _object(
     {
@@ -176,11 +177,19 @@ ANSWERS: dict[str, Schema] = {
     ),
     "Reasoning": _object({"reasoning_text": TEXT, "text": TEXT}),
     "ServerInfo": _object(
-        {"version": TEXT, "model": ANY_OBJECT, "engine": ANY_OBJECT, "running": WHOLE, "paused": TRUTH, "weight_version": TEXT}
+        {
+            "version": TEXT,
+            "model": ANY_OBJECT,
+            "engine": ANY_OBJECT,
+            "running": WHOLE,
+            "paused": TRUTH,
+            "released": TAGS,
+            "weight_version": TEXT,
+        }
     ),
     "RoutingLoad": _object({"num_layers": WHOLE, "num_experts": WHOLE, "num_tokens": WHOLE, "counts": _list(IDS)}),
     "Flushed": _object({"flushed": TRUTH}),
-    "Controlled": _object({"success": _constant(True), "paused": TRUTH, "weight_version": TEXT}),
+    "Controlled": _object({"success": _constant(True), "paused": TRUTH, "released": TAGS, "weight_version": TEXT}),
     "WeightVersion": _object({"weight_version": TEXT}),
     "Aborted": _object({"aborted": WHOLE}),
     "Document": {"type": "object", "required": ["openapi", "paths"]},

@@ -136,6 +136,9 @@ class Routes:
 
     async def _ready(self, http: Request) -> Response:
         self._bridge.served()
+        if released := self._bridge.released:
+            code = f"{released[0]}_released" if len(released) == 1 else "memory_released"
+            raise ApiError(503, f"{' and '.join(released)} released; requests wait for /resume_memory_occupation", code=code)
         if self._bridge.paused:
             raise ApiError(503, "generation is paused; requests wait for /continue_generation", code="paused")
         return Response(status_code=200)
@@ -151,7 +154,9 @@ class Routes:
     async def _server_info(self, http: Request) -> Response:
         info = msgspec.to_builtins(self._bridge.served().info)
         engine = msgspec.to_builtins(self._engine)
-        state = {"running": self._bridge.running, "paused": self._bridge.paused, "weight_version": self._bridge.weight_version}
+        bridge = self._bridge
+        state = {"paused": bridge.paused, "released": bridge.released, "weight_version": bridge.weight_version}
+        state |= {"running": bridge.running}
         return json_response({"version": pointsman.__version__, "model": info, "engine": engine, **state})
 
     async def _document(self, http: Request) -> Response:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from pointsman.request import FIRST_VERSION, Request
+from pointsman.request import FIRST_VERSION, MemoryTag, Request
 from pointsman.server import controls, wire
 from pointsman.server.errors import ApiError
 from pointsman.server.meter import Meter, array_load
@@ -54,7 +54,8 @@ class Bridge:
     Attributes:
         model: None until the engine is ready.
         reason: why the engine has gone.
-        paused: whether no step runs.
+        paused: whether no step runs because somebody has said so.
+        released: the memory without which no step runs, as it is released.
         weight_version: of the weights in force.
     """
 
@@ -79,8 +80,10 @@ class Bridge:
         self._flushes: list[asyncio.Future[None]] = []
         self._controls: dict[int, asyncio.Future[controls.Controlled]] = {}
         self._numbers = itertools.count(1)
-        self._paused_since: float | None = None
-        self._paused_before = 0.0
+        self._halted_since: float | None = None
+        self._halted_before = 0.0
+        self.paused = False
+        self.released: tuple[MemoryTag, ...] = ()
         self.weight_version = FIRST_VERSION
         self._sign = 0.0
         self._loading: asyncio.Task[None] | None = None
@@ -99,14 +102,15 @@ class Bridge:
         threading.Thread(target=self._watch, args=(loop,), daemon=True).start()
 
     @property
-    def paused(self) -> bool:
-        return self._paused_since is not None
+    def halted(self) -> bool:
+        """No step runs, and requests wait."""
+        return self._halted_since is not None
 
     @property
-    def paused_seconds(self) -> float:
-        """How long it has been paused so far, all times together."""
-        since = self._paused_since
-        return self._paused_before + (0.0 if since is None else asyncio.get_running_loop().time() - since)
+    def halted_seconds(self) -> float:
+        """How long it has been halted so far, all times together."""
+        since = self._halted_since
+        return self._halted_before + (0.0 if since is None else asyncio.get_running_loop().time() - since)
 
     @property
     def running(self) -> int:
@@ -210,11 +214,11 @@ class Bridge:
         self.gone.set()
 
     def _look(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
-        """Whether an engine with work still gives signs of life. Paused, or where this process slept itself, it starts to wait anew."""
+        """Whether an engine with work still gives signs of life. Halted, or where this process slept itself, it starts to wait anew."""
         if self.reason is not None:
             return
         now, pause = loop.time(), self._watchdog_seconds / WATCHDOG_LOOKS
-        if now - due > pause or self.paused:
+        if now - due > pause or self.halted:
             self._sign = now
         silent = now - self._sign
         if self._streams and silent > self._watchdog_seconds:
@@ -251,11 +255,13 @@ class Bridge:
     def _controlled(self, answer: controls.Controlled) -> None:
         """The engine has done something, or not; either way it says how it is now."""
         now = asyncio.get_running_loop().time()
-        if answer.paused and self._paused_since is None:
-            self._paused_since = now
-        elif not answer.paused and self._paused_since is not None:
-            self._paused_before += now - self._paused_since
-            self._paused_since = None
+        self.paused, self.released = answer.paused, answer.released
+        halted = answer.paused or bool(answer.released)
+        if halted and self._halted_since is None:
+            self._halted_since = now
+        elif not halted and self._halted_since is not None:
+            self._halted_before += now - self._halted_since
+            self._halted_since = None
         self.weight_version = answer.weight_version
         reply = self._controls.pop(answer.number)
         if not reply.done():

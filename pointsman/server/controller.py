@@ -51,12 +51,26 @@ class Controller:
                 self._answer(message, lambda: self._control.pause(message.mode))
             case controls.Continue():
                 self._answer(message, self._control.resume)
+            case _ if self._work is not None:
+                text = "an update of the weights, or a return of memory, is under way; wait for its end"
+                self._end.send(self._controlled(message, text, 409))
+            case controls.Release():
+                self._answer(message, lambda: self._control.release_memory(message.tags))
+            case controls.Resume():
+                self._resume(message)
             case _:
-                if self._work is not None:
-                    self._end.send(self._controlled(message, "another update of the weights is under way; wait for its end", 409))
-                    return
                 weights = self._engine.weights
                 self._work = message, _aside(lambda: work(weights, message))
+
+    def _resume(self, message: controls.Resume) -> None:
+        """Begin to have memory again, where that can be."""
+        try:
+            tags = self._control.check_resume(message.tags)
+        except ValueError as error:
+            self._end.send(self._controlled(message, str(error), 400))
+            return
+        weights = self._engine.weights
+        self._work = message, _aside(lambda: weights.restore(tags))
 
     def look(self) -> None:
         """Put in force what has been read by now."""
@@ -70,6 +84,9 @@ class Controller:
         fresh = reading.result()
         if fresh is None or isinstance(message, controls.JoinGroup | controls.LeaveGroup):
             self._end.send(self._controlled(message))
+            return
+        if isinstance(message, controls.Resume):
+            self._answer(message, lambda: self._control.install(fresh))
             return
         flush, abort = message.flush_cache, message.abort_all_requests
         self._answer(message, lambda: self._control.install(fresh, flush_cache=flush, abort_all_requests=abort))
@@ -90,14 +107,19 @@ class Controller:
         if isinstance(error, ValueError):
             self._end.send(self._controlled(message, str(error), 400))
             return
-        log.error("new weights could not be read; the old ones go on serving", exc_info=error)
-        text = f"the weights could not be read ({type(error).__name__}); the old ones go on serving"
+        text = f"this could not be done ({type(error).__name__}); everything is as it was before"
+        log.error("%s", text, exc_info=error)
         self._end.send(self._controlled(message, text, 500))
 
     def _controlled(self, message: controls.Control, error: str | None = None, status: int = 200) -> controls.Controlled:
         engine = self._engine
         return controls.Controlled(
-            number=message.number, error=error, status=status, paused=engine.paused, weight_version=engine.weight_version
+            number=message.number,
+            error=error,
+            status=status,
+            paused=engine.paused,
+            released=engine.weights.released,
+            weight_version=engine.weight_version,
         )
 
 

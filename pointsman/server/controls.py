@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pointsman.request import PauseMode
+from pointsman.request import MemoryTag, PauseMode
 
 
 class _Numbered(msgspec.Struct, tag=True, kw_only=True):
@@ -22,6 +22,18 @@ class Pause(_Numbered, kw_only=True):
 
 class Continue(_Numbered, kw_only=True):
     """Let steps run again."""
+
+
+class Release(_Numbered, kw_only=True):
+    """Free memory; None is all that can be."""
+
+    tags: list[MemoryTag] | None
+
+
+class Resume(_Numbered, kw_only=True):
+    """Have it again."""
+
+    tags: list[MemoryTag] | None
 
 
 class UpdateFromDisk(_Numbered, kw_only=True):
@@ -81,15 +93,16 @@ class Controlled(_Numbered, kw_only=True):
     Attributes:
         error: why it was not done; None where it was.
         status: of HTTP, for the error: 400 where what was asked cannot be, 409 where it cannot be now, 500 where the fault is ours.
-        paused, weight_version: of the engine, after it.
+        paused, released, weight_version: of the engine, after it.
     """
 
     error: str | None = None
     status: int = 200
     paused: bool
+    released: tuple[MemoryTag, ...] = ()
     weight_version: str
 
 
-Work = UpdateFromDisk | UpdateFromTensors | UpdateFromGroup | JoinGroup | LeaveGroup
+Work = Resume | UpdateFromDisk | UpdateFromTensors | UpdateFromGroup | JoinGroup | LeaveGroup
 """What takes time, and is done beside the steps; one at a time."""
-Control = Pause | Continue | Work
+Control = Pause | Continue | Release | Work

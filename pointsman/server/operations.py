@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from pointsman.request import PauseMode
+from pointsman.request import MemoryTag, PauseMode
 from pointsman.server import bounds
 
 
@@ -19,6 +19,12 @@ class PauseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class ContinueRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Nothing to say."""
+
+
+class MemoryRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Which memory; all, where nothing is said."""
+
+    tags: Annotated[list[MemoryTag], Meta(min_length=1, max_length=2)] | None = None
 
 
 class UpdateFromDiskRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +84,7 @@ class DestroyGroupRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=Tr
 NO_EFFECT: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     PauseRequest: {},
     ContinueRequest: {"torch_empty_cache": (None, False)},
+    MemoryRequest: {},
     UpdateFromDiskRequest: {
         "is_async": (None, False),
         "keep_pause": (None, True),

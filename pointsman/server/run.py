@@ -63,8 +63,8 @@ async def run(listener: socket.socket, process: EngineProcess, engine: EngineCon
     if reason is None and not stop.is_set():
         reason = "the web server has ended"
     if reason is None:
-        # a paused engine ends nothing
-        await _first(bridge.idle, hurry, bridge.gone, seconds=0 if bridge.paused else server.drain_timeout)
+        # a halted engine ends nothing
+        await _first(bridge.idle, hurry, bridge.gone, seconds=0 if bridge.halted else server.drain_timeout)
         bridge.fail("a signal", ApiError(503, "the server is shutting down", code="shutting_down"))
     await _finish(web, serving)
     for task in (*events, announcing):

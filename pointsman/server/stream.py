@@ -27,7 +27,7 @@ class Owner(Protocol):
     @property
     def weight_version(self) -> str: ...
     @property
-    def paused_seconds(self) -> float: ...
+    def halted_seconds(self) -> float: ...
     def forget(self, request: Request) -> None: ...
     def abort(self, rid: str, *, tell: bool = False) -> None: ...
 
@@ -50,10 +50,10 @@ class Stream:
 
     def fail_after(self, seconds: float, error: ApiError) -> None:
         """End it with this error where it has not ended by then. Time in which the engine is paused does not count."""
-        paused = self._owner.paused_seconds
+        paused = self._owner.halted_seconds
 
         def due() -> None:
-            if (more := self._owner.paused_seconds - paused) > 0:
+            if (more := self._owner.halted_seconds - paused) > 0:
                 self.fail_after(max(more, SHORTEST_WAIT), error)
             else:
                 self.fail(error)

@@ -181,7 +181,7 @@ def test_tensors_as_json_and_as_they_are(client: httpx.Client, sync: WeightSync,
     data = save(NEW)
     text = base64.b64encode(data).decode()
     answer = client.post("/update_weights_from_tensor", json={"serialized_named_tensors": [text], "weight_version": "j"}).json()
-    assert answer == {"success": True, "paused": False, "weight_version": "j"} and ask(client)["output_ids"] == answers[1]
+    assert answer == {"success": True, "paused": False, "released": [], "weight_version": "j"} and ask(client)["output_ids"] == answers[1]
     binary = {"content-type": "application/octet-stream"}
     sync.push(OLD)
     url = "/update_weights_from_tensor?weight_version=b&final=true"

@@ -18,13 +18,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 
 from pointsman.config import EngineConfig
-from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, QueueFull, Request
+from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, MemoryTag, QueueFull, Request
 from pointsman.server.engine_process import main
 from pointsman.text import Detokenizer, Tokenizer
 
@@ -52,6 +53,15 @@ def routes_of(token: int) -> list[list[int]]:
     return [[first, (first + 1 + token // EXPERTS % (EXPERTS - 1)) % EXPERTS] for first in firsts]
 
 
+class _Weights:
+    """There are none, but they can be released."""
+
+    released: tuple[MemoryTag, ...] = ()
+
+    def restore(self, tags: Sequence[MemoryTag]) -> None:
+        self.released = tuple(tag for tag in self.released if tag not in tags)
+
+
 class FakeEngine:
     """Has what the engine's process uses of an engine."""
 
@@ -77,8 +87,13 @@ class FakeEngine:
         if config.model.random_seed:
             time.sleep(config.model.random_seed)
 
+        self.weights = _Weights()
+
     weight_version = "0"
     paused = False
+
+    def release(self, tags: Sequence[MemoryTag]) -> None:
+        self.weights.released = (*self.weights.released, *tags)
 
     @property
     def has_work(self) -> bool:

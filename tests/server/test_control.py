@@ -1,4 +1,4 @@
-"""Pausing and changing weights over HTTP, with the real engine: what waits and what goes on, who is told what, and what fails."""
+"""Pausing, changing weights and freeing memory over HTTP, with the real engine: what waits and goes on, who is told what, what fails."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def test_an_update_is_in_every_answer(client: httpx.Client, folders: list[Path],
 
 def test_a_pause_keeps_what_comes(client: httpx.Client, folders: list[Path], answers: list[list[int]]) -> None:
     """The server is alive but not ready; who goes away meanwhile leaves nothing behind."""
-    assert post(client, "pause_generation", mode="in_place") == {"success": True, "paused": True, "weight_version": "0"}
+    told = {"success": True, "paused": True, "released": [], "weight_version": "0"}
+    assert post(client, "pause_generation", mode="in_place") == told
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         waiting = [pool.submit(ask, client) for _ in range(3)]
         wait_for(client, 3)
@@ -124,6 +125,52 @@ def test_a_pause_keeps_what_comes(client: httpx.Client, folders: list[Path], ans
             assert future.result()["output_ids"] == answers[1] and future.result()["meta_info"]["weight_version"] == "b"
     assert client.get("/ready").status_code == 200
     wait_for(client, 0)
+
+
+@pytest.mark.parametrize("tags", [["weights"], ["kv_cache"], None])
+def test_memory_is_released_for_a_time(client: httpx.Client, answers: list[list[int]], tags: list[str] | None) -> None:
+    """Who asks meanwhile waits, and is answered."""
+    fields, released = {"tags": tags} if tags else {}, tags or ["weights", "kv_cache"]
+    told = post(client, "release_memory_occupation", **fields)
+    assert told == {"success": True, "paused": False, "released": released, "weight_version": "0"}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(ask, client) for _ in range(3)]
+        wait_for(client, 3)
+        assert client.get("/health").status_code == 200
+        assert fault(client.get("/ready"), 503)["code"] == ("memory_released" if tags is None else f"{tags[0]}_released")
+        assert client.get("/server_info").json()["released"] == released
+        assert "released already" in fault(client.post("/release_memory_occupation", json=fields), 400)["message"]
+        assert not any(future.done() for future in waiting)
+        assert post(client, "resume_memory_occupation", **fields) == told | {"released": []}
+        assert [future.result()["output_ids"] for future in waiting] == [answers[0]] * 3
+    assert client.get("/ready").status_code == 200
+    assert "not released" in fault(client.post("/resume_memory_occupation", json=fields), 400)["message"]
+
+
+def test_memory_is_not_released_under_who_runs(client: httpx.Client) -> None:
+    """The pause has to come before the end of the stream; where it is late, once more."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(50):
+            reading = pool.submit(stream, client, begun := threading.Event(), 450)
+            assert begun.wait(30)
+            post(client, "pause_generation", mode="keep")
+            if client.get("/server_info").json()["running"]:
+                break
+            post(client, "continue_generation")
+        assert "running or kept" in fault(client.post("/release_memory_occupation"), 400)["message"]
+        post(client, "pause_generation", mode="retract")
+        assert post(client, "release_memory_occupation")["paused"]
+        assert post(client, "continue_generation")["released"] == ["weights", "kv_cache"]
+        post(client, "resume_memory_occupation")
+        assert reading.result()["meta_info"]["completion_tokens"] == 450
+
+
+def test_weights_that_were_released_may_come_by_an_update(client: httpx.Client, folders: list[Path], answers: list[list[int]]) -> None:
+    post(client, "release_memory_occupation")
+    post(client, "update_weights_from_disk", model_path=str(folders[1]), weight_version="new")
+    assert fault(client.get("/ready"), 503)["code"] == "kv_cache_released"
+    assert post(client, "resume_memory_occupation", tags=["kv_cache"])["weight_version"] == "new"
+    assert ask(client)["output_ids"] == answers[1]
 
 
 def wait_for(client: httpx.Client, running: int) -> None:
@@ -164,8 +211,8 @@ def test_streams_under_way(client: httpx.Client, folders: list[Path], mode: str)
             assert known in (["0", "new"], ["new"]) or (known == ["0"] and information["weight_version"] == "0")
 
 
-def stream(client: httpx.Client, begun: threading.Event) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
+def stream(client: httpx.Client, begun: threading.Event, max_new_tokens: int = 150) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
     body = {"input_ids": PROMPT, "sampling_params": sampling, "stream": True, **RECORD}
     with client.stream("POST", "/generate", json=body, timeout=120) as lines:
         for line in lines.iter_lines():
@@ -219,6 +266,10 @@ WRONG = [
     ("/pause_generation", {"moode": "abort"}, "moode"),
     ("/continue_generation", {"mode": "abort"}, "mode"),
     ("/continue_generation", {"torch_empty_cache": True}, "torch_empty_cache"),
+    ("/release_memory_occupation", {"tags": ["cuda_graph"]}, "tags[0]"),
+    ("/release_memory_occupation", {"tags": []}, "tags"),
+    ("/resume_memory_occupation", {"tags": "weights"}, "tags"),
+    ("/resume_memory_occupation", {"tag": ["weights"]}, "tag"),
     ("/update_weights_from_disk", {}, None),
     ("/update_weights_from_disk", {"model_path": ""}, "model_path"),
     ("/update_weights_from_disk", {"model_path": "x" * 5000}, "model_path"),
@@ -246,7 +297,7 @@ class Owner:
         self._pauses = iter(pauses)
 
     @property
-    def paused_seconds(self) -> float:
+    def halted_seconds(self) -> float:
         return next(self._pauses)
 
     def forget(self, request: Request) -> None:
@@ -316,7 +367,8 @@ def test_admin_routes_need_the_admin_key(folders: list[Path]) -> None:
     with start_server({"model_path": str(folders[0]), **OPTIONS}, {"api_key": "sesam", "admin_api_key": "open"}, program=None) as server:
         server.wait_ready()
         with server.client(headers={"authorization": "Bearer sesam"}) as client:
-            for path in ("/pause_generation", "/continue_generation", "/update_weights_from_disk"):
+            names = ("pause_generation", "continue_generation", "release_memory_occupation", "resume_memory_occupation")
+            for path in (*(f"/{name}" for name in names), "/update_weights_from_disk"):
                 fault(client.post(path, json={}), 401)
             assert version(client) == "0"
         with server.client(headers={"authorization": "Bearer open"}) as client:

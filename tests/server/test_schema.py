@@ -40,7 +40,13 @@ ROUTES = [
     "/v1/chat/completions",
     "/v1/completions",
 ]
-OPTIONAL = ["/flush_cache", "/pause_generation", "/continue_generation"]
+OPTIONAL = [
+    "/flush_cache",
+    "/pause_generation",
+    "/continue_generation",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+]
 BOUNDED = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 
 
