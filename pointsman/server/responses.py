@@ -163,6 +163,8 @@ class EventStream(Response):
                 if self._answer.ended:
                     break
                 deltas = await anext(self._stream)
+            # the engine hears of it before the client does, whose next request may rely on it
+            self._stream.close()
         except ApiError as error:
             yield _event(error.body())
             return
