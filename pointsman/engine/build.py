@@ -105,7 +105,7 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
         scheduler=_scheduler(config, cache, context_length, eos_ids),
         grammars=grammars,
         runner=runner,
-        weights=Weights(config, decoder, folder, storage, make_step),
+        weights=Weights(config, decoder, folder, storage, make_step, aside=not launches_steps(device)),
     )
 
 

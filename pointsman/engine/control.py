@@ -121,8 +121,9 @@ class Control:
         return self.install(fresh, flush_cache=flush_cache, abort_all_requests=abort_all_requests)
 
     def install(self, fresh: Fresh, *, flush_cache: bool = True, abort_all_requests: bool = False) -> str:
-        """Put in force what `weights` has made. Returns the version."""
+        """Put in force what `weights` has made. Returns the version. Raises what making its step raises; nothing has changed then."""
         self._engine.settle()
+        fresh = self._engine.weights.complete(fresh)
         if abort_all_requests:
             self._engine.abort_all()
         self._engine.install(fresh, flush_cache=flush_cache)

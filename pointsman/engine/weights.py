@@ -5,15 +5,19 @@ one object, `Fresh`. Putting that in place is a change of references between two
 changed nothing, one that succeeds is what a fresh start would have made, by the same calls, and no step waits for a file. The price
 is memory: for as long as an update takes there are two models.
 
+On a device one thing cannot be done beside the steps: what launches of another thread would fall into a graph that is being captured. There
+the step of the new weights is made by the thread that steps, when none is under way (`complete`), and before the old one is let go.
+
 Weights and cache can be released, to leave their memory to others for a time. There is no step then. Weights come back from the folder
 that was read last, under the name that they had then, or as a full update; the step is made anew when all is there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,10 +71,11 @@ class Fresh:
 
     Attributes:
         decoder: None where they are released, and only the cache has come back.
-        step: None while something is released that it needs.
+        step: None while something is released that it needs, and where only `Weights.complete` can make it.
         source: where they were read; None where they came otherwise.
         version: what they are to be called; None counts on.
         same: these have been in force before, and nothing has changed.
+        restored: the cache has come back with them.
     """
 
     decoder: Decoder | None
@@ -78,6 +83,7 @@ class Fresh:
     source: Source | None = None
     version: str | None = None
     same: bool = False
+    restored: bool = False
 
 
 class Weights:
@@ -87,13 +93,21 @@ class Weights:
         decoder: the model as it was loaded at the start, from this folder.
         storage: of the cache.
         make_step: the step over a model's weights and the cache, as at the start.
+        aside: a step may be made while another one runs.
 
     Attributes:
         released: what is not there.
     """
 
     def __init__(
-        self, config: EngineConfig, decoder: Decoder, folder: Path, storage: CacheStorage, make_step: Callable[[Decoder], Step]
+        self,
+        config: EngineConfig,
+        decoder: Decoder,
+        folder: Path,
+        storage: CacheStorage,
+        make_step: Callable[[Decoder], Step],
+        *,
+        aside: bool,
     ) -> None:
         self._config = config
         self._decoder: Decoder | None = decoder
@@ -101,7 +115,7 @@ class Weights:
         self._source, self._source_version = Source.of(folder, config.model.load_format), FIRST_VERSION
         self._is_source = True
         self._storage = storage
-        self._make_step = make_step
+        self._make_step, self._aside = make_step, aside
         self.architecture = decoder.architecture
         self.released: tuple[MemoryTag, ...] = ()
         self._revision: Revision | None = None
@@ -122,10 +136,37 @@ class Weights:
         self._check_same(folder, architecture_of(read_json(folder, "config.json")))
         source = Source.of(folder, "auto")
         decoder = load_decoder(self._config, folder, self._device, load_format=source.load_format, progress=False)
-        return Fresh(decoder, self._step(decoder), source, version)
+        return self._ready(Fresh(decoder, None, source, version))
 
-    def _step(self, decoder: Decoder | None) -> Step | None:
-        return None if decoder is None or self._storage.released else self._make_step(decoder)
+    def _ready(self, fresh: Fresh) -> Fresh:
+        """With its step, or with all of it that can be made beside the steps."""
+        if self._aside:
+            return self.complete(fresh)
+        if fresh.decoder is not None:
+            own = torch.cuda.device_of(fresh.decoder.parameters.norm_D)  # type: ignore[no-untyped-call]
+            with self._or_released(fresh), own:  # a thread begins with the first device
+                fresh.decoder.prepare()
+        return fresh
+
+    def complete(self, fresh: Fresh) -> Fresh:
+        """With the step that could not be made beside others. For the thread that steps, when none is under way.
+
+        Raises whatever making it raises; what was released is so still, and nothing has changed.
+        """
+        if fresh.step is not None or fresh.decoder is None or self._storage.released:
+            return fresh
+        with self._or_released(fresh):
+            return dataclasses.replace(fresh, step=self._make_step(fresh.decoder))
+
+    @contextlib.contextmanager
+    def _or_released(self, fresh: Fresh) -> Iterator[None]:
+        """Where this fails the cache has not come back, either."""
+        try:
+            yield
+        except BaseException:
+            if fresh.restored:
+                self._storage.release()
+            raise
 
     def from_tensors(
         self,
@@ -182,7 +223,7 @@ class Weights:
             return None
         old = None if self._decoder is None else self._decoder.parameters
         decoder = Decoder(self.architecture, revision.apply(old, self._device), self._backends, self._dtype)
-        return Fresh(decoder, self._step(decoder), None, version)
+        return self._ready(Fresh(decoder, None, None, version))
 
     def join_group(self, group: Group) -> None:
         """Meet the trainer, and whoever else is in the group; one at a time. Raises ValueError where they do not all come in time."""
@@ -276,17 +317,13 @@ class Weights:
         if again:
             source.check()
             decoder = load_decoder(self._config, source.folder, self._device, load_format=source.load_format, progress=False)
-        if "kv_cache" in tags:
+        restored = "kv_cache" in tags
+        if restored:
             self._storage.restore()
-        try:
-            step = self._step(decoder)
-        except BaseException:
-            if "kv_cache" in tags:
-                self._storage.release()
-            raise
+        fresh = Fresh(decoder, None, same=True, restored=restored)
         if again and not self._is_source:
-            return Fresh(decoder, step, source, self._source_version)
-        return Fresh(decoder, step, same=True)
+            fresh = Fresh(decoder, None, source, self._source_version, restored=restored)
+        return self._ready(fresh)
 
 
 def load_decoder(config: EngineConfig, folder: Path, device: torch.device, *, load_format: str, progress: bool | None) -> Decoder:

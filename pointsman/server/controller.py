@@ -1,7 +1,7 @@
 """The engine's process, where those who run it ask: pauses at once, updates in a thread of their own.
 
 Reading weights takes as long as it takes, and meanwhile the engine steps, takes requests and is asked other things. Only the change
-itself is made by the thread that steps, which looks here in between.
+itself, and what of it cannot be made ready beside the steps, is made by the thread that steps, which looks here in between.
 """
 
 from __future__ import annotations
@@ -85,6 +85,12 @@ class Controller:
         if fresh is None or isinstance(message, controls.JoinGroup | controls.LeaveGroup):
             self._end.send(self._controlled(message))
             return
+        self._engine.settle()
+        try:
+            fresh = self._engine.weights.complete(fresh)
+        except Exception as making:  # noqa: BLE001 - as where reading fails
+            self._fail(message, making)
+            return
         if isinstance(message, controls.Resume):
             self._answer(message, lambda: self._control.install(fresh))
             return
@@ -103,7 +109,7 @@ class Controller:
             self._end.send(self._controlled(message))
 
     def _fail(self, message: controls.Control, error: BaseException) -> None:
-        """Reading failed, and nothing was changed."""
+        """Reading, or making a step of what was read, failed, and nothing was changed."""
         if isinstance(error, ValueError):
             self._end.send(self._controlled(message, str(error), 400))
             return

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tests.exchange import answers, folders, scored
+
+__all__ = ["answers", "folders", "scored"]
+
 CONFIG = {
     "architectures": ["MiniMaxM2ForCausalLM"],
     "model_type": "minimax_m2",

@@ -20,42 +20,8 @@ from pointsman.engine.control import Control
 from pointsman.engine.engine import Engine
 from pointsman.models.loader import load_model
 from pointsman.request import ChoiceDelta, PauseMode, Request
-from tests.models.checkpoints import Harness, Shape, write
-
-SHAPE = Shape(block=(16, 16))
-PROMPT = tuple((7 * index + 3) % 97 for index in range(29))
-PARAMS = SamplingParams(temperature=0.0, max_tokens=14, logprobs=3, prompt_logprobs=1, return_routed_experts=True)
-PLAIN = PARAMS.replace(prompt_logprobs=None)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three checkpoints of one architecture."""
-    path = tmp_path_factory.mktemp("checkpoints")
-    return [SHAPE.write(path / str(seed), seed=seed, shards=1 + seed) for seed in range(3)]
-
-
-def make(folder: Path, **options: Any) -> LLM:
-    return LLM(str(folder), **{"progress": False, "cpu_step": "compiled", "page_size": 4, **options})
-
-
-def answer(llm: LLM, params: SamplingParams = PARAMS) -> tuple[Any, ...]:
-    """All that an answer says but the names of the weights."""
-    result = llm.generate(list(PROMPT), params)[0]
-    output = result.outputs[0]
-    return output.token_ids, output.logprobs, result.prompt_logprobs, output.routed_experts.tolist()
-
-
-@pytest.fixture(scope="module")
-def answers(folders: list[Path]) -> dict[str, list[tuple[Any, ...]]]:
-    """What a fresh engine of each checkpoint answers, by the step."""
-    found: dict[str, list[tuple[Any, ...]]] = {}
-    for step in ("torch", "compiled"):
-        for folder in folders:
-            llm = make(folder, cpu_step=step)
-            found.setdefault(step, []).append(answer(llm))
-            llm.close()
-    return found
+from tests.exchange import PARAMS, PROMPT, SCORED, SHAPE, Answer, answer, make
+from tests.models.checkpoints import Harness, write
 
 
 @pytest.fixture
@@ -68,16 +34,16 @@ def llm(folders: list[Path]) -> Iterator[LLM]:
 @pytest.mark.parametrize("step", ["torch", "compiled"])
 @pytest.mark.parametrize("disable_overlap_schedule", [False, True])
 def test_after_an_update_an_engine_is_as_a_fresh_one(
-    folders: list[Path], answers: dict[str, list[tuple[Any, ...]]], step: str, disable_overlap_schedule: bool
+    folders: list[Path], scored: dict[str, list[Answer]], step: str, disable_overlap_schedule: bool
 ) -> None:
     llm = make(folders[0], cpu_step=step, disable_overlap_schedule=disable_overlap_schedule)
-    assert answer(llm) == answers[step][0]
+    assert answer(llm, SCORED) == scored[step][0]
     before = threading.active_count()
     assert llm.weight_version == "0"
     for version, which in enumerate((1, 2, 2, 0), 1):
         assert llm.update_weights_from_disk(str(folders[which])) == str(version) == llm.weight_version
-        assert answer(llm) == answers[step][which]
-        output = llm.generate(list(PROMPT), PLAIN)[0].outputs[0]
+        assert answer(llm, SCORED) == scored[step][which]
+        output = llm.generate(list(PROMPT), PARAMS)[0].outputs[0]
         assert output.weight_versions == [(0, len(PROMPT) + 13, str(version))] and output.weight_version == str(version)
     assert threading.active_count() == before
     llm.close()
@@ -166,21 +132,21 @@ BREAKS = {
 @pytest.mark.parametrize("step", ["torch", "compiled"])
 @pytest.mark.parametrize("damage", BREAKS, ids=lambda damage: damage.__name__)
 def test_an_update_that_fails_changes_nothing(
-    tmp_path: Path, folders: list[Path], answers: dict[str, list[tuple[Any, ...]]], step: str, damage: Callable[[Path], None]
+    tmp_path: Path, folders: list[Path], scored: dict[str, list[Answer]], step: str, damage: Callable[[Path], None]
 ) -> None:
     """Neither the weights nor what is under way, nor the cache."""
     llm = make(folders[0], cpu_step=step)
-    llm.generate(list(PROMPT), PLAIN)
+    llm.generate(list(PROMPT), PARAMS)
     broken = SHAPE.write(tmp_path / "broken", seed=1)
     damage(broken)
-    llm.engine.add(Request(rid="under way", prompt_token_ids=PROMPT, sampling=PLAIN))
+    llm.engine.add(Request(rid="under way", prompt_token_ids=PROMPT, sampling=PARAMS))
     deltas = [*llm.engine.step(), *llm.engine.step()]
     with pytest.raises(ValueError, match=BREAKS[damage]):
         llm.update_weights_from_disk(str(broken), abort_all_requests=True)
     deltas += drive(llm.engine)
     assert deltas[0].num_cached_tokens == 28
-    assert [token for delta in deltas for token in delta.token_ids] == answers[step][0][0]
-    assert llm.weight_version == "0" and answer(llm) == answers[step][0]
+    assert [token for delta in deltas for token in delta.token_ids] == scored[step][0][0]
+    assert llm.weight_version == "0" and answer(llm, SCORED) == scored[step][0]
     llm.close()
 
 
@@ -191,7 +157,7 @@ def drive(engine: Engine) -> list[ChoiceDelta]:
     return deltas
 
 
-def start(engine: Engine, steps: int, params: SamplingParams = PLAIN) -> list[ChoiceDelta]:
+def start(engine: Engine, steps: int, params: SamplingParams = PARAMS) -> list[ChoiceDelta]:
     engine.add(Request(rid="a", prompt_token_ids=PROMPT, sampling=params))
     return [delta for _ in range(steps) for delta in engine.step()]
 
@@ -208,12 +174,12 @@ def test_a_pause_is_not_seen_in_the_answer(folders: list[Path], mode: PauseMode,
     amid the prompt. What is added meanwhile waits and is answered."""
     llm = make(folders[0], chunked_prefill_size=8, disable_overlap_schedule=disable_overlap_schedule)
     engine, control = llm.engine, Control(llm.engine)
-    expected = llm.generate(list(PROMPT), PLAIN)[0].outputs[0]
+    expected = llm.generate(list(PROMPT), PARAMS)[0].outputs[0]
     engine.flush_cache()
     deltas = start(engine, steps)
     control.pause(mode)
     deltas += drive(engine)
-    engine.add(Request(rid="b", prompt_token_ids=PROMPT[:5], sampling=PLAIN))
+    engine.add(Request(rid="b", prompt_token_ids=PROMPT[:5], sampling=PARAMS))
     assert not engine.has_work and engine.step() == [] and engine.num_waiting == 1 + (mode == "retract" or not steps)
     assert engine.scheduler.num_running == (mode != "retract" and steps > 0)
     control.pause("in_place")
@@ -231,8 +197,8 @@ def test_a_pause_is_not_seen_in_the_answer(folders: list[Path], mode: PauseMode,
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_a_pause_that_aborts(llm: LLM, steps: int) -> None:
     engine, control = llm.engine, Control(llm.engine)
-    expected = llm.generate(list(PROMPT), PLAIN)[0].outputs[0]
-    deltas = start(engine, steps, PLAIN.replace(n=2, temperature=0.0))
+    expected = llm.generate(list(PROMPT), PARAMS)[0].outputs[0]
+    deltas = start(engine, steps, PARAMS.replace(n=2, temperature=0.0))
     control.pause()
     deltas += drive(engine)
     assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [FinishReason.ABORT] * 2
@@ -241,9 +207,9 @@ def test_a_pause_that_aborts(llm: LLM, steps: int) -> None:
         assert own == expected.token_ids[: len(own)]
     assert not engine.has_work and engine.scheduler.usage == 0.0
     with pytest.raises(RuntimeError, match="paused"):
-        llm.generate(list(PROMPT), PLAIN)
+        llm.generate(list(PROMPT), PARAMS)
     control.resume()
-    assert llm.generate(list(PROMPT), PLAIN)[0].outputs[0].token_ids == expected.token_ids
+    assert llm.generate(list(PROMPT), PARAMS)[0].outputs[0].token_ids == expected.token_ids
 
 
 def test_a_mode_that_there_is_not(llm: LLM) -> None:
@@ -266,7 +232,7 @@ def test_what_is_under_way_goes_on_with_the_new_weights(
     if paused:
         control.pause("in_place")
     control.update_weights_from_disk(str(folders[1]))
-    engine.add(Request(rid="b", prompt_token_ids=PROMPT[:5], sampling=PLAIN))
+    engine.add(Request(rid="b", prompt_token_ids=PROMPT[:5], sampling=PARAMS))
     control.resume()
     deltas = [delta for delta in [*deltas, *drive(engine)] if delta.rid == "a"]
     num_old = len(tokens([delta for delta in deltas if delta.weight_version == "0"]))
@@ -289,9 +255,9 @@ def test_what_is_under_way_goes_on_with_the_new_weights(
 
 @pytest.mark.parametrize("flush_cache", [False, True])
 def test_a_prefix_of_other_weights_says_so(llm: LLM, folders: list[Path], flush_cache: bool) -> None:
-    first = llm.generate(list(PROMPT), PLAIN)[0]
+    first = llm.generate(list(PROMPT), PARAMS)[0]
     llm.update_weights_from_disk(str(folders[1]), flush_cache=flush_cache, weight_version="new")
-    second = llm.generate(list(PROMPT), PLAIN)[0]
+    second = llm.generate(list(PROMPT), PARAMS)[0]
     num_rows = len(PROMPT) + 13
     if flush_cache:
         assert second.num_cached_tokens == 0 and second.outputs[0].weight_versions == [(0, num_rows, "new")]
@@ -299,27 +265,27 @@ def test_a_prefix_of_other_weights_says_so(llm: LLM, folders: list[Path], flush_
     assert second.num_cached_tokens == 28
     assert second.outputs[0].weight_versions == [(0, 28, "0"), (28, num_rows, "new")]
     assert np.array_equal(second.outputs[0].routed_experts[:28], first.outputs[0].routed_experts[:28])
-    later = llm.generate(list(PROMPT), PLAIN.replace(routed_experts_start=20))[0]
+    later = llm.generate(list(PROMPT), PARAMS.replace(routed_experts_start=20))[0]
     assert later.outputs[0].weight_versions == [(0, 8, "0"), (8, num_rows - 20, "new")]
 
 
-def test_an_update_can_end_what_is_under_way(llm: LLM, folders: list[Path], answers: dict[str, list[tuple[Any, ...]]]) -> None:
+def test_an_update_can_end_what_is_under_way(llm: LLM, folders: list[Path], scored: dict[str, list[Answer]]) -> None:
     deltas = start(llm.engine, 4)
     llm.update_weights_from_disk(str(folders[1]), abort_all_requests=True)
     deltas += drive(llm.engine)
     assert deltas[-1].finish_reason is FinishReason.ABORT and {delta.weight_version for delta in deltas} == {"0"}
-    assert answer(llm) == answers["compiled"][1]
+    assert answer(llm, SCORED) == scored["compiled"][1]
 
 
-def test_files_may_be_written_otherwise(tmp_path: Path, folders: list[Path], answers: dict[str, list[tuple[Any, ...]]]) -> None:
+def test_files_may_be_written_otherwise(tmp_path: Path, folders: list[Path], scored: dict[str, list[Answer]]) -> None:
     """The same numbers, some in a wider type: the step is another then, and the answer the same but for rounding of what is summed."""
     tensors = {name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in SHAPE.tensors(1).items()}
     write(tmp_path / "wide", SHAPE.config() | {"torch_dtype": "float32"}, tensors)
     llm = make(folders[0], cpu_step="torch")
     llm.update_weights_from_disk(str(tmp_path / "wide"))
     fresh = make(tmp_path / "wide", cpu_step="torch")
-    assert answer(llm) == answer(fresh)
-    assert answer(llm)[0] == answers["torch"][1][0]
+    assert answer(llm, SCORED) == answer(fresh, SCORED)
+    assert answer(llm, SCORED)[0] == scored["torch"][1][0]
     llm.close()
     fresh.close()
 
@@ -329,7 +295,7 @@ def test_what_goes_back_to_the_queue_keeps_its_rows(llm: LLM, folders: list[Path
     """It computes again under the experts that it had, with the new weights, and says by which weights they were chosen. What it
     computes so is no prefix for others: these get what a fresh engine gives."""
     engine, control = llm.engine, Control(llm.engine)
-    expected = llm.generate(list(PROMPT), PLAIN)[0].outputs[0]
+    expected = llm.generate(list(PROMPT), PARAMS)[0].outputs[0]
     engine.flush_cache()
     deltas = start(engine, 6)
     control.pause("retract")
@@ -342,10 +308,10 @@ def test_what_goes_back_to_the_queue_keeps_its_rows(llm: LLM, folders: list[Path
     assert deltas[-1].weight_versions == [(0, num_kept, "0"), (num_kept, num_rows, "1")]
     assert np.array_equal(deltas[-1].routed_experts[:num_kept], expected.routed_experts[:num_kept])
     fresh = make(folders[1])
-    other = llm.generate(list(PROMPT), PLAIN.replace(max_tokens=1))[0]
+    other = llm.generate(list(PROMPT), PARAMS.replace(max_tokens=1))[0]
     assert other.num_cached_tokens == (0 if flush_cache else 28)
     if flush_cache:
-        assert other.outputs[0].logprobs == fresh.generate(list(PROMPT), PLAIN.replace(max_tokens=1))[0].outputs[0].logprobs
+        assert other.outputs[0].logprobs == fresh.generate(list(PROMPT), PARAMS.replace(max_tokens=1))[0].outputs[0].logprobs
     else:
         assert other.outputs[0].weight_versions == [(0, 28, "0"), (28, 29, "1")]
     fresh.close()

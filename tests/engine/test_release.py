@@ -7,49 +7,18 @@ import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from pointsman import LLM, FinishReason, SamplingParams
+from pointsman import LLM, FinishReason
 from pointsman.engine.control import Control
 from pointsman.request import MemoryTag, Request
+from tests.exchange import PARAMS, PROMPT, SHAPE, Answer, answer, make
 from tests.models.checkpoints import Shape
 
-SHAPE = Shape(block=(16, 16))
-PROMPT = tuple((7 * index + 3) % 97 for index in range(29))
-PARAMS = SamplingParams(temperature=0.0, max_tokens=14, logprobs=3, return_routed_experts=True)
 BOTH: list[MemoryTag] = ["weights", "kv_cache"]
 TAGS: list[list[MemoryTag] | None] = [["weights"], ["kv_cache"], BOTH, None]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    path = tmp_path_factory.mktemp("checkpoints")
-    return [SHAPE.write(path / str(seed), seed=seed) for seed in range(2)]
-
-
-def make(folder: Path, **options: Any) -> LLM:
-    return LLM(str(folder), **{"progress": False, "cpu_step": "compiled", "page_size": 4, "max_total_tokens": 640, **options})
-
-
-def answer(llm: LLM) -> tuple[Any, ...]:
-    result = llm.generate(list(PROMPT), PARAMS)[0]
-    output = result.outputs[0]
-    return output.token_ids, output.logprobs, output.routed_experts.tolist(), result.num_cached_tokens
-
-
-@pytest.fixture(scope="module")
-def answers(folders: list[Path]) -> dict[str, list[tuple[Any, ...]]]:
-    """What a fresh engine of each checkpoint answers first, by the step."""
-    found: dict[str, list[tuple[Any, ...]]] = {}
-    for step in ("torch", "compiled"):
-        for folder in folders:
-            llm = make(folder, cpu_step=step)
-            found.setdefault(step, []).append(answer(llm))
-            llm.close()
-    return found
 
 
 @pytest.fixture
@@ -64,7 +33,7 @@ def llm(folders: list[Path]) -> Iterator[LLM]:
 @pytest.mark.parametrize("disable_overlap_schedule", [False, True])
 def test_afterwards_an_engine_is_as_a_fresh_one(
     folders: list[Path],
-    answers: dict[str, list[tuple[Any, ...]]],
+    answers: dict[str, list[Answer]],
     tags: list[MemoryTag] | None,
     step: str,
     disable_overlap_schedule: bool,
@@ -72,13 +41,15 @@ def test_afterwards_an_engine_is_as_a_fresh_one(
     """Twice. Prefixes stay cached where only the weights had gone, for they are the same ones again."""
     llm = make(folders[0], cpu_step=step, disable_overlap_schedule=disable_overlap_schedule)
     expected = [answer(llm), answer(llm)][tags == ["weights"]]
-    assert expected[-1] == (28 if tags == ["weights"] else 0)
     for _ in range(2):
         llm.release_memory_occupation(tags)
         assert llm.engine.weights.released == tuple(tags or BOTH) and llm.engine.step_name == "none"
         assert llm.engine.scheduler.usage == 0.0
         llm.resume_memory_occupation(tags)
         assert llm.engine.weights.released == () and llm.engine.step_name == step
+        assert llm.generate(list(PROMPT), PARAMS.replace(max_tokens=1))[0].num_cached_tokens == (28 if tags == ["weights"] else 0)
+        if tags != ["weights"]:
+            llm.engine.flush_cache()
         assert answer(llm) == expected
         assert llm.weight_version == "0"
     assert tags == ["weights"] or expected == answers[step][0]
@@ -147,7 +118,7 @@ def test_the_process_is_smaller(tmp_path: Path, step: str) -> None:
 
 
 @pytest.mark.parametrize("tags", TAGS)
-def test_what_comes_meanwhile_is_queued(llm: LLM, answers: dict[str, list[tuple[Any, ...]]], tags: list[MemoryTag] | None) -> None:
+def test_what_comes_meanwhile_is_queued(llm: LLM, answers: dict[str, list[Answer]], tags: list[MemoryTag] | None) -> None:
     engine = llm.engine
     llm.release_memory_occupation(tags)
     for rid in ("a", "b"):
@@ -166,10 +137,10 @@ def test_what_comes_meanwhile_is_queued(llm: LLM, answers: dict[str, list[tuple[
     deltas = []
     while engine.has_work:
         deltas += engine.step()
-    assert [token for delta in deltas for token in delta.token_ids] == answers["compiled"][0][0]
+    assert [token for delta in deltas for token in delta.token_ids] == answers["compiled"][0].token_ids
 
 
-def test_what_was_sent_back_to_the_queue_goes_on(llm: LLM, answers: dict[str, list[tuple[Any, ...]]]) -> None:
+def test_what_was_sent_back_to_the_queue_goes_on(llm: LLM, answers: dict[str, list[Answer]]) -> None:
     engine, control = llm.engine, Control(llm.engine)
     engine.add(Request(rid="a", prompt_token_ids=PROMPT, sampling=PARAMS))
     deltas = [delta for _ in range(6) for delta in engine.step()]
@@ -184,12 +155,12 @@ def test_what_was_sent_back_to_the_queue_goes_on(llm: LLM, answers: dict[str, li
     control.resume_memory()
     while engine.has_work:
         deltas += engine.step()
-    assert [token for delta in deltas for token in delta.token_ids] == answers["compiled"][0][0]
-    assert [entry for delta in deltas for entry in delta.logprobs or ()] == answers["compiled"][0][1]
-    assert deltas[-1].routed_experts.tolist() == answers["compiled"][0][2]
+    assert [token for delta in deltas for token in delta.token_ids] == answers["compiled"][0].token_ids
+    assert [entry for delta in deltas for entry in delta.logprobs or ()] == answers["compiled"][0].logprobs
+    assert deltas[-1].routed_experts.tolist() == answers["compiled"][0].routed_experts
 
 
-def test_sent_back_and_aborted_while_memory_is_released(llm: LLM, answers: dict[str, list[tuple[Any, ...]]]) -> None:
+def test_sent_back_and_aborted_while_memory_is_released(llm: LLM, answers: dict[str, list[Answer]]) -> None:
     """It has the rows that were kept of it."""
     engine, control = llm.engine, Control(llm.engine)
     engine.add(Request(rid="a", prompt_token_ids=PROMPT, sampling=PARAMS))
@@ -200,14 +171,14 @@ def test_sent_back_and_aborted_while_memory_is_released(llm: LLM, answers: dict[
     (delta,) = engine.abort("a")[-1:]
     rows = delta.routed_experts.tolist()
     assert delta.finish_reason is FinishReason.ABORT and delta.routed_experts_missing == []
-    assert rows == answers["compiled"][0][2][: len(rows)] and len(rows) >= len(PROMPT)
+    assert rows == answers["compiled"][0].routed_experts[: len(rows)] and len(rows) >= len(PROMPT)
 
 
 @pytest.mark.parametrize("tags", [["weights"], BOTH])
 @pytest.mark.parametrize("how", ["disk", "tensors"])
 @pytest.mark.parametrize("step", ["torch", "compiled"])
 def test_a_full_update_takes_the_place_of_what_was_released(
-    folders: list[Path], answers: dict[str, list[tuple[Any, ...]]], tags: list[MemoryTag], how: str, step: str
+    folders: list[Path], answers: dict[str, list[Answer]], tags: list[MemoryTag], how: str, step: str
 ) -> None:
     """It need not come before the cache. Afterwards what is released and had again is what the folder read last has, by its name."""
     llm = make(folders[0], cpu_step=step)
@@ -235,7 +206,7 @@ def test_a_full_update_takes_the_place_of_what_was_released(
 
 
 @pytest.mark.parametrize("order", [["weights", "kv_cache"], ["kv_cache", "weights"]])
-def test_one_after_the_other(llm: LLM, answers: dict[str, list[tuple[Any, ...]]], order: list[MemoryTag]) -> None:
+def test_one_after_the_other(llm: LLM, answers: dict[str, list[Answer]], order: list[MemoryTag]) -> None:
     for tag in order:
         llm.release_memory_occupation([tag])
     for number, tag in enumerate(order, 1):
@@ -261,9 +232,7 @@ def test_what_cannot_be(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("damage", ["changed", "gone"])
-def test_a_folder_that_is_not_what_it_was(
-    tmp_path: Path, folders: list[Path], answers: dict[str, list[tuple[Any, ...]]], damage: str
-) -> None:
+def test_a_folder_that_is_not_what_it_was(tmp_path: Path, folders: list[Path], answers: dict[str, list[Answer]], damage: str) -> None:
     """Other weights under the old name would be a lie; an update helps."""
     folder = SHAPE.write(tmp_path / "there", seed=0)
     llm = make(folder)

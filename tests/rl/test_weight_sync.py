@@ -14,34 +14,15 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from pointsman import LLM, SamplingParams
 from pointsman.distributed import Group
 from pointsman.rl.weight_sync import SyncFailed, WeightSync, published_names
+from tests.exchange import OPTIONS, PROMPT, SHAPE
 from tests.models.checkpoints import Shape
 from tests.server.asking import fault
 from tests.server.conftest import Server, start_server
 
-SHAPE = Shape(block=(16, 16))
 OLD, NEW = SHAPE.tensors(0), SHAPE.tensors(1)
-PROMPT = [(7 * index + 3) % 97 for index in range(29)]
-OPTIONS: dict[str, Any] = {"cpu_step": "compiled", "page_size": 4}
 HEAD = {"lm_head.weight": NEW["lm_head.weight"]}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    path = tmp_path_factory.mktemp("checkpoints")
-    return [SHAPE.write(path / str(seed), seed=seed) for seed in range(2)]
-
-
-@pytest.fixture(scope="module")
-def answers(folders: list[Path]) -> list[list[int]]:
-    found = []
-    for folder in folders:
-        llm = LLM(str(folder), progress=False, **OPTIONS)
-        found.append(llm.generate(list(PROMPT), SamplingParams(temperature=0, max_tokens=20))[0].outputs[0].token_ids)
-        llm.close()
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -72,22 +53,22 @@ def ask(client: httpx.Client) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("by_group", [False, True])
-def test_pushed_weights_serve(client: httpx.Client, sync: WeightSync, answers: list[list[int]], by_group: bool) -> None:
-    assert (ask(client)["output_ids"], sync.version) == (answers[0], "0")
+def test_pushed_weights_serve(client: httpx.Client, sync: WeightSync, greedy: list[list[int]], by_group: bool) -> None:
+    assert (ask(client)["output_ids"], sync.version) == (greedy[0], "0")
     if by_group:
         sync.connect()
     assert sync.push(NEW) == "1" == sync.version
     answer = ask(client)
-    assert (answer["output_ids"], answer["meta_info"]["weight_version"]) == (answers[1], "1")
+    assert (answer["output_ids"], answer["meta_info"]["weight_version"]) == (greedy[1], "1")
     assert sync.push(iter(OLD.items()), version="step 7", flush_cache=False, abort_all_requests=True) == "step 7"
     client.post("/flush_cache")
-    assert ask(client)["output_ids"] == answers[0]
+    assert ask(client)["output_ids"] == greedy[0]
     sync.push(NEW, dtype=torch.bfloat16)
-    assert ask(client)["output_ids"] == answers[1]
+    assert ask(client)["output_ids"] == greedy[1]
 
 
 @pytest.mark.parametrize("by_group", [False, True])
-def test_what_the_server_refuses_is_raised(client: httpx.Client, sync: WeightSync, answers: list[list[int]], by_group: bool) -> None:
+def test_what_the_server_refuses_is_raised(client: httpx.Client, sync: WeightSync, greedy: list[list[int]], by_group: bool) -> None:
     """In the last bucket, when the others have come; a group has ended with that, and another can be made."""
     broken = NEW | {"zzz": torch.ones(3)}
     for _ in range(2):
@@ -95,7 +76,7 @@ def test_what_the_server_refuses_is_raised(client: httpx.Client, sync: WeightSyn
             sync.connect(timeout=5)
         with pytest.raises(SyncFailed, match="zzz does not belong to this model"):
             sync.push(broken)
-        assert (ask(client)["output_ids"], sync.version) == (answers[0], "0")
+        assert (ask(client)["output_ids"], sync.version) == (greedy[0], "0")
     with pytest.raises(SyncFailed, match="no tensors"):
         sync.push({})
 
@@ -125,19 +106,19 @@ def join(client: httpx.Client, **fields: Any) -> httpx.Response:
     return client.post("/init_weights_update_group", json=body)
 
 
-def test_a_trainer_that_never_comes(client: httpx.Client, sync: WeightSync, answers: list[list[int]]) -> None:
+def test_a_trainer_that_never_comes(client: httpx.Client, sync: WeightSync, greedy: list[list[int]]) -> None:
     """Others are answered meanwhile, and a second update is told to wait."""
     done: list[httpx.Response] = []
     joining = threading.Thread(target=lambda: done.append(join(client, timeout=2)))
     joining.start()
     while not done:
-        assert ask(client)["output_ids"] == answers[0]
+        assert ask(client)["output_ids"] == greedy[0]
     joining.join()
     assert "did not come together" in fault(done[0], 400)["message"]
     assert sync.push(HEAD, version="h") == "h"
 
 
-def test_a_trainer_that_dies(client: httpx.Client, sync: WeightSync, answers: list[list[int]]) -> None:
+def test_a_trainer_that_dies(client: httpx.Client, sync: WeightSync, greedy: list[list[int]]) -> None:
     """It has joined and announced, and sends nothing."""
     port = free_port()
     trainer = Group(master_address="127.0.0.1", master_port=port, rank=0, world_size=2, name="weight_update_group", timeout=30)
@@ -148,7 +129,7 @@ def test_a_trainer_that_dies(client: httpx.Client, sync: WeightSync, answers: li
     body = {"names": ["lm_head.weight"], "dtypes": ["bfloat16"], "shapes": [[97, 32]]}
     error = fault(client.post("/update_weights_from_distributed", json=body), 400)
     assert "broadcast" in error["message"] and "no more use" in error["message"]
-    assert (ask(client)["output_ids"], sync.version) == (answers[0], "0")
+    assert (ask(client)["output_ids"], sync.version) == (greedy[0], "0")
     assert "in no group" in fault(client.post("/update_weights_from_distributed", json=body), 400)["message"]
     assert "in no group" in fault(client.post("/destroy_weights_update_group", json={}), 400)["message"]
 
@@ -177,16 +158,16 @@ def test_what_cannot_be_asked(client: httpx.Client, path: str, fields: dict[str,
     assert fault(client.post(f"/{path}", json=fields), 400)["param"] == named
 
 
-def test_tensors_as_json_and_as_they_are(client: httpx.Client, sync: WeightSync, answers: list[list[int]]) -> None:
+def test_tensors_as_json_and_as_they_are(client: httpx.Client, sync: WeightSync, greedy: list[list[int]]) -> None:
     data = save(NEW)
     text = base64.b64encode(data).decode()
     answer = client.post("/update_weights_from_tensor", json={"serialized_named_tensors": [text], "weight_version": "j"}).json()
-    assert answer == {"success": True, "paused": False, "released": [], "weight_version": "j"} and ask(client)["output_ids"] == answers[1]
+    assert answer == {"success": True, "paused": False, "released": [], "weight_version": "j"} and ask(client)["output_ids"] == greedy[1]
     binary = {"content-type": "application/octet-stream"}
     sync.push(OLD)
     url = "/update_weights_from_tensor?weight_version=b&final=true"
     assert client.post(url, content=data, headers=binary).json()["weight_version"] == "b"
-    assert ask(client)["output_ids"] == answers[1]
+    assert ask(client)["output_ids"] == greedy[1]
     for query, named in (("final=1", "final"), ("x=1", "x"), ("serialized_named_tensors=1&begin=maybe", "begin")):
         assert fault(client.post(f"/update_weights_from_tensor?{query}", content=data, headers=binary), 400)["param"] == named
     assert "safetensors" in fault(client.post(url, content=b"\x80\x04N.", headers=binary), 400)["message"]

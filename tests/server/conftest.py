@@ -17,6 +17,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from pointsman.server.launch import command
+from tests.exchange import folders, greedy
+
+__all__ = ["folders", "greedy"]
 
 ROOT = Path(__file__).parents[2]
 FAKE = "from tests.server.fake_engine import run; sys.exit(run())"

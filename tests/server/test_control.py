@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pointsman import LLM, SamplingParams
+from pointsman import SamplingParams
 from pointsman.request import Request
 from pointsman.routed_experts import decode_record
 from pointsman.server import controls
@@ -23,36 +23,17 @@ from pointsman.server.bridge import Bridge
 from pointsman.server.errors import ApiError
 from pointsman.server.meter import Meter
 from pointsman.server.stream import Stream
-from tests.models.checkpoints import Shape
+from tests.exchange import OPTIONS, PROMPT, SHAPE
 from tests.server.asking import fault
 from tests.server.conftest import Server, start_server
 
-SHAPE = Shape(block=(16, 16))
-PROMPT = [(7 * index + 3) % 97 for index in range(29)]
-OPTIONS: dict[str, Any] = {"cpu_step": "compiled", "page_size": 4, "max_queued_requests": 6}
+WITH_QUEUE = {**OPTIONS, "max_queued_requests": 6}
 RECORD = {"return_routed_experts": True, "routed_experts_format": "record"}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    path = tmp_path_factory.mktemp("checkpoints")
-    return [SHAPE.write(path / str(seed), seed=seed) for seed in range(2)]
-
-
-@pytest.fixture(scope="module")
-def answers(folders: list[Path]) -> list[list[int]]:
-    """What a fresh engine of each checkpoint answers."""
-    found = []
-    for folder in folders:
-        llm = LLM(str(folder), progress=False, **OPTIONS)
-        found.append(llm.generate(list(PROMPT), SamplingParams(temperature=0, max_tokens=20))[0].outputs[0].token_ids)
-        llm.close()
-    return found
-
-
-@pytest.fixture(scope="module")
 def server(folders: list[Path]) -> Iterator[Server]:
-    with start_server({"model_path": str(folders[0]), **OPTIONS}, program=None) as server:
+    with start_server({"model_path": str(folders[0]), **WITH_QUEUE}, program=None) as server:
         server.wait_ready()
         yield server
 
@@ -89,11 +70,11 @@ def version(client: httpx.Client) -> str:
     return told
 
 
-def test_an_update_is_in_every_answer(client: httpx.Client, folders: list[Path], answers: list[list[int]]) -> None:
-    assert (ask(client)["output_ids"], version(client)) == (answers[0], "0")
+def test_an_update_is_in_every_answer(client: httpx.Client, folders: list[Path], greedy: list[list[int]]) -> None:
+    assert (ask(client)["output_ids"], version(client)) == (greedy[0], "0")
     assert post(client, "update_weights_from_disk", model_path=str(folders[1]))["weight_version"] == "1"
     answer = ask(client, **RECORD)
-    assert (answer["output_ids"], answer["meta_info"]["weight_version"], version(client)) == (answers[1], "1", "1")
+    assert (answer["output_ids"], answer["meta_info"]["weight_version"], version(client)) == (greedy[1], "1", "1")
     assert decode_record(answer["meta_info"]["routed_experts"]).weight_versions == ((0, 48, "1"),)
     post(client, "update_weights_from_disk", model_path=str(folders[0]), weight_version="again", flush_cache=False)
     completion = client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3, "temperature": 0, **RECORD}).json()
@@ -105,7 +86,7 @@ def test_an_update_is_in_every_answer(client: httpx.Client, folders: list[Path],
     assert [chunk.get("metadata") for chunk in chunks if chunk["choices"][0]["finish_reason"]] == [{"weight_version": "again"}]
 
 
-def test_a_pause_keeps_what_comes(client: httpx.Client, folders: list[Path], answers: list[list[int]]) -> None:
+def test_a_pause_keeps_what_comes(client: httpx.Client, folders: list[Path], greedy: list[list[int]]) -> None:
     """The server is alive but not ready; who goes away meanwhile leaves nothing behind."""
     told = {"success": True, "paused": True, "released": [], "weight_version": "0"}
     assert post(client, "pause_generation", mode="in_place") == told
@@ -122,13 +103,13 @@ def test_a_pause_keeps_what_comes(client: httpx.Client, folders: list[Path], ans
         assert client.get("/server_info").json()["paused"] and not any(future.done() for future in waiting)
         post(client, "continue_generation")
         for future in waiting:
-            assert future.result()["output_ids"] == answers[1] and future.result()["meta_info"]["weight_version"] == "b"
+            assert future.result()["output_ids"] == greedy[1] and future.result()["meta_info"]["weight_version"] == "b"
     assert client.get("/ready").status_code == 200
     wait_for(client, 0)
 
 
 @pytest.mark.parametrize("tags", [["weights"], ["kv_cache"], None])
-def test_memory_is_released_for_a_time(client: httpx.Client, answers: list[list[int]], tags: list[str] | None) -> None:
+def test_memory_is_released_for_a_time(client: httpx.Client, greedy: list[list[int]], tags: list[str] | None) -> None:
     """Who asks meanwhile waits, and is answered."""
     fields, released = {"tags": tags} if tags else {}, tags or ["weights", "kv_cache"]
     told = post(client, "release_memory_occupation", **fields)
@@ -142,7 +123,7 @@ def test_memory_is_released_for_a_time(client: httpx.Client, answers: list[list[
         assert "released already" in fault(client.post("/release_memory_occupation", json=fields), 400)["message"]
         assert not any(future.done() for future in waiting)
         assert post(client, "resume_memory_occupation", **fields) == told | {"released": []}
-        assert [future.result()["output_ids"] for future in waiting] == [answers[0]] * 3
+        assert [future.result()["output_ids"] for future in waiting] == [greedy[0]] * 3
     assert client.get("/ready").status_code == 200
     assert "not released" in fault(client.post("/resume_memory_occupation", json=fields), 400)["message"]
 
@@ -165,12 +146,12 @@ def test_memory_is_not_released_under_who_runs(client: httpx.Client) -> None:
         assert reading.result()["meta_info"]["completion_tokens"] == 450
 
 
-def test_weights_that_were_released_may_come_by_an_update(client: httpx.Client, folders: list[Path], answers: list[list[int]]) -> None:
+def test_weights_that_were_released_may_come_by_an_update(client: httpx.Client, folders: list[Path], greedy: list[list[int]]) -> None:
     post(client, "release_memory_occupation")
     post(client, "update_weights_from_disk", model_path=str(folders[1]), weight_version="new")
     assert fault(client.get("/ready"), 503)["code"] == "kv_cache_released"
     assert post(client, "resume_memory_occupation", tags=["kv_cache"])["weight_version"] == "new"
-    assert ask(client)["output_ids"] == answers[1]
+    assert ask(client)["output_ids"] == greedy[1]
 
 
 def wait_for(client: httpx.Client, running: int) -> None:
@@ -222,7 +203,7 @@ def stream(client: httpx.Client, begun: threading.Event, max_new_tokens: int = 1
     return last
 
 
-def test_updates_while_many_ask(client: httpx.Client, folders: list[Path], answers: list[list[int]]) -> None:
+def test_updates_while_many_ask(client: httpx.Client, folders: list[Path], greedy: list[list[int]]) -> None:
     """Nobody stops: every answer that one version gave whole is that version's."""
     done = threading.Event()
 
@@ -245,12 +226,12 @@ def test_updates_while_many_ask(client: httpx.Client, folders: list[Path], answe
         assert [first for first, _, _ in ranges] == [0, *(last for _, last, _ in ranges[:-1])] and ranges[-1][1] == 48
         if len(ranges) == 1:
             whole += 1
-            assert answer["output_ids"] == answers[int(ranges[0][2].partition(".")[0])]
+            assert answer["output_ids"] == greedy[int(ranges[0][2].partition(".")[0])]
     assert whole
 
 
 def test_an_update_that_fails_is_told_and_changes_nothing(
-    client: httpx.Client, tmp_path: Path, folders: list[Path], answers: list[list[int]]
+    client: httpx.Client, tmp_path: Path, folders: list[Path], greedy: list[list[int]]
 ) -> None:
     broken = SHAPE.write(tmp_path / "broken", seed=1)
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-1])
@@ -258,7 +239,7 @@ def test_an_update_that_fails_is_told_and_changes_nothing(
     assert "not a whole safetensors file" in fault(client.post("/update_weights_from_disk", json=fields), 400)["message"]
     fields["model_path"] = str(tmp_path / "nowhere")
     assert "neither a folder" in fault(client.post("/update_weights_from_disk", json=fields), 400)["message"]
-    assert (ask(client)["output_ids"], version(client)) == (answers[0], "0")
+    assert (ask(client)["output_ids"], version(client)) == (greedy[0], "0")
 
 
 WRONG = [
@@ -353,7 +334,7 @@ def test_a_paused_engine_need_not_give_signs_of_life(paused: bool) -> None:
 
 def test_a_signal_ends_a_paused_server_at_once(folders: list[Path]) -> None:
     """What waits is told, and nobody waits for it to end."""
-    with start_server({"model_path": str(folders[0]), **OPTIONS}, {"drain_timeout": 1000}, program=None) as server:
+    with start_server({"model_path": str(folders[0]), **WITH_QUEUE}, {"drain_timeout": 1000}, program=None) as server:
         server.wait_ready()
         with server.client() as client, concurrent.futures.ThreadPoolExecutor(2) as pool:
             post(client, "pause_generation", mode="in_place")
@@ -364,7 +345,7 @@ def test_a_signal_ends_a_paused_server_at_once(folders: list[Path]) -> None:
 
 
 def test_admin_routes_need_the_admin_key(folders: list[Path]) -> None:
-    with start_server({"model_path": str(folders[0]), **OPTIONS}, {"api_key": "sesam", "admin_api_key": "open"}, program=None) as server:
+    with start_server({"model_path": str(folders[0]), **WITH_QUEUE}, {"api_key": "sesam", "admin_api_key": "open"}, program=None) as server:
         server.wait_ready()
         with server.client(headers={"authorization": "Bearer sesam"}) as client:
             names = ("pause_generation", "continue_generation", "release_memory_occupation", "resume_memory_occupation")
