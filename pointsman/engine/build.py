@@ -34,7 +34,7 @@ from pointsman.layers.paged_kv import KV_DTYPES, PagedKV, bytes_per_token
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import locate, read_json
 from pointsman.models.decoder import Decoder
-from pointsman.models.parameters import Parameters
+from pointsman.models.parameters import Parameters, tensors_of, weights_of
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import DeviceExpertLoad, ExpertLoad
 from pointsman.scheduler import Scheduler
@@ -138,7 +138,7 @@ def _size(config: EngineConfig, decoder: Decoder, context_length: int) -> CacheS
         head_dim=architecture.head_dim,
         dtype=_kv_dtype(config),
     )
-    routes = architecture.num_layers * architecture.top_k * (1 if architecture.num_experts <= 256 else 2)
+    routes = len(architecture.expert_layers) * architecture.top_k * (1 if architecture.num_experts <= 256 else 2)
     fraction, device = config.cache.mem_fraction_static, decoder.device
     total, free = memory_bytes(), None
     if device.type == "cuda":
@@ -171,12 +171,12 @@ def _choices(config: EngineConfig, decoder: Decoder) -> dict[str, str]:
 
 def _num_bytes(parameters: Parameters) -> int:
     """Memory of the weights as the checkpoint has them."""
-    found: list[torch.Tensor | None] = [parameters.embed_VD, parameters.norm_D, parameters.head.data]
+    found = [parameters.embed_VD, parameters.norm_D, parameters.head.data]
     for layer in parameters.layers:
-        found += [layer.attention_norm_D, layer.q_norm_Q, layer.k_norm_W, layer.expert_norm_D, layer.gate_ED, layer.bias_E]
-        for weight in (layer.qkv, layer.o, layer.experts.gate_up, layer.experts.down):
-            found += [weight.data, weight.scale]
-    return sum(tensor.nbytes for tensor in found if tensor is not None)
+        found += tensors_of(layer).values()
+        for weight in weights_of(layer).values():
+            found += [weight.data] if weight.scale is None else [weight.data, weight.scale]
+    return sum(tensor.nbytes for tensor in found)
 
 
 def _scheduler(config: EngineConfig, cache: CacheSize, context_length: int, eos_ids: tuple[int, ...]) -> Scheduler:
@@ -214,7 +214,7 @@ def _runner(
         dtype=_kv_dtype(config),
         device=decoder.device,
     )
-    routes = RouteStore(kv.num_slots, architecture.num_layers, architecture.top_k, architecture.num_experts, decoder.device)
+    routes = RouteStore(kv.num_slots, len(architecture.expert_layers), architecture.top_k, architecture.num_experts, decoder.device)
     storage = CacheStorage(kv, routes)
     lanes = Lanes(
         max_lanes=config.scheduler.max_running_requests,

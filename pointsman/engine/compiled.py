@@ -84,8 +84,22 @@ def unsupported(decoder: Decoder) -> str | None:
         return "the FP8 linear backend is 'reference', and it multiplies as 'cpu' does"
     if decoder.dtype != torch.float32:
         return f"the dtype is {str(decoder.dtype).removeprefix('torch.')}, and it computes in float32"
-    if decoder.architecture.score != "sigmoid":
-        return f"the router's score is {decoder.architecture.score}, and it computes sigmoid"
+    return reason_against(decoder.architecture)
+
+
+def reason_against(architecture: Architecture) -> str | None:
+    """What the compiled step was not written for, or None."""
+    spec = architecture.routing
+    if architecture.dense_layers or architecture.shared_width:
+        return "the model has dense layers or shared experts, and it runs chosen experts alone"
+    if architecture.qkv_bias:
+        return "the projections have a bias, and it adds none"
+    if architecture.qk_norm != "all":
+        return "q and k are not normed over all heads at once, and it norms so"
+    if spec.score != "sigmoid" or not architecture.routing_bias:
+        return f"the router's score is {spec.score}, and it computes sigmoid with a bias"
+    if not spec.renormalize or spec.scale != 1.0 or spec.top_groups < spec.num_groups:
+        return "weights are scaled, not normed, or experts in groups, and it routes in the plain way"
     return None
 
 
@@ -181,6 +195,8 @@ def _pack(decoder: Decoder, *, len_positions: int) -> CpuWeights:
 def _layers(layers: tuple[LayerParameters, ...]) -> Iterator[LayerWeights]:
     for layer in layers:
         experts = layer.experts
+        assert experts is not None and layer.q_norm_Q is not None and layer.k_norm_W is not None
+        assert layer.gate_ED is not None and layer.bias_E is not None
         yield LayerWeights(
             input_norm=_array(layer.attention_norm_D),
             qkv=_matrix(layer.qkv),

@@ -8,8 +8,8 @@ takes the first that can serve and logs it.
 `Quantized` rows too says so (`takes_quantized`); whoever norms the rows before it can then quantize them in the same kernel.
 
 `glue` is what stands between the matrices of a layer: `norm(x_TD, delta_TD | None, weight_D, epsilon, quantize) -> (x + delta, normed)`
-and `qkv_post(qkv_TN, q_weight, k_weight, epsilon, cos_TR, sin_TR, k_PHSC, v_PHSC, slots_T) -> q_TQC`, which norms and rotates q and k and
-writes the cache.
+and `qkv_post(qkv_TN, q_weight | None, k_weight | None, epsilon, cos_TR, sin_TR, k_PHSC, v_PHSC, slots_T) -> q_TQC`, which norms and
+rotates q and k and writes the cache.
 
 Attention is two functions. `plan(spans, num_rows, shape, device)` is called once a step, on the host, with the runs of rows that share a
 lane; what it answers is the implementation's own and goes unread to
@@ -67,7 +67,7 @@ class Glue:
 
     unsupported: Callable[[torch.device, torch.dtype], str | None]
     norm: Callable[[Tensor, Tensor | None, Tensor, float, bool], tuple[Tensor, Any]]
-    qkv_post: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    qkv_post: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class AttentionShape(NamedTuple):

@@ -126,10 +126,20 @@ def write_kv(k_PHSC: Tensor, v_PHSC: Tensor, k_THC: Tensor, v_THC: Tensor, slots
         pages[page_T, :, offset_T] = rows.to(pages.dtype)
 
 
+def norm_heads(x_TN: Tensor, weight: Tensor | None, epsilon: float, channels: int) -> Tensor:
+    """Heads [T, H, C] of rows, normed over all heads at once if the weight is as wide as they are, over each if it is one head wide."""
+    x_THC = x_TN.reshape(len(x_TN), -1, channels)
+    if weight is None:
+        return x_THC
+    if len(weight) == channels:
+        return rms_norm(x_THC, weight, epsilon)
+    return rms_norm(x_TN, weight, epsilon).view(x_THC.shape)
+
+
 def qkv_post(
     qkv_TN: Tensor,
-    q_weight_Q: Tensor,
-    k_weight_W: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     epsilon: float,
     cos_TR: Tensor,
     sin_TR: Tensor,
@@ -137,14 +147,16 @@ def qkv_post(
     v_PHSC: Tensor,
     slots_T: Tensor,
 ) -> Tensor:
-    """What stands between the joined projection and attention: the queries [T, Q, C], normed over all heads and rotated.
+    """What stands between the joined projection and attention: the queries [T, Q, C], normed and rotated.
 
+    The norm is over all heads at once where its weight is that wide, over each head where it is [C], and none where it is None.
     Keys, treated the same, and values go to their slots of one layer's pages; a row with a negative slot is padding and writes nothing.
     """
-    num_rows, channels = len(qkv_TN), k_PHSC.shape[3]
-    q, k, v = torch.split(qkv_TN, [len(q_weight_Q), len(k_weight_W), len(k_weight_W)], dim=-1)
-    q_TQC = rotate(rms_norm(q, q_weight_Q, epsilon).view(num_rows, -1, channels), cos_TR, sin_TR)
-    k_THC = rotate(rms_norm(k, k_weight_W, epsilon).view(num_rows, -1, channels), cos_TR, sin_TR)
+    num_rows, heads, channels = len(qkv_TN), k_PHSC.shape[1], k_PHSC.shape[3]
+    width = heads * channels
+    q, k, v = torch.split(qkv_TN, [qkv_TN.shape[1] - 2 * width, width, width], dim=-1)
+    q_TQC = rotate(norm_heads(q, q_weight, epsilon, channels), cos_TR, sin_TR)
+    k_THC = rotate(norm_heads(k, k_weight, epsilon, channels), cos_TR, sin_TR)
     real_T = slots_T >= 0
     write_kv(k_PHSC, v_PHSC, k_THC[real_T], v.reshape(num_rows, -1, channels)[real_T], slots_T[real_T])
     return q_TQC

@@ -1,4 +1,4 @@
-"""Grouped-query attention over the paged cache, with q and k normed over their full width and rotated in part.
+"""Grouped-query attention over the paged cache, with q and k normed (or not, as the model has it) and rotated, in whole or in part.
 
 The rows of a step are flat; which sequence a row belongs to, and where its keys and values go, is in the step context. Keys
 and values are stored before attending, so a row reads itself from the cache, rounded as every later row will see it.
@@ -42,8 +42,8 @@ class Attention:
         layer: int,
         qkv: Linear,
         o: Linear,
-        q_weight_Q: Tensor,
-        k_weight_W: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
         epsilon: float,
         head_dim: int,
         implementation: Implementation,
@@ -51,7 +51,7 @@ class Attention:
     ) -> None:
         self.layer = layer
         self.qkv, self.o = qkv, o
-        self.q_weight_Q, self.k_weight_W, self.epsilon = q_weight_Q, k_weight_W, epsilon
+        self.q_weight, self.k_weight, self.epsilon = q_weight, k_weight, epsilon
         self._scale = head_dim**-0.5
         self._glue = glue
         self._run = implementation.run
@@ -61,9 +61,7 @@ class Attention:
     def __call__(self, x_TD: Any, rotation: Rotation, ctx: StepContext) -> Tensor:
         """Rows in x's dtype; x may be `Quantized` where the joined projection takes it."""
         k_pages, v_pages = ctx.kv.k[self.layer], ctx.kv.v[self.layer]
-        q_TQC = self._glue.qkv_post(
-            self.qkv(x_TD), self.q_weight_Q, self.k_weight_W, self.epsilon, *rotation, k_pages, v_pages, ctx.slots_T
-        )
+        q_TQC = self._glue.qkv_post(self.qkv(x_TD), self.q_weight, self.k_weight, self.epsilon, *rotation, k_pages, v_pages, ctx.slots_T)
         cache = (k_pages, v_pages, ctx.attention_plan, ctx.positions_T, ctx.page_table_LP)
         if self._run_quantize is not None:
             return self.o(self._run_quantize(q_TQC, *cache, self._scale))

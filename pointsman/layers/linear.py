@@ -16,10 +16,10 @@ from pointsman.kernels.weight import Weight
 
 
 class Linear:
-    """y = x @ weight.T by one implementation of the op table."""
+    """y = x @ weight.T by one implementation of the op table, plus a float32 bias [N] where there is one."""
 
-    def __init__(self, weight: Weight, implementation: Implementation, dtype: torch.dtype) -> None:
-        self.weight = weight
+    def __init__(self, weight: Weight, implementation: Implementation, dtype: torch.dtype, bias_N: Tensor | None = None) -> None:
+        self.weight, self.bias_N = weight, bias_N
         self._implementation = implementation
         self._dtype = dtype
         self._ready: Any = None
@@ -40,7 +40,8 @@ class Linear:
         self._ready = None
 
     def __call__(self, x_TK: Any) -> Tensor:
-        return self._implementation.run(x_TK, self.prepare())
+        y_TN = self._implementation.run(x_TK, self.prepare())
+        return y_TN if self.bias_N is None else (y_TN + self.bias_N).to(y_TN.dtype)
 
 
 class Embedding:

@@ -16,7 +16,7 @@ from pointsman.moe.weights import ExpertWeights
 
 
 class MoE:
-    """The experts of one layer; what runs them gets the weights in its own form at first use, or by `prepare`."""
+    """The experts of a layer, the `layer`-th that has any; what runs them gets the weights in its own form at first use or by `prepare`."""
 
     def __init__(
         self,

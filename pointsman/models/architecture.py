@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pointsman.moe.spec import RoutingSpec
+
 # who wrote it, what its tokens are called, how it was trained: nothing that inference computes with
 HARMLESS = frozenset(
     {"architectures", "auto_map", "transformers_version", "_name_or_path", "torchscript", "use_cache", "return_dict"}
@@ -21,17 +23,26 @@ HARMLESS = frozenset(
     | {"output_router_logits", "output_attentions", "output_hidden_states"}
 )
 QUANTIZATION_HARMLESS = frozenset({"quant_method", "fmt", "activation_scheme", "weight_block_size", "dequantize"})
+Part = Literal["experts", "dense", "shared", "qk_norm", "qkv_bias", "routing_bias"]
 NEVER_QUANTIZED = frozenset({"gate", "e_score_correction_bias", "lm_head", "embed_tokens", "norm"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A model's sizes and numbers.
+    """A model as data: its sizes, and which parts its layers have. Whoever computes reads it here; nothing asks for a model's name.
+
+    A layer is attention, then experts or, in a dense layer, one matrix pair for all tokens.
 
     Attributes:
         name: entry of the model registry.
         rotary_dim: channels of a head that rotate.
+        routing: how router logits become experts.
+        routing_bias: whether scores are biased for the choice.
         expert_width: width of an expert's hidden layer.
+        shared_width: width of the expert that every token has beside its chosen ones; 0 where there is none.
+        dense_layers: the layers that have no experts, ascending; `dense_width` is their width.
+        qk_norm: whether q and k are normed over "all" of their heads at once, over "each", or not at all.
+        qkv_bias: whether the projections to q, k and v add a bias.
         quantization_block: rows and columns of an FP8 block; None for a plain checkpoint.
         num_draft_layers: layers past the last that a checkpoint may have for multi-token prediction; they are not loaded.
         dtype: type of the checkpoint's plain weights.
@@ -48,13 +59,42 @@ class Architecture:
     rope_theta: float
     max_positions: int
     norm_epsilon: float
-    num_experts: int
-    top_k: int
+    routing: RoutingSpec
+    routing_bias: bool
     expert_width: int
-    score: Literal["sigmoid", "softmax"]
+    shared_width: int = 0
+    dense_layers: tuple[int, ...] = ()
+    dense_width: int = 0
+    qk_norm: Literal["all", "each"] | None
+    qkv_bias: bool = False
     quantization_block: tuple[int, int] | None
-    num_draft_layers: int
+    num_draft_layers: int = 0
     dtype: str
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer that has any."""
+        return self.routing.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token chooses."""
+        return self.routing.top_k
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The layers that have experts; a routing row has these, in this order."""
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.dense_layers)
+
+    def layers_with(self, part: Part | None) -> tuple[int, ...]:
+        """The layers that have a part; None is what all have."""
+        if part in ("experts", "shared", "routing_bias"):
+            there = part == "experts" or bool(self.shared_width if part == "shared" else self.routing_bias)
+            return self.expert_layers if there else ()
+        if part == "dense":
+            return self.dense_layers
+        there = part is None or (self.qkv_bias if part == "qkv_bias" else self.qk_norm is not None)
+        return tuple(range(self.num_layers)) if there else ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -64,8 +104,11 @@ class Architecture:
             "hidden": self.hidden_size,
             "q": self.num_heads * self.head_dim,
             "kv": self.num_kv_heads * self.head_dim,
+            "head": self.head_dim,
             "experts": self.num_experts,
             "width": self.expert_width,
+            "shared": self.shared_width,
+            "dense": self.dense_width,
         }
 
 

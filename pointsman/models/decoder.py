@@ -19,12 +19,12 @@ from pointsman import kernels
 from pointsman.layers.attention import Attention, Rotation
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.linear import Embedding, Linear
+from pointsman.layers.mlp import MLP
 from pointsman.layers.moe import MoE
 from pointsman.layers.norm import RMSNorm
 from pointsman.models.architecture import Architecture
-from pointsman.models.parameters import LayerParameters, Parameters
+from pointsman.models.parameters import LayerParameters, Mlp, Parameters
 from pointsman.moe.router import Router
-from pointsman.moe.routing import RoutingSpec
 from pointsman.moe.runner import WAITING_RUNNERS, MoERunner
 from pointsman.moe.weights import ExpertForm
 
@@ -37,31 +37,52 @@ class Backends:
 
 
 class DecoderLayer:
-    """x + attention(norm(x)), then x + experts(norm(x))."""
+    """x + attention(norm(x)), then x + experts(norm(x)) and what all tokens take: a dense layer has that alone."""
 
     def __init__(self, index: int, parameters: LayerParameters, architecture: Architecture, backends: Backends, dtype: torch.dtype) -> None:
         epsilon = architecture.norm_epsilon
         self.attention_norm = RMSNorm(parameters.attention_norm_D, epsilon, backends.glue)
         self.attention = Attention(
             index,
-            qkv=Linear(parameters.qkv, backends.linear, dtype),
+            qkv=Linear(parameters.qkv, backends.linear, dtype, parameters.qkv_bias_N),
             o=Linear(parameters.o, backends.linear, dtype),
-            q_weight_Q=parameters.q_norm_Q,
-            k_weight_W=parameters.k_norm_W,
+            q_weight=parameters.q_norm_Q,
+            k_weight=parameters.k_norm_W,
             epsilon=epsilon,
             head_dim=architecture.head_dim,
             implementation=backends.attention,
             glue=backends.glue,
         )
         self.expert_norm = RMSNorm(parameters.expert_norm_D, epsilon, backends.glue)
-        spec = routing_spec(architecture)
-        self.moe = MoE(index, parameters.gate_ED, parameters.bias_E, parameters.experts, spec, backends.router, backends.moe, dtype)
+        self.moe: MoE | None = None
+        if (experts := parameters.experts) is not None:
+            assert parameters.gate_ED is not None
+            number, spec = architecture.expert_layers.index(index), architecture.routing
+            self.moe = MoE(number, parameters.gate_ED, parameters.bias_E, experts, spec, backends.router, backends.moe, dtype)
+        pair = parameters.shared if parameters.dense is None else parameters.dense
+        self.mlp = None if pair is None else _mlp(pair, backends, dtype)
+
+    def parts(self) -> Iterator[Linear | MoE]:
+        """What has weights in an implementation's form."""
+        yield from (self.attention.qkv, self.attention.o)
+        if self.moe is not None:
+            yield self.moe
+        if self.mlp is not None:
+            yield from (self.mlp.gate_up, self.mlp.down)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, rotation: Rotation, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Takes and gives the hidden state as a sum not yet made: who norms it next adds it up in the same breath."""
         x_TD, normed = self.attention_norm(x_TD, delta_TD, quantize=self.attention.qkv.takes_quantized)
         x_TD, normed = self.expert_norm(x_TD, self.attention(normed, rotation, ctx))
-        return x_TD, self.moe(normed, ctx)
+        if self.moe is None:
+            assert self.mlp is not None, "a layer without experts is dense"
+            return x_TD, self.mlp(normed)
+        chosen_TD = self.moe(normed, ctx)
+        return x_TD, chosen_TD if self.mlp is None else chosen_TD + self.mlp(normed)
+
+
+def _mlp(pair: Mlp, backends: Backends, dtype: torch.dtype) -> MLP:
+    return MLP(Linear(pair.gate_up, backends.linear, dtype), Linear(pair.down, backends.linear, dtype))
 
 
 class Decoder:
@@ -100,7 +121,7 @@ class Decoder:
     def _parts(self) -> Iterator[Linear | MoE]:
         yield self.head
         for layer in self.layers:
-            yield from (layer.attention.qkv, layer.attention.o, layer.moe)
+            yield from layer.parts()
 
     @property
     def attention_shape(self) -> kernels.AttentionShape:
@@ -138,11 +159,6 @@ class Decoder:
         """Float32 logits [R, V] of rows that have been through the layers."""
         _, normed_RD = self.norm(x_RD, delta_RD)
         return self.head(normed_RD).float()
-
-
-def routing_spec(architecture: Architecture) -> RoutingSpec:
-    """How the model routes."""
-    return RoutingSpec(num_experts=architecture.num_experts, top_k=architecture.top_k, score=architecture.score)
 
 
 def expert_form(architecture: Architecture) -> ExpertForm:

@@ -26,7 +26,7 @@ from pointsman.kernels.weight import FP8, FP8_MAX, num_blocks
 from pointsman.models import MODELS, architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import Checkpoint, locate, open_checkpoint, read_json
-from pointsman.models.decoder import Backends, Decoder, expert_form, routing_spec
+from pointsman.models.decoder import Backends, Decoder, expert_form
 from pointsman.models.names import Kind, Place, Row, places
 from pointsman.models.parameters import Parameters, Storage
 from pointsman.moe.router import choose_router
@@ -75,7 +75,7 @@ def load_model(
         raise ValueError(f"quantization is 'fp8', but {folder} is a {architecture.dtype} checkpoint; leave it out, or quantize it first")
     on = torch.device(device)
     compute = resolve_dtype(dtype, on)
-    spec, invariant = routing_spec(architecture), deterministic and on.type != "cpu"
+    spec, invariant = architecture.routing, deterministic and on.type != "cpu"
     heads = AttentionShape(architecture.num_heads, architecture.num_kv_heads, architecture.head_dim)
     backends = Backends(
         choose_linear(linear_backend, device=on, dtype=compute, block=architecture.quantization_block, invariant=invariant),

@@ -12,6 +12,7 @@ from typing import Any
 
 from pointsman.models.architecture import Architecture, ConfigReader, read_dtype, read_quantization, read_rotary
 from pointsman.models.names import Kind, Model, Row
+from pointsman.moe.spec import RoutingSpec
 
 DEFAULT_THETA = 5_000_000.0
 MOST_LAYERS = 1024
@@ -44,15 +45,15 @@ ROWS = (
     Row(_ATTENTION + "q_proj.weight", "qkv", Kind.MATRIX, ("q", "hidden"), 0),
     Row(_ATTENTION + "k_proj.weight", "qkv", Kind.MATRIX, ("kv", "hidden"), 1),
     Row(_ATTENTION + "v_proj.weight", "qkv", Kind.MATRIX, ("kv", "hidden"), 2),
-    Row(_ATTENTION + "q_norm.weight", "q_norm", Kind.FLOAT32, ("q",)),
-    Row(_ATTENTION + "k_norm.weight", "k_norm", Kind.FLOAT32, ("kv",)),
+    Row(_ATTENTION + "q_norm.weight", "q_norm", Kind.FLOAT32, ("q",), where="qk_norm"),
+    Row(_ATTENTION + "k_norm.weight", "k_norm", Kind.FLOAT32, ("kv",), where="qk_norm"),
     Row(_ATTENTION + "o_proj.weight", "o", Kind.MATRIX, ("hidden", "q")),
     Row(_LAYER + "post_attention_layernorm.weight", "expert_norm", Kind.FLOAT32, ("hidden",)),
-    Row(_MOE + "gate.weight", "gate", Kind.FLOAT32, ("experts", "hidden")),
-    Row(_MOE + "e_score_correction_bias", "bias", Kind.FLOAT32, ("experts",)),
-    Row(_EXPERT + "w1.weight", "gate_up", Kind.MATRIX, ("width", "hidden"), 0),
-    Row(_EXPERT + "w3.weight", "gate_up", Kind.MATRIX, ("width", "hidden"), 1),
-    Row(_EXPERT + "w2.weight", "down", Kind.MATRIX, ("hidden", "width")),
+    Row(_MOE + "gate.weight", "gate", Kind.FLOAT32, ("experts", "hidden"), where="experts"),
+    Row(_MOE + "e_score_correction_bias", "bias", Kind.FLOAT32, ("experts",), where="routing_bias"),
+    Row(_EXPERT + "w1.weight", "gate_up", Kind.MATRIX, ("width", "hidden"), 0, where="experts"),
+    Row(_EXPERT + "w3.weight", "gate_up", Kind.MATRIX, ("width", "hidden"), 1, where="experts"),
+    Row(_EXPERT + "w2.weight", "down", Kind.MATRIX, ("hidden", "width"), where="experts"),
     Row("model.norm.weight", "norm", Kind.FLOAT32, ("hidden",)),
     Row("lm_head.weight", "head", Kind.PLAIN, ("vocab", "hidden")),
 )
@@ -92,10 +93,10 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         rope_theta=rope_theta,
         max_positions=reader.whole("max_position_embeddings"),
         norm_epsilon=reader.real("rms_norm_eps"),
-        num_experts=num_experts,
-        top_k=top_k,
+        routing=RoutingSpec(num_experts=num_experts, top_k=min(top_k, num_experts), score="sigmoid"),
+        routing_bias=True,
         expert_width=reader.whole("intermediate_size"),
-        score="sigmoid",
+        qk_norm="all",
         quantization_block=read_quantization(reader),
         num_draft_layers=num_draft_layers if reader.get("use_mtp", False) else 0,
         dtype=read_dtype(reader),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-from pointsman.models.architecture import Architecture
+from pointsman.models.architecture import Architecture, Part
 
 SCALE_SUFFIX = "_scale_inv"
 
@@ -24,13 +24,17 @@ class Kind(Enum):
 
 
 class Row(NamedTuple):
-    """One kind of tensor: its name with {layer} and {expert} left open, our parameter, and which part of it along the rows."""
+    """One kind of tensor: its name with {layer} and {expert} left open, our parameter, and which part of it along the rows.
+
+    `where` is the part of a layer that it belongs to; layers without that part have no such tensor.
+    """
 
     name: str
     parameter: str
     kind: Kind
     shape: tuple[str, ...]
     part: int = 0
+    where: Part | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -78,6 +82,6 @@ def places(rows: tuple[Row, ...], architecture: Architecture) -> dict[str, tuple
 
 
 def _indices(row: Row, architecture: Architecture) -> Iterator[tuple[int | None, int | None]]:
-    for layer in range(architecture.num_layers) if row.per_layer else (None,):
+    for layer in architecture.layers_with(row.where) if row.per_layer else (None,):
         for expert in range(architecture.num_experts) if row.per_expert else (None,):
             yield layer, expert

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,19 +21,29 @@ from pointsman.models.names import Kind, Place, Row
 from pointsman.moe.weights import ExpertWeights
 
 
+class Mlp(NamedTuple):
+    """Two matrices that every token takes: those of a dense layer, or of a shared expert. `gate_up` has parts (gate, up)."""
+
+    gate_up: Weight
+    down: Weight
+
+
 @dataclass(frozen=True, eq=False)
 class LayerParameters:
-    """One layer; `qkv` has parts (q, k, v) and `experts.gate_up` parts (gate, up)."""
+    """One layer; `qkv` has parts (q, k, v) and `experts.gate_up` parts (gate, up). What the layer has not is None."""
 
     attention_norm_D: Tensor
     qkv: Weight
-    q_norm_Q: Tensor
-    k_norm_W: Tensor
+    qkv_bias_N: Tensor | None
+    q_norm_Q: Tensor | None
+    k_norm_W: Tensor | None
     o: Weight
     expert_norm_D: Tensor
-    gate_ED: Tensor
-    bias_E: Tensor
-    experts: ExpertWeights
+    gate_ED: Tensor | None
+    bias_E: Tensor | None
+    experts: ExpertWeights | None
+    shared: Mlp | None
+    dense: Mlp | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +67,23 @@ class Storage:
         self._device = device
         self._tensors: dict[tuple[str, int | None], Tensor] = {}
         self._weights: dict[tuple[str, int | None], Weight] = {}
-        by_parameter: dict[str, list[Row]] = {}
-        for row in sorted(rows, key=lambda row: row.part):
-            by_parameter.setdefault(row.parameter, []).append(row)
-        for parameter, parts in by_parameter.items():
-            for layer in range(architecture.num_layers) if parts[0].per_layer else (None,):
+        self._parts: dict[str, tuple[int, ...]] = {}
+        for parts in _by_parameter(rows):
+            self._parts[parts[0].parameter] = tuple(architecture.sizes[row.shape[0]] for row in parts)
+            for layer in architecture.layers_with(parts[0].where) if parts[0].per_layer else (None,):
                 if parts[0].kind is Kind.FLOAT32:
-                    shape = [architecture.sizes[name] for name in parts[0].shape]
-                    self._tensors[parameter, layer] = torch.empty(shape, dtype=torch.float32, device=device)
+                    self._tensors[parts[0].parameter, layer] = self._float32(parts)
                 else:
-                    self._weights[parameter, layer] = self._weight(parts)
+                    self._weights[parts[0].parameter, layer] = self._weight(parts)
+
+    def _float32(self, rows: list[Row]) -> Tensor:
+        shape = (sum(self._parts[rows[0].parameter]), *(self._architecture.sizes[name] for name in rows[0].shape[1:]))
+        return torch.empty(shape, dtype=torch.float32, device=self._device)
 
     def _weight(self, rows: list[Row]) -> Weight:
         sizes, block = self._architecture.sizes, self._architecture.quantization_block
         stack = (sizes["experts"],) if rows[0].per_expert else ()
-        parts, columns = tuple(sizes[row.shape[0]] for row in rows), sizes[rows[0].shape[1]]
+        parts, columns = self._parts[rows[0].parameter], sizes[rows[0].shape[1]]
         shape = (*stack, sum(parts), columns)
         if rows[0].kind is Kind.PLAIN or block is None:
             return Weight(torch.empty(shape, dtype=self._plain_dtype[rows[0].parameter], device=self._device), parts=parts)
@@ -84,12 +97,11 @@ class Storage:
         storage._weights = {("embed", None): Weight(parameters.embed_VD), ("head", None): parameters.head}
         storage._tensors = {("norm", None): parameters.norm_D}
         for index, layer in enumerate(parameters.layers):
-            weights = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.experts.gate_up, "down": layer.experts.down}
-            tensors = {"attention_norm": layer.attention_norm_D, "q_norm": layer.q_norm_Q, "k_norm": layer.k_norm_W}
-            tensors |= {"expert_norm": layer.expert_norm_D, "gate": layer.gate_ED, "bias": layer.bias_E}
-            storage._weights |= {(name, index): weight for name, weight in weights.items()}
-            storage._tensors |= {(name, index): tensor for name, tensor in tensors.items()}
-        assert {row.parameter for row in rows} == {name for name, _ in (*storage._weights, *storage._tensors)}
+            for name, there in tensors_of(layer).items():
+                storage._tensors[name, index] = there
+            for name, weight in weights_of(layer).items():
+                storage._weights[name, index] = weight
+        storage._parts = {row[0].parameter: tuple(architecture.sizes[part.shape[0]] for part in row) for row in _by_parameter(rows)}
         return storage
 
     def plain_dtypes(self) -> dict[str, torch.dtype]:
@@ -99,6 +111,7 @@ class Storage:
     def revised(self, changed: Collection[tuple[str, int | None]], dtypes: Mapping[str, torch.dtype]) -> Storage:
         """A storage that shares what does not change. What does is copied, and plain numbers have these types."""
         other = Storage((), self._architecture, dtypes, self._device)
+        other._parts = self._parts
         other._tensors = {key: tensor.clone() if key in changed else tensor for key, tensor in self._tensors.items()}
         for key, weight in self._weights.items():
             dtype = weight.data.dtype if weight.quantized else dtypes[key[0]]
@@ -110,13 +123,13 @@ class Storage:
 
     def view(self, place: Place) -> Tensor:
         """The memory that a tensor of the checkpoint fills, in the tensor's shape."""
-        if (place.parameter, place.layer) in self._tensors:
-            return self._tensors[place.parameter, place.layer]
-        weight = self._weights[place.parameter, place.layer]
-        tensor, heights = weight.data, list(weight.parts)
-        if place.scale:
-            assert weight.scale is not None
-            tensor, heights = weight.scale, [num_blocks(part, weight.block[0]) for part in weight.parts]
+        heights = list(self._parts[place.parameter])
+        if (tensor := self._tensors.get((place.parameter, place.layer))) is None:
+            weight = self._weights[place.parameter, place.layer]
+            tensor = weight.data
+            if place.scale:
+                assert weight.scale is not None
+                tensor, heights = weight.scale, [num_blocks(part, weight.block[0]) for part in heights]
         if place.expert is not None:
             tensor = tensor[place.expert]
         first = sum(heights[: place.part])
@@ -133,11 +146,38 @@ class Storage:
         return LayerParameters(
             attention_norm_D=tensors["attention_norm"],
             qkv=weights["qkv"],
-            q_norm_Q=tensors["q_norm"],
-            k_norm_W=tensors["k_norm"],
+            qkv_bias_N=tensors.get("qkv_bias"),
+            q_norm_Q=tensors.get("q_norm"),
+            k_norm_W=tensors.get("k_norm"),
             o=weights["o"],
             expert_norm_D=tensors["expert_norm"],
-            gate_ED=tensors["gate"],
-            bias_E=tensors["bias"],
-            experts=ExpertWeights(weights["gate_up"], weights["down"]),
+            gate_ED=tensors.get("gate"),
+            bias_E=tensors.get("bias"),
+            experts=ExpertWeights(weights["gate_up"], weights["down"]) if "gate_up" in weights else None,
+            shared=Mlp(weights["shared_gate_up"], weights["shared_down"]) if "shared_gate_up" in weights else None,
+            dense=Mlp(weights["dense_gate_up"], weights["dense_down"]) if "dense_gate_up" in weights else None,
         )
+
+
+def tensors_of(layer: LayerParameters) -> dict[str, Tensor]:
+    """The float32 tensors that a layer has, by their names in the table."""
+    named = {"attention_norm": layer.attention_norm_D, "expert_norm": layer.expert_norm_D, "qkv_bias": layer.qkv_bias_N}
+    named |= {"q_norm": layer.q_norm_Q, "k_norm": layer.k_norm_W, "gate": layer.gate_ED, "bias": layer.bias_E}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def weights_of(layer: LayerParameters) -> dict[str, Weight]:
+    """The matrices that a layer has, by their names in the table."""
+    named = {"qkv": layer.qkv, "o": layer.o}
+    for prefix, pair in (("", layer.experts), ("shared_", layer.shared), ("dense_", layer.dense)):
+        if pair is not None:
+            named |= {f"{prefix}gate_up": pair.gate_up, f"{prefix}down": pair.down}
+    return named
+
+
+def _by_parameter(rows: tuple[Row, ...]) -> list[list[Row]]:
+    """The rows of each parameter, in the order of its parts."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.part):
+        found.setdefault(row.parameter, []).append(row)
+    return list(found.values())

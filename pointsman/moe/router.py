@@ -27,7 +27,7 @@ class RouterInput:
 
     Attributes:
         gate_ED, bias_E: the layer's router.
-        layer: its number.
+        layer: its number among the layers that have experts.
         slots_T: where the rows' routing is recorded; below zero where a row is padding.
         routes: None records nothing.
         given_TK: int64 expert ids to use; a row with a negative one chooses freely. None: all do.

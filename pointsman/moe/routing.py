@@ -9,41 +9,14 @@ Shape suffixes: T tokens, E experts, K experts per token, G groups of experts, e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pointsman.moe.spec import RoutingSpec
 
-@dataclass(frozen=True, kw_only=True)
-class RoutingSpec:
-    """How a model turns router logits into experts.
-
-    Attributes:
-        num_experts: experts of a layer.
-        top_k: experts of a token.
-        score: what makes scores of logits.
-        renormalize: divide a token's weights by their sum.
-        scale: multiplies the weights last.
-        num_groups, top_groups: experts come from the best groups alone, a group's rank being the sum of its two best scores.
-    """
-
-    num_experts: int
-    top_k: int
-    score: Literal["softmax", "sigmoid"]
-    renormalize: bool = True
-    scale: float = 1.0
-    num_groups: int = 1
-    top_groups: int = 1
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"{self.top_k} experts per token is impossible with {self.num_experts} experts")
-        if self.num_experts % self.num_groups or not 1 <= self.top_groups <= self.num_groups:
-            raise ValueError(f"{self.num_experts} experts cannot be limited to {self.top_groups} of {self.num_groups} groups")
-        if self.top_k > self.num_experts // self.num_groups * self.top_groups:
-            raise ValueError(f"{self.top_groups} of {self.num_groups} groups have fewer than {self.top_k} experts")
+__all__ = ["Routing", "RoutingSpec", "choose_experts", "route"]
 
 
 class Routing(NamedTuple):

@@ -191,7 +191,7 @@ class Harness:
         )
         for memory in (self.kv.k, self.kv.v):
             memory.view(torch.uint8).fill_(0x7F) if dtype.itemsize == 1 else memory.fill_(float("nan"))
-        self.routes = RouteStore(self.kv.num_slots, architecture.num_layers, architecture.top_k, architecture.num_experts)
+        self.routes = RouteStore(self.kv.num_slots, len(architecture.expert_layers), architecture.top_k, architecture.num_experts)
         self.length = [0] * lanes
 
     def slots(self, lane: int, start: int, length: int) -> Tensor:

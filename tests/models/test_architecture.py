@@ -11,6 +11,7 @@ from transformers import MiniMaxM2Config
 
 from pointsman.models import architecture_of
 from pointsman.models.architecture import Architecture
+from pointsman.moe.spec import RoutingSpec
 
 # config.json of MiniMax-M2.5
 PUBLISHED: dict[str, Any] = {
@@ -67,10 +68,10 @@ M25 = Architecture(
     rope_theta=5e6,
     max_positions=196608,
     norm_epsilon=1e-6,
-    num_experts=256,
-    top_k=8,
+    routing=RoutingSpec(num_experts=256, top_k=8, score="sigmoid"),
+    routing_bias=True,
     expert_width=1536,
-    score="sigmoid",
+    qk_norm="all",
     quantization_block=(128, 128),
     num_draft_layers=3,
     dtype="bfloat16",
