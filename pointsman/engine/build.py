@@ -37,6 +37,7 @@ from pointsman.models.decoder import Decoder
 from pointsman.models.parameters import Parameters, tensors_of, weights_of
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import DeviceExpertLoad, ExpertLoad
+from pointsman.moe.runner import AnyRunner
 from pointsman.scheduler import Scheduler
 from pointsman.step import LaneStart
 from pointsman.text import ChatTemplate, Tokenizer
@@ -60,6 +61,7 @@ class Parts:
     grammars: Grammars | None
     runner: ModelRunner
     weights: Weights
+    moe_runner: AnyRunner
 
     @property
     def chat_template(self) -> ChatTemplate | None:
@@ -106,6 +108,7 @@ def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
         grammars=grammars,
         runner=runner,
         weights=Weights(config, decoder, folder, storage, make_step, aside=not launches_steps(device)),
+        moe_runner=decoder.backends.moe,
     )
 
 

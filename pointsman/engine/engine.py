@@ -20,6 +20,7 @@ from pointsman.engine.rows import RoutingRows
 from pointsman.engine.waiting_room import WaitingRoom
 from pointsman.engine.weights import Fresh
 from pointsman.grammar import Grammar
+from pointsman.moe.runner import reason_against_replay
 from pointsman.replay import check_sizes
 from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, MemoryTag, QueueFull, Request
 from pointsman.scheduler import Advance, Sequence
@@ -78,6 +79,7 @@ class Engine:
         self._given_back: list[Grammar] = []
         self._runner = parts.runner
         self._rows = RoutingRows(parts.runner)
+        self._no_replay = reason_against_replay(parts.moe_runner)
         self._overlap = not config.scheduler.disable_overlap_schedule
         self._executor: Executor = choose_executor(parts.runner, overlap=self._overlap)
         self._seeds = random.Random(config.model.random_seed)
@@ -149,6 +151,8 @@ class Engine:
             raise ValueError(f"rid {request.rid!r} is already in use by a running request")
         vocab = self.architecture.vocab_size
         if request.replay is not None:
+            if self._no_replay is not None:
+                raise ValueError(f"experts are given, but {self._no_replay}")
             check_sizes(request.replay, **self.routing_sizes)
         ids = (*request.prompt_token_ids, *request.sampling.stop_token_ids, *request.sampling.logit_bias)
         if (highest := max(ids)) >= vocab or min(ids) < 0:
@@ -244,9 +248,14 @@ class Engine:
         return plan, self._executor.submit(plan)
 
     def _keep_rows(self, preempted: list[Sequence]) -> None:
-        """Read the routing of who was preempted, while its pages are still its own: it computes anew under the same experts."""
+        """Read the routing of who was preempted, while its pages are still its own: it computes anew under the same experts.
+
+        Under a runner that takes none it routes anew, and the record is what it then used.
+        """
         self.num_preemptions += len(preempted)
         self._runner.load.settle()
+        if self._no_replay is not None:
+            return
         for sequence in preempted:
             self._rows.keep(sequence)
 

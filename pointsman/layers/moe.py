@@ -11,7 +11,7 @@ from torch import Tensor
 from pointsman.layers.context import StepContext
 from pointsman.moe.router import Router, RouterInput
 from pointsman.moe.routing import RoutingSpec
-from pointsman.moe.runner import MoERunner
+from pointsman.moe.runner import AnyRunner
 from pointsman.moe.weights import ExpertWeights
 
 
@@ -26,7 +26,7 @@ class MoE:
         weights: ExpertWeights,
         spec: RoutingSpec,
         router: Router,
-        runner: MoERunner,
+        runner: AnyRunner,
         dtype: torch.dtype,
     ) -> None:
         self.layer = layer
@@ -48,4 +48,7 @@ class MoE:
     def __call__(self, x_TD: Tensor, ctx: StepContext) -> Tensor:
         given_TK = None if ctx.replay_TNK is None else ctx.replay_TNK[:, self.layer]
         rows = RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK)
-        return self.runner(x_TD, self._router.run(rows, self.spec), self.prepare())
+        runner = self.runner
+        if runner.routes_itself:
+            return runner(rows, self.spec, self.prepare())
+        return runner(x_TD, self._router.run(rows, self.spec), self.prepare())

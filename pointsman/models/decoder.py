@@ -25,14 +25,14 @@ from pointsman.layers.norm import RMSNorm
 from pointsman.models.architecture import Architecture
 from pointsman.models.parameters import LayerParameters, Mlp, Parameters
 from pointsman.moe.router import Router
-from pointsman.moe.runner import WAITING_RUNNERS, MoERunner
+from pointsman.moe.runner import WAITING_RUNNERS, AnyRunner
 from pointsman.moe.weights import ExpertForm
 
 
 class Backends:
     """The implementations that a decoder was given, chosen once."""
 
-    def __init__(self, linear: kernels.Linear, attention: kernels.Attention, glue: kernels.Glue, router: Router, moe: MoERunner) -> None:
+    def __init__(self, linear: kernels.Linear, attention: kernels.Attention, glue: kernels.Glue, router: Router, moe: AnyRunner) -> None:
         self.linear, self.attention, self.glue, self.router, self.moe = linear, attention, glue, router, moe
 
 

@@ -8,7 +8,7 @@ Shape suffixes: T tokens, K experts per token, D hidden, N (token, choice) pairs
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class CpuRunner:
     """W8A16: products in the activations' dtype, the weighted sum over a token's experts in float32 in the order of expert ids."""
 
     name: ClassVar[str] = "cpu"
-    routes_itself: ClassVar[bool] = False
+    routes_itself: ClassVar[Literal[False]] = False
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:

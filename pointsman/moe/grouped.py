@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class _Grouped:
     """What both runners share: kernels, cuts, and weights as they are stored."""
 
     name: ClassVar[str]
-    routes_itself: ClassVar[bool] = False
+    routes_itself: ClassVar[Literal[False]] = False
 
     def __init__(self, *, deterministic: bool = False, tiles: Tiles | None = None) -> None:
         self.deterministic, self._given = deterministic, tiles

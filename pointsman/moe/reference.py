@@ -5,7 +5,7 @@ Shape suffixes: T tokens, K experts per token, D hidden.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class ReferenceRunner:
     """W8A8 for FP8 weights; the weighted sum over a token's experts is float32 and rounded once."""
 
     name: ClassVar[str] = "reference"
-    routes_itself: ClassVar[bool] = False
+    routes_itself: ClassVar[Literal[False]] = False
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:

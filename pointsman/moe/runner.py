@@ -7,7 +7,7 @@ to a name is never "unknown" when the name is right.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,15 +17,16 @@ from pointsman.kernels import VARIES, choose
 from pointsman.moe.cpu import CpuRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
+from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
 
 class MoERunner(Protocol):
-    """Runs the experts of a layer over the rows of a step."""
+    """Runs the experts of a layer over the rows of a step, which have been routed."""
 
     name: ClassVar[str]
-    routes_itself: ClassVar[bool]
+    routes_itself: ClassVar[Literal[False]]
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -38,8 +39,27 @@ class MoERunner(Protocol):
         """The weighted sum of each token's experts [T, D], in x's dtype."""
 
 
+class RoutingRunner(Protocol):
+    """Routes the rows of a layer and runs their experts, in one. Nobody can give it the experts, so it cannot replay."""
+
+    name: ClassVar[str]
+    routes_itself: ClassVar[Literal[True]]
+
+    @staticmethod
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot serve, or None."""
+
+    def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
+        """The checkpoint's weights in the form that `__call__` takes."""
+
+    def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: ExpertWeights) -> Tensor:
+        """The weighted sum of each token's experts [T, D], in x's dtype; records the experts where `rows` says."""
+
+
+AnyRunner = MoERunner | RoutingRunner
+
 # in the order in which "auto" asks them
-RUNNERS: dict[str, type[MoERunner]] = {
+RUNNERS: dict[str, type[MoERunner] | type[RoutingRunner]] = {
     "routed": RoutedRunner,
     "triton": TritonRunner,
     "cpu": CpuRunner,
@@ -51,6 +71,9 @@ INVARIANT_RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed
 
 # these ask the device what the rows' experts are, so a step that has them cannot be captured in a CUDA graph
 WAITING_RUNNERS = frozenset({"cpu", "reference"})
+
+# for each that routes itself, the one of its kind that is given the experts
+ROUTED_ALIKE = {"fused": "routed", "flashinfer_trtllm": "flashinfer_trtllm_routed"}
 
 _NEEDS = {
     "fused": "a CUDA device (sm_90)",
@@ -72,7 +95,7 @@ def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: torch.de
 
 def choose_runner(
     wanted: str, spec: RoutingSpec, form: ExpertForm, *, device: torch.device, dtype: torch.dtype, deterministic: bool = False
-) -> MoERunner:
+) -> AnyRunner:
     """The runner of this name, or for "auto" the first that can serve.
 
     Args:
@@ -87,3 +110,11 @@ def choose_runner(
         return RUNNERS[choose("MoE runner", wanted, reasons)]()
     reasons |= {name: VARIES for name, reason in reasons.items() if reason is None and name not in INVARIANT_RUNNERS}
     return INVARIANT_RUNNERS[choose("MoE runner", wanted, reasons)](deterministic=True)
+
+
+def reason_against_replay(runner: AnyRunner) -> str | None:
+    """Why experts cannot be given to this runner, or None."""
+    if not runner.routes_itself:
+        return None
+    other = ROUTED_ALIKE[runner.name]
+    return f"the MoE runner {runner.name!r} chooses experts inside its kernel; with --moe-runner-backend {other} they can be given"
