@@ -18,7 +18,7 @@ from pointsman.moe.runner import ROUTED_ALIKE, RUNNERS, reason_against_replay
 from pointsman.moe.weights import ExpertWeights
 
 PROMPTS = [list(range(20, 30)), list(range(60, 68)), list(range(100, 112))]
-PARAMS = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, return_routed_experts=True)
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, return_routed_experts=True)
 
 
 class Itself(ReferenceRunner):
@@ -52,7 +52,7 @@ def test_it_records_what_the_reference_would_have_chosen(monkeypatch: pytest.Mon
     tokens, rows, _ = answers(moe_runner_backend="reference")
     monkeypatch.setattr(loader, "choose_runner", lambda *args, **options: Itself())
     # room for a sequence and a half: others lose their pages, and are computed anew
-    got_tokens, got_rows, num_preemptions = answers(max_total_tokens=40)
+    got_tokens, got_rows, num_preemptions = answers(max_total_tokens=64)
     assert num_preemptions > 0
     assert got_tokens == tokens
     for got, want in zip(got_rows, rows, strict=True):
@@ -67,7 +67,7 @@ def test_experts_cannot_be_given(itself: None) -> None:
         rows = np.zeros((4, 6, 4), np.uint8) + np.arange(4, dtype=np.uint8)
         with pytest.raises(ValueError, match="'fused' chooses experts inside its kernel; with --moe-runner-backend routed they can"):
             llm.generate(PROMPTS[0], PARAMS, replay_routed_experts=rows)
-        assert len(llm.generate(PROMPTS[0], PARAMS)[0].outputs[0].token_ids) == 16
+        assert len(llm.generate(PROMPTS[0], PARAMS)[0].outputs[0].token_ids) == 24
     finally:
         llm.close()
 
