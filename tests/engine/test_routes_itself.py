@@ -11,18 +11,18 @@ from torch import Tensor
 from pointsman import LLM, SamplingParams
 from pointsman.kernels import reference
 from pointsman.models import loader
-from pointsman.moe.reference import ReferenceRunner
+from pointsman.moe.cpu import CpuRunner
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import RoutingSpec, route
 from pointsman.moe.runner import ROUTED_ALIKE, RUNNERS, reason_against_replay
 from pointsman.moe.weights import ExpertWeights
 
 PROMPTS = [list(range(20, 30)), list(range(60, 68)), list(range(100, 112))]
-PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, return_routed_experts=True)
+PARAMS = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, return_routed_experts=True)
 
 
-class Itself(ReferenceRunner):
-    """The reference, with the choice inside."""
+class Itself(CpuRunner):
+    """The CPU runner, with the choice inside."""
 
     name: ClassVar[str] = "fused"
     routes_itself: ClassVar[Literal[True]] = True  # type: ignore[assignment]
@@ -48,11 +48,11 @@ def itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "choose_runner", lambda *args, **options: Itself())
 
 
-def test_it_records_what_the_reference_would_have_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens, rows, _ = answers(moe_runner_backend="reference")
+def test_it_records_what_a_router_would_have_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, rows, _ = answers(moe_runner_backend="cpu")
     monkeypatch.setattr(loader, "choose_runner", lambda *args, **options: Itself())
     # room for a sequence and a half: others lose their pages, and are computed anew
-    got_tokens, got_rows, num_preemptions = answers(max_total_tokens=64)
+    got_tokens, got_rows, num_preemptions = answers(max_total_tokens=96)
     assert num_preemptions > 0
     assert got_tokens == tokens
     for got, want in zip(got_rows, rows, strict=True):
@@ -67,13 +67,13 @@ def test_experts_cannot_be_given(itself: None) -> None:
         rows = np.zeros((4, 6, 4), np.uint8) + np.arange(4, dtype=np.uint8)
         with pytest.raises(ValueError, match="'fused' chooses experts inside its kernel; with --moe-runner-backend routed they can"):
             llm.generate(PROMPTS[0], PARAMS, replay_routed_experts=rows)
-        assert len(llm.generate(PROMPTS[0], PARAMS)[0].outputs[0].token_ids) == 24
+        assert len(llm.generate(PROMPTS[0], PARAMS)[0].outputs[0].token_ids) == 48
     finally:
         llm.close()
 
 
 def test_each_of_them_names_one_that_takes_experts() -> None:
-    assert reason_against_replay(ReferenceRunner()) is None
+    assert reason_against_replay(CpuRunner()) is None
     for name, runner in RUNNERS.items():
         if runner.routes_itself:
             assert not RUNNERS[ROUTED_ALIKE[name]].routes_itself
