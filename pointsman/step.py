@@ -4,6 +4,9 @@ A plan is small and made of integers, because it crosses to every rank: it names
 sequence took a lane, which pages its table grew by) and the tokens to feed. A *lane* is a row of the rank's own tables: page
 table, last sampled token, sampling state. A token that the step in flight is still choosing is written PENDING: the rank takes
 it from the lane's last sample, so that the host can plan a step before it has seen the one before.
+
+What a plan is made of are structs that cross as arrays, without the names of their fields: hundreds of them are made, written and read
+in each step, at a fifth of what dataclasses cost.
 """
 
 from __future__ import annotations
@@ -11,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from pointsman.request import Logprob, Replay, SamplingParams
 
 PENDING = -1
 
 
-@dataclass(frozen=True, slots=True)
-class LaneStart:
+class LaneStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A sequence takes a lane.
 
     Attributes:
@@ -34,8 +38,7 @@ class LaneStart:
     replays: tuple[Replay, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """Consecutive tokens of one sequence, fed in this step.
 
     Attributes:
@@ -57,8 +60,7 @@ class Segment:
     prompt_logits: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One step of the engine: lanes to set up, then rows to run. Decode segments come first."""
 
     index: int
