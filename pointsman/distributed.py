@@ -3,12 +3,19 @@
 It is made of torch's parts without torch's global state: a store at rank 0's address, and the backend over it. Nothing but the bytes of
 tensors crosses, as uint8 and never as objects, which torch would pickle. Whatever waits has a time limit: a peer that has died ends the
 operation with an error, and after one the group is of no more use, because nobody can tell which broadcast comes next.
+
+With NCCL the host waits, not a stream: steps share the stream of whoever receives, and would stand still with it. And what fails there
+is an error here and not, as torch would have it, the end of the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import os
 import socket
+import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BACKENDS = ("gloo", "nccl")
+POLL_SECONDS = 0.001
 
 
 class Group:
@@ -24,14 +32,24 @@ class Group:
 
     Args:
         rank: 0 is the trainer, who also holds the store.
-        timeout: seconds that joining, and each broadcast, may take.
+        timeout: seconds that joining, and the broadcasts of one call, may take.
+        device: with NCCL, where this member's tensors are; None is the CUDA device that is current now.
 
     Raises:
         ValueError: a value is out of range, or this installation does not have the backend.
     """
 
     def __init__(
-        self, *, master_address: str, master_port: int, rank: int, world_size: int, name: str, backend: str = "gloo", timeout: float = 60.0
+        self,
+        *,
+        master_address: str,
+        master_port: int,
+        rank: int,
+        world_size: int,
+        name: str,
+        backend: str = "gloo",
+        timeout: float = 60.0,
+        device: torch.device | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r:.80}; it must be one of {', '.join(map(repr, BACKENDS))}")
@@ -43,6 +61,9 @@ class Group:
         self._address = (master_address, master_port)
         self._rank, self._world_size, self._backend = rank, world_size, backend
         self._timeout = timedelta(seconds=timeout)
+        self._device = torch.device("cpu")
+        if backend == "nccl":
+            self._device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
         self._group: Any = None
         self._store: Any = None
 
@@ -56,6 +77,8 @@ class Group:
                 options["master_listen_fd"] = _listen(host, port)
             self._store = dist.TCPStore(host, port, **options)  # type: ignore[attr-defined]
             self._group = self._connect(dist.PrefixStore(self.name, self._store))  # type: ignore[attr-defined]
+            if self._backend == "nccl":  # which connects with the first broadcast
+                self._broadcast([torch.zeros(1, dtype=torch.uint8, device=self._device)])
         except (RuntimeError, OSError) as error:
             raise ValueError(f"the group {self.name!r} at {host}:{port} did not come together: {_reason(error)}") from error
 
@@ -63,33 +86,68 @@ class Group:
         if self._backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
-            return dist.ProcessGroupNCCL(store, self._rank, self._world_size, options)
+            with _errors_told():
+                return dist.ProcessGroupNCCL(store, self._rank, self._world_size, options)
         gloo = dist.ProcessGroupGloo
         options = gloo._Options()  # type: ignore[attr-defined]
         options._timeout = self._timeout
         options._devices = [gloo.create_device(hostname=own_address(*self._address))]
         return gloo(store, self._rank, self._world_size, options)
 
-    def send(self, tensor: Tensor) -> None:
-        """Broadcast its bytes, as rank 0."""
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Broadcast their bytes, one after the other, as rank 0. Raises ValueError where that fails."""
         assert self._rank == 0
-        self._broadcast(tensor.detach().contiguous())
+        if wrong := [tensor.device for tensor in tensors if self._backend == "nccl" and tensor.device != self._device]:
+            raise ValueError(f"a tensor is on {wrong[0]}; this member of the group {self.name!r} broadcasts from {self._device}")
+        self._broadcast([tensor.detach().contiguous() for tensor in tensors])
 
-    def receive(self, tensor: Tensor) -> None:
-        """Fill it with what rank 0 broadcasts; all members must know its size."""
-        assert self._rank != 0 and tensor.is_contiguous()
-        self._broadcast(tensor)
+    def receive(self, tensors: Sequence[Tensor]) -> None:
+        """Fill them with what rank 0 broadcasts; all members must know their sizes. Raises ValueError where that fails."""
+        assert self._rank != 0 and all(tensor.is_contiguous() for tensor in tensors)
+        self._broadcast(tensors)
 
-    def _broadcast(self, tensor: Tensor) -> None:
+    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.timeout = self._timeout
-        if tensor.numel() == 0:
-            return
+        flat = [tensor.view(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
         try:
-            self._group.broadcast([tensor.view(-1).view(torch.uint8)], options).wait(self._timeout)
+            if self._backend == "nccl":
+                self._wait([self._group.broadcast([bytes_B], options) for bytes_B in flat])
+            else:
+                for bytes_B in flat:
+                    self._group.broadcast([bytes_B], options).wait(self._timeout)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"a broadcast in the group {self.name!r} failed, and the group is of no more use: {_reason(error)}") from error
+
+    def _wait(self, works: Sequence[Any]) -> None:
+        """Until these are through on the device, while its other streams go on. Raises RuntimeError where that takes too long."""
+        aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(aside):
+            for work in works:
+                work.wait()
+            through = aside.record_event()
+        limit = time.monotonic() + self._timeout.total_seconds()
+        while not through.query():
+            if time.monotonic() > limit:
+                self._group.abort()  # what waits on the device ends with it
+                raise RuntimeError(f"nothing came for {self._timeout.total_seconds():g} s")
+            time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _errors_told() -> Iterator[None]:
+    """Have a group of NCCL that is made meanwhile leave its process alone where a peer fails. torch asks the environment alone."""
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _listen(host: str, port: int) -> int:

@@ -183,10 +183,7 @@ def run(arguments: argparse.Namespace, *, forced: bool, bar: Progress) -> list[S
                 seed = 1000 * number + arguments.seed
                 groups = engine.sample(batch, group=arguments.group, max_tokens=arguments.max_tokens, seed=seed)
                 steps.append(train(model, optimizer, groups, forced=forced))
-                folder = Path(scratch) / str(number)
-                write(model, folder)
-                engine.update(folder, f"{number + 1}")
-                shutil.rmtree(folder)
+                engine.weights.push(trainer.published(model), version=f"{number + 1}")
                 bar.update(task, advance=1, said=f"reward {steps[-1].reward:.2f}")
                 if not bar.console.is_terminal:
                     print(f"{number}: {json.dumps(vars(steps[-1]))}", file=sys.stderr, flush=True)

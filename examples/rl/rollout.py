@@ -1,4 +1,4 @@
-"""The rollout engine: `pointsman serve` in a process of its own, asked and updated over HTTP as any trainer would."""
+"""The rollout engine: `pointsman serve` in a process of its own, asked over HTTP; its weights come over a process group."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pointsman.bench.arithmetic import ArithmeticProblem
+from pointsman.rl.weight_sync import WeightSync
 from pointsman.routed_experts import RoutedExperts, decode_record
 
 READY = re.compile(r"ready at (http://\S+)")
@@ -34,12 +35,17 @@ class Sample:
 
 
 class Rollout:
-    """A server on this machine, ended with the `with` block."""
+    """A server on this machine, ended with the `with` block.
+
+    Attributes:
+        weights: the way by which new ones get there, a process group with gloo.
+    """
 
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-m", "pointsman", "serve", "--model-path", str(folder), "--port", "0", "--log-level", "warning"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._url = self._address()
+        self.weights = WeightSync(self._url)
 
     def _address(self) -> str:
         assert self._process.stdout is not None
@@ -49,9 +55,20 @@ class Rollout:
         raise RuntimeError(f"the server ended with {self._process.wait()} before it was ready")
 
     def __enter__(self) -> Rollout:
+        try:
+            self.weights.connect()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        try:
+            self.weights.disconnect()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         self._process.terminate()
         self._process.wait()
 
@@ -60,10 +77,6 @@ class Rollout:
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             return json.loads(answer.read())
-
-    def update(self, folder: Path, version: str) -> None:
-        """Put the weights of a checkpoint in the place of those that serve."""
-        self.post("/update_weights_from_disk", {"model_path": str(folder), "weight_version": version})
 
     def sample(self, problems: Sequence[ArithmeticProblem], *, group: int, max_tokens: int, seed: int) -> list[list[Sample]]:
         """`group` answers to each problem at temperature 1."""

@@ -225,6 +225,10 @@ class Weights:
         decoder = Decoder(self.architecture, revision.apply(old, self._device), self._backends, self._dtype)
         return self._ready(Fresh(decoder, None, None, version))
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def join_group(self, group: Group) -> None:
         """Meet the trainer, and whoever else is in the group; one at a time. Raises ValueError where they do not all come in time."""
         if self._group is not None:
@@ -265,8 +269,7 @@ class Weights:
         if len({name for name, _, _ in forms}) != len(forms):
             raise ValueError("names has a tensor twice")
         tensors = {name: torch.empty(shape, dtype=dtype, device=self._device) for name, shape, dtype in forms}
-        for tensor in tensors.values():
-            group.receive(tensor)
+        group.receive(list(tensors.values()))
         revision.add(tensors, quantize=quantize)
         fresh = self._staged(revision, final, version)
         self._group = group

@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pointsman.distributed import Group
+from pointsman.request import MemoryTag
 
 BUCKET_BYTES = 16 << 20
 _EXPERTS = re.compile(r"(.*)\.mlp\.experts\.(gate_up_proj|down_proj)")
@@ -65,6 +66,29 @@ class WeightSync:
     def resume(self) -> None:
         """Let it run steps again."""
         self._post("/continue_generation", {})
+
+    def release_memory(self, *tags: MemoryTag) -> None:
+        """Have it free memory, and run no step until it has it again; see `/release_memory_occupation`.
+
+        Args:
+            tags: "weights", "kv_cache", or both; both where none is named.
+
+        Raises:
+            SyncFailed: requests are running, or it is released already.
+        """
+        self._post("/release_memory_occupation", {"tags": list(tags)} if tags else {})
+
+    def resume_memory(self, *tags: MemoryTag) -> str:
+        """Have it take the memory of these again. Returns the version of the weights, which are again those of the folder read last.
+
+        Args:
+            tags: as for `release_memory`; after a `push` of all weights these need no more than "kv_cache".
+
+        Raises:
+            SyncFailed: it is not released, or the folder is not what it was.
+        """
+        version: str = self._post("/resume_memory_occupation", {"tags": list(tags)} if tags else {})["weight_version"]
+        return version
 
     def push(
         self,
@@ -117,7 +141,8 @@ class WeightSync:
         Args:
             master_address: of this machine, as the server reaches it; nothing listens at any other.
             master_port: None takes a free one.
-            timeout: seconds that joining, and each broadcast, may take.
+            backend: "gloo", or "nccl" where the server's model is on a CUDA device; then tensors are sent from the one that is current now.
+            timeout: seconds that joining, and the broadcasts of one bucket, may take.
 
         Raises:
             SyncFailed: the server refused, or did not come.
@@ -149,12 +174,8 @@ class WeightSync:
             "group_name": group.name,
         }
 
-        def send() -> None:
-            for tensor in bucket.values():
-                group.send(tensor)
-
         try:
-            return self._together(send, "/update_weights_from_distributed", fields | announced)
+            return self._together(lambda: group.send(list(bucket.values())), "/update_weights_from_distributed", fields | announced)
         except SyncFailed:
             self._group = None  # the server has left it
             raise

@@ -150,6 +150,7 @@ def work(weights: Weights, message: controls.Work) -> Fresh | None:
                     name=message.name,
                     backend=message.backend,
                     timeout=message.timeout,
+                    device=weights.device,
                 )
             )
         case controls.LeaveGroup():

@@ -95,6 +95,36 @@ def test_pausing(client: httpx.Client, sync: WeightSync) -> None:
     assert not client.get("/server_info").json()["paused"]
 
 
+@pytest.mark.parametrize("tags", [(), ("weights",), ("kv_cache",), ("kv_cache", "weights")])
+def test_memory_is_released_and_had_again(client: httpx.Client, sync: WeightSync, greedy: list[list[int]], tags: tuple[Any, ...]) -> None:
+    """Weights are then those of the folder that the server began with, whatever was pushed since."""
+    sync.push(NEW, version="pushed")
+    sync.release_memory(*tags)
+    assert set(client.get("/server_info").json()["released"]) == set(tags or ("weights", "kv_cache"))
+    with pytest.raises(SyncFailed, match="released already"):
+        sync.release_memory(*tags)
+    version = sync.resume_memory(*tags)
+    assert client.get("/server_info").json()["released"] == []
+    assert version == sync.version == ("pushed" if tags == ("kv_cache",) else "0")
+    client.post("/flush_cache")
+    assert ask(client)["output_ids"] == greedy[version == "pushed"]
+    with pytest.raises(SyncFailed, match="not released"):
+        sync.resume_memory(*tags)
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+def test_pushed_weights_take_the_place_of_released_ones(
+    client: httpx.Client, sync: WeightSync, greedy: list[list[int]], by_group: bool
+) -> None:
+    if by_group:
+        sync.connect()
+    sync.release_memory()
+    assert sync.push(NEW, version="pushed") == "pushed"
+    assert client.get("/server_info").json()["released"] == ["kv_cache"]
+    sync.resume_memory("kv_cache")
+    assert ask(client)["output_ids"] == greedy[1]
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
