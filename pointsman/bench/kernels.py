@@ -31,7 +31,7 @@ from pointsman.bench.options import KernelsOptions
 from pointsman.bench.plot import Line, Panel, chart
 from pointsman.kernels import reference
 from pointsman.kernels.tiles import Shape
-from pointsman.kernels.triton_support import reason_against
+from pointsman.kernels.triton_support import describe, reason_against
 from pointsman.kernels.weight import FP8
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput
@@ -70,7 +70,7 @@ class Block:
 
 def blocks(layer: Layer) -> dict[str, Block]:
     """Every runner that can serve on this card."""
-    device = layer.gate_ED.device
+    device = describe(layer.gate_ED.device)
     found = {}
     if (why := TritonRunner.unsupported(layer.spec, layer.form, device, torch.bfloat16)) is not None:
         raise ValueError(f"the plain arrangement cannot run here: {why}")
@@ -87,7 +87,7 @@ def run(engine: dict[str, Any], options: KernelsOptions) -> int:
     """`pointsman bench kernels`; 1 where a check fails."""
     logging.basicConfig(level=options.log_level.upper())
     device = torch.device("cuda")
-    if (why := reason_against(device, needs=(8, 9))) is not None:
+    if (why := reason_against(describe(device), needs=(8, 9))) is not None:
         raise ValueError(f"the kernels cannot be measured here: {why}")
     ceilings = measure_ceilings(device)
     sizes = options.num_tokens or (QUICK_SIZES if options.quick else SIZES)

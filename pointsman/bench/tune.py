@@ -25,7 +25,7 @@ from pointsman.bench.expert_layer import Layer, time_graph
 from pointsman.bench.kernels import BOUNDS, Block, check
 from pointsman.bench.options import TuneOptions
 from pointsman.kernels.tiles import Shape, Tables, Tile, Tiles, device_key, merge, own_file
-from pointsman.kernels.triton_support import chains
+from pointsman.kernels.triton_support import chains, describe
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 
 NUM_BATCHES = 4
@@ -160,7 +160,7 @@ def run(_: dict[str, Any], options: TuneOptions) -> int:
     results: dict[str, Any] = {}
     for name, kind in RUNNERS.items():
         probe = Layer(shape, torch.empty(0), torch.empty(0), None)  # type: ignore[arg-type]
-        if (why := kind.unsupported(probe.spec, probe.form, device, torch.bfloat16)) is not None:
+        if (why := kind.unsupported(probe.spec, probe.form, describe(device), torch.bfloat16)) is not None:
             print(f"runner {name} is left out: {why}", file=sys.stderr)
             continue
         layer = layer or Layer.draw(shape, device, seed=0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from pointsman.config import EngineConfig
 from pointsman.engine.batch import Batch, Lanes
 from pointsman.engine.model_runner import Step, TorchStep
-from pointsman.kernels import LINEARS, reference
+from pointsman.kernels import LINEARS, Linear, reference
 from pointsman.kernels.cpu_pack import Matrix
 from pointsman.kernels.cpu_step import (
     CpuCache,
@@ -52,7 +52,7 @@ def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: Rou
     Raises:
         ValueError: the compiled step is asked for and cannot serve; the message says why.
     """
-    wanted, reason = config.kernel.cpu_step, unsupported(decoder)
+    wanted, reason = config.kernel.cpu_step, reason_against(decoder)
     torch_step = TorchStep(decoder, kv, routes)
     if wanted == "compiled" and reason is not None:
         raise ValueError(f"cpu_step 'compiled' cannot serve here: {reason}; 'torch' can")
@@ -76,19 +76,20 @@ def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: Rou
     return ChangingStep(torch_step, start_compiling(kinds), make)
 
 
-def unsupported(decoder: Decoder) -> str | None:
+def reason_against(decoder: Decoder) -> str | None:
     """Why the compiled step cannot stand in for this decoder, or None."""
-    if decoder.backends.moe.name != "cpu":
-        return f"the MoE runner is {decoder.backends.moe.name!r}, and it runs experts as 'cpu' does"
-    if decoder.backends.linear is not LINEARS["cpu"]:
+    backends = decoder.backends
+    return unsupported(decoder.architecture, runner=backends.moe.name, linear=backends.linear, dtype=decoder.dtype)
+
+
+def unsupported(architecture: Architecture, *, runner: str, linear: Linear, dtype: torch.dtype) -> str | None:
+    """Why the compiled step cannot stand in for one of these parts, or None."""
+    if runner != "cpu":
+        return f"the MoE runner is {runner!r}, and it runs experts as 'cpu' does"
+    if linear is not LINEARS["cpu"]:
         return "the FP8 linear backend is 'reference', and it multiplies as 'cpu' does"
-    if decoder.dtype != torch.float32:
-        return f"the dtype is {str(decoder.dtype).removeprefix('torch.')}, and it computes in float32"
-    return reason_against(decoder.architecture)
-
-
-def reason_against(architecture: Architecture) -> str | None:
-    """What the compiled step was not written for, or None."""
+    if dtype != torch.float32:
+        return f"the dtype is {str(dtype).removeprefix('torch.')}, and it computes in float32"
     spec = architecture.routing
     if architecture.dense_layers or architecture.shared_width:
         return "the model has dense layers or shared experts, and it runs chosen experts alone"

@@ -1,8 +1,8 @@
 """Which implementations each operation has, and the choice among them.
 
-An operation has one signature and a table of implementations. Each says why it cannot serve, or None; the choice is made once,
-at start-up, before any weight is touched. Who names an implementation gets that one or a ValueError with every reason; "auto"
-takes the first that can serve and logs it.
+An operation has one signature and a table of implementations. Each says why it cannot serve on a device of this description, or None;
+the choice is made once, at start-up, before any weight is touched. Who names an implementation gets that one or a ValueError with every
+reason; "auto" takes the first that can serve and logs it.
 
 `linear(x_TK, weight) -> y_TN`. `prepare` turns a checkpoint's weight into what the implementation multiplies with. One that takes
 `Quantized` rows too says so (`takes_quantized`); whoever norms the rows before it can then quantize them in the same kernel.
@@ -23,8 +23,7 @@ The Triton kernels are imported where they are chosen, and nowhere else: this pa
 from __future__ import annotations
 
 import importlib
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pointsman.kernels import reference, triton_support
+from pointsman.kernels.choice import Choice
+from pointsman.kernels.device import Device
 from pointsman.kernels.weight import Quantized, Weight
-
-logger = logging.getLogger(__name__)
 
 TRITON_CAPABILITY = (8, 9)
 TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -55,7 +54,7 @@ class Linear:
         takes_quantized: `run` takes `Quantized` rows for a weight that is quantized.
     """
 
-    unsupported: Callable[[torch.device, torch.dtype, Block], str | None]
+    unsupported: Callable[[Device, torch.dtype, Block], str | None]
     prepare: Callable[[Weight, torch.dtype], Any]
     run: Callable[[Any, Any], Tensor]
     takes_quantized: bool = False
@@ -65,7 +64,7 @@ class Linear:
 class Glue:
     """A way to do what stands between the matrices of a layer."""
 
-    unsupported: Callable[[torch.device, torch.dtype], str | None]
+    unsupported: Callable[[Device, torch.dtype], str | None]
     norm: Callable[[Tensor, Tensor | None, Tensor, float, bool], tuple[Tensor, Any]]
     qkv_post: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -100,7 +99,7 @@ class Attention:
         run_quantize: `run` that answers `Quantized` rows, for heads of 128 channels; None where there is none.
     """
 
-    unsupported: Callable[[torch.device, torch.dtype, AttentionShape], str | None]
+    unsupported: Callable[[Device, torch.dtype, AttentionShape], str | None]
     plan: Callable[[Sequence[reference.Span], int, AttentionShape, torch.device], Any]
     run: Callable[[Tensor, Tensor, Tensor, Any, Tensor, Tensor, float], Tensor]
     run_quantize: Callable[[Tensor, Tensor, Tensor, Any, Tensor, Tensor, float], Quantized] | None = None
@@ -111,7 +110,7 @@ def _anywhere(*what: Any) -> str | None:
     return None
 
 
-def _needs_cpu(device: torch.device, dtype: torch.dtype, block: Block) -> str | None:
+def _needs_cpu(device: Device, dtype: torch.dtype, block: Block) -> str | None:
     return None if device.type == "cpu" else f"it is made for CPUs; the device is {device.type}"
 
 
@@ -137,20 +136,20 @@ def _spans(spans: Sequence[reference.Span], num_rows: int, shape: AttentionShape
     return spans
 
 
-def _triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+def _triton_unsupported(device: Device, dtype: torch.dtype) -> str | None:
     reason = triton_support.reason_against(device, needs=TRITON_CAPABILITY)
     if reason is None and dtype != torch.bfloat16:
         return f"it computes in bfloat16; the model computes in {str(dtype).removeprefix('torch.')}"
     return reason
 
 
-def _triton_linear_unsupported(device: torch.device, dtype: torch.dtype, block: Block) -> str | None:
+def _triton_linear_unsupported(device: Device, dtype: torch.dtype, block: Block) -> str | None:
     if block not in (None, (128, 128)):
         return f"it takes FP8 weights in blocks of 128 x 128; this model has {block[0]} x {block[1]}"
     return _triton_unsupported(device, dtype)
 
 
-def _triton_attention_unsupported(device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> str | None:
+def _triton_attention_unsupported(device: Device, dtype: torch.dtype, shape: AttentionShape) -> str | None:
     if shape.head_dim not in TRITON_HEAD_DIMS:
         return f"it takes heads of {', '.join(map(str, TRITON_HEAD_DIMS))} channels; this model has {shape.head_dim}"
     if (group := shape.num_heads // shape.num_kv_heads) > TRITON_MOST_HEADS:
@@ -197,41 +196,31 @@ INVARIANT_ATTENTIONS: dict[str, Attention] = {"triton": _triton_attention(invari
 VARIES = "on a GPU a row's bits depend there on the rows beside it"
 
 
-def choose_linear(wanted: str, *, device: torch.device, dtype: torch.dtype, block: Block = None, invariant: bool = False) -> Linear:
-    """The implementation of `linear` by name, or the first that can serve for "auto"."""
-    table = INVARIANT_LINEARS if invariant else LINEARS
+def linears(*, invariant: bool) -> dict[str, Linear]:
+    """Those of which `invariant` may be asked, or all."""
+    return INVARIANT_LINEARS if invariant else LINEARS
+
+
+def attentions(*, invariant: bool) -> dict[str, Attention]:
+    """Those of which `invariant` may be asked, or all."""
+    return INVARIANT_ATTENTIONS if invariant else ATTENTIONS
+
+
+def linear_choice(wanted: str, *, device: Device, dtype: torch.dtype, block: Block = None, invariant: bool = False) -> Choice:
+    """The choice of what multiplies with weight matrices."""
+    table = linears(invariant=invariant)
     reasons = {name: table[name].unsupported(device, dtype, block) if name in table else VARIES for name in LINEARS}
-    return table[choose("FP8 linear backend", wanted, reasons)]
+    return Choice("FP8 linear backend", wanted, reasons)
 
 
-def choose_attention(wanted: str, *, device: torch.device, dtype: torch.dtype, shape: AttentionShape, invariant: bool = False) -> Attention:
-    """The implementation of `attention` by name, or the first that can serve for "auto"."""
-    table = INVARIANT_ATTENTIONS if invariant else ATTENTIONS
+def attention_choice(wanted: str, *, device: Device, dtype: torch.dtype, shape: AttentionShape, invariant: bool = False) -> Choice:
+    """The choice of what attends."""
+    table = attentions(invariant=invariant)
     reasons = {name: table[name].unsupported(device, dtype, shape) if name in table else VARIES for name in ATTENTIONS}
     reasons["flashinfer"] = "it needs a CUDA device" if device.type != "cuda" else "this version does not have it yet"
-    return table[choose("attention backend", wanted, reasons)]
+    return Choice("attention backend", wanted, reasons)
 
 
-def choose_glue(*, device: torch.device, dtype: torch.dtype) -> Glue:
-    """The first implementation of `glue` that can serve; a row's bits never depend there on the rows beside it."""
-    return GLUES[choose("layer glue", "auto", {name: entry.unsupported(device, dtype) for name, entry in GLUES.items()})]
-
-
-def choose(what: str, wanted: str, reasons: Mapping[str, str | None]) -> str:
-    """Resolve a name given each candidate's reason against it; "auto" takes the first without one.
-
-    Raises:
-        ValueError: the name is unknown, or there is a reason against it; the message has the reasons and what would work.
-    """
-    fine = [name for name, reason in reasons.items() if reason is None]
-    against = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
-    if wanted == "auto" and fine:
-        logger.info("%s: %s (auto%s)", what, fine[0], f"; {against}" if against else "")
-        return fine[0]
-    if wanted == "auto":
-        raise ValueError(f"no {what} can serve here ({against})")
-    if wanted not in reasons:
-        raise ValueError(f"unknown {what} {wanted!r}; known are auto, {', '.join(reasons)}")
-    if reasons[wanted] is not None:
-        raise ValueError(f"{what} {wanted!r} cannot serve here: {reasons[wanted]}; these can: {', '.join(fine) or 'none'}")
-    return wanted
+def glue_choice(*, device: Device, dtype: torch.dtype) -> Choice:
+    """The choice of glue; a row's bits never depend there on the rows beside it."""
+    return Choice("layer glue", "auto", {name: entry.unsupported(device, dtype) for name, entry in GLUES.items()})

@@ -7,6 +7,8 @@ import re
 
 import torch
 
+from pointsman.kernels.device import Device
+
 OLDEST = (3, 4)
 
 
@@ -26,19 +28,24 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def reason_against(device: torch.device, *, needs: tuple[int, int], exactly: bool = False) -> str | None:
+def describe(device: torch.device) -> Device:
+    """What is known of a device of this machine."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return Device(type=device.type, capability=capability(device) if there else None, triton=version())
+
+
+def reason_against(device: Device, *, needs: tuple[int, int], exactly: bool = False) -> str | None:
     """Why kernels made for this capability (or, unless `exactly`, a later one) cannot run on the device, or None."""
     wanted = f"a CUDA device of compute capability {needs[0]}.{needs[1]}{'' if exactly else ' or later'}"
     if device.type != "cuda":
         return f"it needs {wanted}; the device is {device.type}"
-    have = version()
+    have, got = device.triton, device.capability
     if have is None:
         return "it needs the triton package, which is not installed"
     if have < OLDEST:
         return f"it needs triton {OLDEST[0]}.{OLDEST[1]} or later; {have[0]}.{have[1]} is installed"
-    if not torch.cuda.is_available():
+    if got is None:
         return f"it needs {wanted}; torch sees none"
-    got = capability(device)
     if got < needs or (exactly and got != needs):
         return f"it needs {wanted}; this one has {got[0]}.{got[1]}"
     return None

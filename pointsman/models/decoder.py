@@ -134,13 +134,7 @@ class Decoder:
 
     def reason_against_capture(self) -> str | None:
         """Why a step over this model cannot be a CUDA graph, or None."""
-        if self.device.type != "cuda":
-            return f"the device is {self.device.type}"
-        if self.backends.attention.fixed is None:
-            return "this attention backend reads its plan from the host"
-        if self.backends.moe.name in WAITING_RUNNERS:
-            return f"the MoE runner {self.backends.moe.name!r} asks the device which experts are used"
-        return None
+        return reason_against_capture(self.device.type, self.backends.attention, self.backends.moe.name)
 
     def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
         """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""
@@ -159,6 +153,17 @@ class Decoder:
         """Float32 logits [R, V] of rows that have been through the layers."""
         _, normed_RD = self.norm(x_RD, delta_RD)
         return self.head(normed_RD).float()
+
+
+def reason_against_capture(device_type: str, attention: kernels.Attention, runner: str) -> str | None:
+    """Why a step of these parts cannot be a CUDA graph, or None."""
+    if device_type != "cuda":
+        return f"the device is {device_type}"
+    if attention.fixed is None:
+        return "this attention backend reads its plan from the host"
+    if runner in WAITING_RUNNERS:
+        return f"the MoE runner {runner!r} asks the device which experts are used"
+    return None
 
 
 def expert_form(architecture: Architecture) -> ExpertForm:

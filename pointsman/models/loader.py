@@ -21,20 +21,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from pointsman.kernels import AttentionShape, choose_attention, choose_glue, choose_linear
+from pointsman.kernels.triton_support import describe
 from pointsman.kernels.weight import FP8, FP8_MAX, num_blocks
 from pointsman.models import MODELS, architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import Checkpoint, locate, open_checkpoint, read_json
-from pointsman.models.decoder import Backends, Decoder, expert_form
+from pointsman.models.choices import DTYPES, choices_of
+from pointsman.models.decoder import Decoder
 from pointsman.models.names import Kind, Place, Row, places
 from pointsman.models.parameters import Parameters, Storage
-from pointsman.moe.router import choose_router
-from pointsman.moe.runner import choose_runner
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FILE_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": FP8}
 MOST_LISTED = 20
 DUMMY_STD = 0.02
@@ -59,7 +57,7 @@ def load_model(
     """Load a checkpoint; parameters are named as the flags they come from.
 
     Args:
-        dtype: what the model computes in; auto is float32 on a CPU, bfloat16 elsewhere.
+        dtype: what the model computes in; see `choices_of` for this and for the backends.
         load_format: "dummy" makes random weights from config.json alone.
         quantization: None takes the checkpoint's; "fp8" insists on it.
         deterministic: choose kernels that give a row the same bits whatever rows are beside it.
@@ -74,31 +72,22 @@ def load_model(
     if quantization == "fp8" and architecture.quantization_block is None:
         raise ValueError(f"quantization is 'fp8', but {folder} is a {architecture.dtype} checkpoint; leave it out, or quantize it first")
     on = torch.device(device)
-    compute = resolve_dtype(dtype, on)
-    spec, invariant = architecture.routing, deterministic and on.type != "cpu"
-    heads = AttentionShape(architecture.num_heads, architecture.num_kv_heads, architecture.head_dim)
-    backends = Backends(
-        choose_linear(linear_backend, device=on, dtype=compute, block=architecture.quantization_block, invariant=invariant),
-        choose_attention(attention_backend, device=on, dtype=compute, shape=heads, invariant=invariant),
-        choose_glue(device=on, dtype=compute),
-        choose_router(spec, device=on, dtype=compute, invariant=invariant),
-        choose_runner(moe_backend, spec, expert_form(architecture), device=on, dtype=compute, deterministic=invariant),
+    choices = choices_of(
+        architecture,
+        describe(on),
+        dtype=dtype,
+        linear_backend=linear_backend,
+        attention_backend=attention_backend,
+        moe_backend=moe_backend,
+        deterministic=deterministic,
     )
+    backends = choices.take()
     parameters = (
         make_parameters(architecture, seed=seed, device=on, progress=progress)
         if load_format == "dummy"
         else read_parameters(folder, architecture, device=on, progress=progress)
     )
-    return Decoder(architecture, parameters, backends, compute)
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """What `--dtype` means on a device."""
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return Decoder(architecture, parameters, backends, choices.dtype)
 
 
 def read_parameters(folder: Path, architecture: Architecture, *, device: torch.device, progress: bool | None = None) -> Parameters:

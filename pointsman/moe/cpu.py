@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pointsman.kernels import reference
+from pointsman.kernels.device import Device
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
@@ -26,7 +27,7 @@ class CpuRunner:
     routes_itself: ClassVar[Literal[False]] = False
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else f"it is made for CPUs; the device is {device.type}"
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:

@@ -25,6 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from pointsman.kernels.device import Device
 from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key, for_wide_products
 from pointsman.kernels.triton_support import chains, is_hopper, reason_against
 from pointsman.moe.routing import Routing, RoutingSpec
@@ -89,7 +90,7 @@ class TritonRunner(_Grouped):
     name: ClassVar[str] = "triton"
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         # e4m3 exists from 8.9 on
         needs = (8, 0) if form.block is None else (8, 9)
         return reason_against(device, needs=needs) or reason_against_form(spec, form, dtype)
@@ -117,7 +118,7 @@ class RoutedRunner(_Grouped):
     name: ClassVar[str] = "routed"
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         return reason_against(device, needs=(9, 0), exactly=True) or reason_against_form(spec, form, dtype)
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels import reference
+from pointsman.kernels.device import Device
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
@@ -22,7 +23,7 @@ class ReferenceRunner:
     routes_itself: ClassVar[Literal[False]] = False
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         return None
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:

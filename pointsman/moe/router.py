@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pointsman.kernels import choose, reference, triton_support
+from pointsman.kernels import reference, triton_support
+from pointsman.kernels.choice import Choice
+from pointsman.kernels.device import Device
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.routing import Routing, RoutingSpec, route
 
@@ -46,7 +48,7 @@ class RouterInput:
 class Router:
     """A way to route; `unsupported` says why it cannot serve, or nothing."""
 
-    unsupported: Callable[[RoutingSpec, torch.device, torch.dtype], str | None]
+    unsupported: Callable[[RoutingSpec, Device, torch.dtype], str | None]
     run: Callable[[RouterInput, RoutingSpec], Routing]
 
 
@@ -64,7 +66,7 @@ def _reference(rows: RouterInput, spec: RoutingSpec) -> Routing:
     return routing
 
 
-def _triton_unsupported(spec: RoutingSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+def _triton_unsupported(spec: RoutingSpec, device: Device, dtype: torch.dtype) -> str | None:
     if spec.top_groups < spec.num_groups:
         return "it chooses among all experts; this model limits a token to groups of them"
     if dtype != torch.bfloat16:
@@ -103,7 +105,12 @@ ROUTERS: dict[str, Router] = {
 INVARIANT_ROUTERS: dict[str, Router] = {"triton": _triton(deterministic=True)}
 
 
-def choose_router(spec: RoutingSpec, *, device: torch.device, dtype: torch.dtype, invariant: bool = False) -> Router:
-    """The first router that can serve; `invariant`: what a row gets does not depend on the rows beside it."""
-    table = INVARIANT_ROUTERS if invariant else ROUTERS
-    return table[choose("router", "auto", {name: entry.unsupported(spec, device, dtype) for name, entry in table.items()})]
+def routers(*, invariant: bool) -> dict[str, Router]:
+    """All, or those where what a row gets does not depend on the rows beside it."""
+    return INVARIANT_ROUTERS if invariant else ROUTERS
+
+
+def router_choice(spec: RoutingSpec, *, device: Device, dtype: torch.dtype, invariant: bool = False) -> Choice:
+    """The choice of what routes; `invariant`: what a row gets does not depend on the rows beside it."""
+    table = routers(invariant=invariant)
+    return Choice("router", "auto", {name: entry.unsupported(spec, device, dtype) for name, entry in table.items()})

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from pointsman.config import MOE_RUNNERS
-from pointsman.kernels import VARIES, choose
+from pointsman.kernels import VARIES
+from pointsman.kernels.choice import Choice
+from pointsman.kernels.device import Device
 from pointsman.moe.cpu import CpuRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
@@ -29,7 +31,7 @@ class MoERunner(Protocol):
     routes_itself: ClassVar[Literal[False]]
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         """Why it cannot serve, or None."""
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
@@ -46,7 +48,7 @@ class RoutingRunner(Protocol):
     routes_itself: ClassVar[Literal[True]]
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         """Why it cannot serve, or None."""
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
@@ -84,7 +86,7 @@ _NEEDS = {
 }
 
 
-def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
     """Why the runner of this name cannot serve, or None."""
     if name in RUNNERS:
         return RUNNERS[name].unsupported(spec, form, device, dtype)
@@ -93,23 +95,24 @@ def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: torch.de
     return "this version does not have it yet"
 
 
-def choose_runner(
-    wanted: str, spec: RoutingSpec, form: ExpertForm, *, device: torch.device, dtype: torch.dtype, deterministic: bool = False
-) -> AnyRunner:
-    """The runner of this name, or for "auto" the first that can serve.
+def runner_choice(
+    wanted: str, spec: RoutingSpec, form: ExpertForm, *, device: Device, dtype: torch.dtype, deterministic: bool = False
+) -> Choice:
+    """The choice of what runs the experts.
 
     Args:
         deterministic: what a token gets must not depend, not even in the last bit, on how many others there are.
-
-    Raises:
-        ValueError: the name is unknown or cannot serve; the message has the reasons and what would work.
     """
     names = [*RUNNERS, *(name for name in MOE_RUNNERS if name not in RUNNERS and name != "auto")]
     reasons = {name: unsupported(name, spec, form, device, dtype) for name in names}
-    if not deterministic:
-        return RUNNERS[choose("MoE runner", wanted, reasons)]()
-    reasons |= {name: VARIES for name, reason in reasons.items() if reason is None and name not in INVARIANT_RUNNERS}
-    return INVARIANT_RUNNERS[choose("MoE runner", wanted, reasons)](deterministic=True)
+    if deterministic:
+        reasons |= {name: VARIES for name, reason in reasons.items() if reason is None and name not in INVARIANT_RUNNERS}
+    return Choice("MoE runner", wanted, reasons)
+
+
+def make_runner(name: str, *, deterministic: bool = False) -> AnyRunner:
+    """The runner of this name, which can serve."""
+    return INVARIANT_RUNNERS[name](deterministic=True) if deterministic else RUNNERS[name]()
 
 
 def reason_against_replay(runner: AnyRunner) -> str | None:

@@ -10,31 +10,30 @@ import torch
 from pointsman.config import EngineConfig, flags
 from pointsman.kernels import (
     ATTENTIONS,
-    GLUES,
     INVARIANT_ATTENTIONS,
     INVARIANT_LINEARS,
     LINEARS,
     AttentionShape,
-    choose,
-    choose_attention,
-    choose_glue,
-    choose_linear,
+    attention_choice,
+    glue_choice,
+    linear_choice,
     reference,
     triton_support,
 )
+from pointsman.kernels.choice import Choice
+from pointsman.kernels.device import Device
 from pointsman.kernels.weight import Weight
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA = Device(type="cpu", triton=(3, 6)), Device(type="cuda", triton=(3, 6))
 NONE = "it needs a CUDA device of compute capability 8.9 or later; torch sees none"
 HEADS = AttentionShape(num_heads=48, num_kv_heads=8, head_dim=128)
 
 
-def test_auto_takes_the_first_that_can_and_logs_it(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_auto_takes_the_first_that_can_and_logs_it(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="pointsman.kernels"):
-        assert choose_linear("auto", device=CPU, dtype=torch.float32) is LINEARS["cpu"]
-        assert choose_linear("auto", device=CUDA, dtype=torch.bfloat16) is LINEARS["reference"]
-        assert choose_attention("auto", device=CPU, dtype=torch.float32, shape=HEADS) is ATTENTIONS["reference"]
+        assert linear_choice("auto", device=CPU, dtype=torch.float32).take() == "cpu"
+        assert linear_choice("auto", device=CUDA, dtype=torch.bfloat16).take() == "reference"
+        assert attention_choice("auto", device=CPU, dtype=torch.float32, shape=HEADS).take() == "reference"
     assert [record.getMessage() for record in caplog.records] == [
         "FP8 linear backend: cpu (auto; triton: it needs a CUDA device of compute capability 8.9 or later; the device is cpu)",
         f"FP8 linear backend: reference (auto; triton: {NONE}; cpu: it is made for CPUs; the device is cuda)",
@@ -44,36 +43,35 @@ def test_auto_takes_the_first_that_can_and_logs_it(caplog: pytest.LogCaptureFixt
 
 
 def test_a_name_is_obeyed_or_refused_with_the_alternatives() -> None:
-    assert choose_linear("reference", device=CPU, dtype=torch.float32) is LINEARS["reference"]
+    assert linear_choice("reference", device=CPU, dtype=torch.float32).take() == "reference"
     with pytest.raises(ValueError, match=r"'cpu' cannot serve here: it is made for CPUs; the device is cuda; these can: reference"):
-        choose_linear("cpu", device=CUDA, dtype=torch.bfloat16)
+        linear_choice("cpu", device=CUDA, dtype=torch.bfloat16).take()
     with pytest.raises(ValueError, match=r"'flashinfer' cannot serve here: this version does not have it yet; these can: reference"):
-        choose_attention("flashinfer", device=CUDA, dtype=torch.bfloat16, shape=HEADS)
+        attention_choice("flashinfer", device=CUDA, dtype=torch.bfloat16, shape=HEADS).take()
     with pytest.raises(ValueError, match=r"unknown thing 'c'; known are auto, a, b"):
-        choose("thing", "c", {"a": None, "b": "no"})
+        Choice("thing", "c", {"a": None, "b": "no"}).take()
     with pytest.raises(ValueError, match=r"no thing can serve here \(a: broken; b: no\)"):
-        choose("thing", "auto", {"a": "broken", "b": "no"})
+        Choice("thing", "auto", {"a": "broken", "b": "no"}).take()
 
 
 def test_every_name_that_the_flags_allow_is_known() -> None:
     known = flags(EngineConfig)
     for flag, chooser in (
-        ("fp8_gemm_backend", choose_linear),
-        ("attention_backend", lambda name, **where: choose_attention(name, **where, shape=HEADS)),
+        ("fp8_gemm_backend", linear_choice),
+        ("attention_backend", lambda name, **where: attention_choice(name, **where, shape=HEADS)),
     ):
         for name in known[flag].choices or ():
-            try:
-                chooser(name, device=CPU, dtype=torch.float32)
-            except ValueError as error:
-                assert "cannot serve here" in str(error)
+            refusal = chooser(name, device=CPU, dtype=torch.float32).refusal
+            assert refusal is None or "cannot serve here" in refusal
 
 
 def test_a_mode_in_which_bits_do_not_vary_is_served_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"'reference' cannot serve here: on a GPU a row's bits depend there on the rows beside it"):
-        choose_attention("reference", device=CUDA, dtype=torch.bfloat16, shape=HEADS, invariant=True)
+        attention_choice("reference", device=CUDA, dtype=torch.bfloat16, shape=HEADS, invariant=True).take()
     monkeypatch.setattr(triton_support, "reason_against", lambda device, needs: None)
-    assert choose_linear("auto", device=CUDA, dtype=torch.bfloat16, invariant=True) is INVARIANT_LINEARS["triton"]
-    assert choose_attention("auto", device=CUDA, dtype=torch.bfloat16, shape=HEADS, invariant=True) is INVARIANT_ATTENTIONS["triton"]
+    assert linear_choice("auto", device=CUDA, dtype=torch.bfloat16, invariant=True).take() == "triton"
+    assert attention_choice("auto", device=CUDA, dtype=torch.bfloat16, shape=HEADS, invariant=True).take() == "triton"
+    assert ATTENTIONS.keys() >= INVARIANT_ATTENTIONS.keys()
     weight = reference.quantize_weight(torch.ones(8, 8))
     assert INVARIANT_LINEARS["triton"].prepare(weight, torch.bfloat16).invariant
     assert not LINEARS["triton"].prepare(weight, torch.bfloat16).invariant
@@ -82,10 +80,10 @@ def test_a_mode_in_which_bits_do_not_vary_is_served_or_refused(monkeypatch: pyte
 def test_the_reasons_against_triton_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_support, "reason_against", lambda device, needs: None)
     with pytest.raises(ValueError, match=r"it takes FP8 weights in blocks of 128 x 128; this model has 64 x 128; these can: reference"):
-        choose_linear("triton", device=CUDA, dtype=torch.bfloat16, block=(64, 128))
-    assert choose_glue(device=CUDA, dtype=torch.bfloat16) is GLUES["triton"]
-    assert choose_glue(device=CUDA, dtype=torch.float32) is GLUES["reference"]
-    assert choose_glue(device=CPU, dtype=torch.float32) is GLUES["reference"]
+        linear_choice("triton", device=CUDA, dtype=torch.bfloat16, block=(64, 128)).take()
+    assert glue_choice(device=CUDA, dtype=torch.bfloat16).take() == "triton"
+    assert glue_choice(device=CUDA, dtype=torch.float32).take() == "reference"
+    assert glue_choice(device=CPU, dtype=torch.float32).take() == "reference"
 
 
 def test_the_reasons_against_triton_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels import VARIES
+from pointsman.kernels.device import Device
 from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.tiles import Shape, Tile, Tiles, load_tables, rule
 from pointsman.kernels.weight import Weight
@@ -20,7 +21,7 @@ from pointsman.moe import grouped
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.runner import choose_runner
+from pointsman.moe.runner import make_runner, runner_choice
 from pointsman.moe.weights import ExpertForm, ExpertWeights, stack_experts
 from tests.kernels.interpreter import correct
 
@@ -206,37 +207,34 @@ def test_what_the_kernels_were_not_written_for_is_refused(form: ExpertForm, dtyp
     assert "at most 1024 experts; the model has 2048" in (grouped.reason_against_form(many, fine, torch.bfloat16) or "")
 
 
-def test_runners_that_mind_their_company_are_refused_where_it_may_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    form, cuda = ExpertForm(256, 128, (128, 128)), torch.device("cuda")
-    choice = choose_runner("auto", SPEC, form, device=cuda, dtype=torch.bfloat16, deterministic=True)
-    assert choice.name == "routed" and isinstance(choice, RoutedRunner) and choice.deterministic
-    assert choose_runner("auto", SPEC, form, device=cuda, dtype=torch.bfloat16).name == "routed"
+def test_runners_that_mind_their_company_are_refused_where_it_may_not_matter() -> None:
+    form, hopper = ExpertForm(256, 128, (128, 128)), Device(type="cuda", capability=(9, 0), triton=(3, 6))
+    assert runner_choice("auto", SPEC, form, device=hopper, dtype=torch.bfloat16, deterministic=True).take() == "routed"
+    assert runner_choice("auto", SPEC, form, device=hopper, dtype=torch.bfloat16).take() == "routed"
+    runner = make_runner("routed", deterministic=True)
+    assert isinstance(runner, RoutedRunner) and runner.deterministic
     with pytest.raises(ValueError, match=f"'reference' cannot serve here: {VARIES}"):
-        choose_runner("reference", SPEC, form, device=cuda, dtype=torch.bfloat16, deterministic=True)
+        runner_choice("reference", SPEC, form, device=hopper, dtype=torch.bfloat16, deterministic=True).take()
 
 
-def test_devices_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    form, cuda = ExpertForm(256, 128, (128, 128)), torch.device("cuda")
+def test_devices_are_refused_by_name() -> None:
+    form = ExpertForm(256, 128, (128, 128))
     ask = lambda runner, device: runner.unsupported(SPEC, form, device, torch.bfloat16)  # noqa: E731
-    assert ask(RoutedRunner, torch.device("cpu")) == "it needs a CUDA device of compute capability 9.0; the device is cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ask(RoutedRunner, Device(type="cpu")) == "it needs a CUDA device of compute capability 9.0; the device is cpu"
     for capability, routed, triton in [
         ((9, 0), None, None),
         ((8, 9), "it needs a CUDA device of compute capability 9.0; this one has 8.9", None),
         ((10, 0), "it needs a CUDA device of compute capability 9.0; this one has 10.0", None),
         ((8, 0), "9.0; this one has 8.0", "8.9 or later; this one has 8.0"),
+        (None, "9.0; torch sees none", "8.9 or later; torch sees none"),
     ]:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None, capability=capability: capability)
+        device = Device(type="cuda", capability=capability, triton=(3, 6))
         for runner, reason in ((RoutedRunner, routed), (TritonRunner, triton)):
-            got = ask(runner, cuda)
+            got = ask(runner, device)
             assert got is None if reason is None else reason in (got or "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    monkeypatch.setattr("pointsman.kernels.triton_support.version", lambda: (3, 1))
-    assert ask(RoutedRunner, cuda) == "it needs triton 3.4 or later; 3.1 is installed"
-    monkeypatch.setattr("pointsman.kernels.triton_support.version", lambda: None)
-    assert ask(RoutedRunner, cuda) == "it needs the triton package, which is not installed"
+    hopper = Device(type="cuda", capability=(9, 0), triton=(3, 1))
+    assert ask(RoutedRunner, hopper) == "it needs triton 3.4 or later; 3.1 is installed"
+    assert ask(RoutedRunner, dataclasses.replace(hopper, triton=None)) == "it needs the triton package, which is not installed"
 
 
 @pytest.mark.parametrize("quantized", [True, False])

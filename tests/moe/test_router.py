@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pointsman.kernels.device import Device
 from pointsman.moe.capture import RouteStore
-from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput, choose_router
+from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput, router_choice
 from pointsman.moe.routing import Routing, RoutingSpec
 from tests.kernels.interpreter import correct
 
@@ -62,9 +63,9 @@ def test_kernels_route_record_and_replay_as_the_reference(table: dict, replays: 
 def test_routers_say_why_not() -> None:
     grouped = RoutingSpec(num_experts=E, top_k=K, score="sigmoid", num_groups=4, top_groups=2)
     triton = ROUTERS["triton"]
-    assert "limits a token to groups" in str(triton.unsupported(grouped, torch.device("cuda"), torch.bfloat16))
-    assert "bfloat16" in str(triton.unsupported(SPEC, torch.device("cuda"), torch.float32))
-    assert "the device is cpu" in str(triton.unsupported(SPEC, torch.device("cpu"), torch.bfloat16))
-    assert choose_router(SPEC, device=torch.device("cpu"), dtype=torch.float32) is ROUTERS["reference"]
+    assert "limits a token to groups" in str(triton.unsupported(grouped, Device(type="cuda"), torch.bfloat16))
+    assert "bfloat16" in str(triton.unsupported(SPEC, Device(type="cuda"), torch.float32))
+    assert "the device is cpu" in str(triton.unsupported(SPEC, Device(type="cpu"), torch.bfloat16))
+    assert router_choice(SPEC, device=Device(type="cpu"), dtype=torch.float32).take() == "reference"
     with pytest.raises(ValueError, match="no router can serve here"):
-        choose_router(SPEC, device=torch.device("cpu"), dtype=torch.float32, invariant=True)
+        router_choice(SPEC, device=Device(type="cpu"), dtype=torch.float32, invariant=True).take()

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from pointsman.config import MOE_RUNNERS
+from pointsman.kernels.device import Device
 from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.weight import Weight
 from pointsman.moe.routing import Routing, RoutingSpec, route
-from pointsman.moe.runner import RUNNERS, choose_runner, unsupported
+from pointsman.moe.runner import RUNNERS, make_runner, runner_choice, unsupported
 from pointsman.moe.weights import ExpertForm, ExpertWeights, stack_experts
 
 SPEC = RoutingSpec(num_experts=7, top_k=3, score="sigmoid")
 D, WIDTH = 40, 24
 FORM = ExpertForm(D, WIDTH, None)
 ANYWHERE = ("cpu", "reference")
-CPU = torch.device("cpu")
+CPU, CUDA = Device(type="cpu"), Device(type="cuda")
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:
@@ -99,18 +100,19 @@ def test_stacking_keeps_the_scales_of_each_expert() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_name_has_an_answer(device: str) -> None:
     for name in MOE_RUNNERS[1:]:
-        reason = unsupported(name, SPEC, FORM, torch.device(device), torch.float32)
+        reason = unsupported(name, SPEC, FORM, Device(type=device, triton=(3, 6)), torch.float32)
         assert (reason is None) == (name == "reference" or (name == "cpu" and device == "cpu"))
         if reason is not None:
             with pytest.raises(ValueError, match=f"MoE runner '{name}' cannot serve here: {reason[:12]}"):
-                choose_runner(name, SPEC, FORM, device=torch.device(device), dtype=torch.float32)
+                runner_choice(name, SPEC, FORM, device=Device(type=device, triton=(3, 6)), dtype=torch.float32).take()
 
 
 def test_auto_and_names() -> None:
-    assert choose_runner("auto", SPEC, FORM, device=CPU, dtype=torch.float32).name == "cpu"
-    assert choose_runner("auto", SPEC, FORM, device=torch.device("cuda"), dtype=torch.float32).name == "reference"
-    assert choose_runner("reference", SPEC, FORM, device=CPU, dtype=torch.float32).name == "reference"
+    assert runner_choice("auto", SPEC, FORM, device=CPU, dtype=torch.float32).take() == "cpu"
+    assert runner_choice("auto", SPEC, FORM, device=CUDA, dtype=torch.float32).take() == "reference"
+    assert runner_choice("reference", SPEC, FORM, device=CPU, dtype=torch.float32).take() == "reference"
+    assert {name: make_runner(name).name for name in ANYWHERE} == {name: name for name in ANYWHERE}
     with pytest.raises(ValueError, match="unknown MoE runner 'marlin'; known are auto, routed, "):
-        choose_runner("marlin", SPEC, FORM, device=CPU, dtype=torch.float32)
+        runner_choice("marlin", SPEC, FORM, device=CPU, dtype=torch.float32).take()
     with pytest.raises(ValueError, match=r"sm_100.*these can: cpu, reference"):
-        choose_runner("flashinfer_trtllm_routed", SPEC, FORM, device=CPU, dtype=torch.float32)
+        runner_choice("flashinfer_trtllm_routed", SPEC, FORM, device=CPU, dtype=torch.float32).take()
