@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pointsman import LLM, SamplingParams
 from pointsman.kernels import reference
-from pointsman.models import loader
+from pointsman.models import choices
 from pointsman.moe.cpu import CpuRunner
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import RoutingSpec, route
@@ -45,12 +45,12 @@ def answers(**config: object) -> tuple[list[list[int]], list[np.ndarray], int]:
 
 @pytest.fixture
 def itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "choose_runner", lambda *args, **options: Itself())
+    monkeypatch.setattr(choices, "make_runner", lambda name, deterministic: Itself())
 
 
 def test_it_records_what_a_router_would_have_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, rows, _ = answers(moe_runner_backend="cpu")
-    monkeypatch.setattr(loader, "choose_runner", lambda *args, **options: Itself())
+    monkeypatch.setattr(choices, "make_runner", lambda name, deterministic: Itself())
     # room for a sequence and a half: others lose their pages, and are computed anew
     got_tokens, got_rows, num_preemptions = answers(max_total_tokens=96)
     assert num_preemptions > 0
