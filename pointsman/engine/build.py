@@ -2,10 +2,14 @@
 
 From a configuration to the parts of an engine: which checkpoint, which kernels, how much cache. Each choice is logged with its
 reason, and a wish that cannot be granted ends here with what would work instead.
+
+Where several ranks share a model, each builds what runs its part of a step (`build_rank`). The first one has in addition what decides
+and what knows text (`build`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -19,6 +23,7 @@ from pointsman import tiny
 from pointsman.cache.pages import PagePool
 from pointsman.cache.radix import RadixCache
 from pointsman.config import EngineConfig
+from pointsman.distributed import Mesh
 from pointsman.engine.batch import Lanes
 from pointsman.engine.compiled import choose_step
 from pointsman.engine.device import MEM_FRACTION, check_options, choose_device, device_memory
@@ -38,6 +43,7 @@ from pointsman.models.parameters import Parameters, tensors_of, weights_of
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import DeviceExpertLoad, ExpertLoad
 from pointsman.moe.runner import AnyRunner
+from pointsman.sampling.constraint import Constraint
 from pointsman.scheduler import Scheduler
 from pointsman.step import LaneStart
 from pointsman.text import ChatTemplate, Tokenizer
@@ -45,78 +51,128 @@ from pointsman.text import ChatTemplate, Tokenizer
 logger = logging.getLogger(__name__)
 
 
+ALONE = Mesh.single()
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Parts:
-    """What an engine is made of. `grammars` is None where answers cannot be kept to any."""
+class Rank:
+    """What executes plans: the part of the model that one rank holds, and its cache."""
 
     folder: Path
     architecture: Architecture
-    model_name: str
     context_length: int
-    tokenizer: Tokenizer | None
-    generation_defaults: dict[str, Any]
     choices: dict[str, str]
     cache: CacheSize
-    scheduler: Scheduler
-    grammars: Grammars | None
     runner: ModelRunner
     weights: Weights
     moe_runner: AnyRunner
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Parts(Rank):
+    """What an engine is made of. `grammars` is None where answers cannot be kept to any."""
+
+    model_name: str
+    tokenizer: Tokenizer | None
+    generation_defaults: dict[str, Any]
+    scheduler: Scheduler
+    grammars: Grammars | None
 
     @property
     def chat_template(self) -> ChatTemplate | None:
         return None if self.tokenizer is None else self.tokenizer.chat_template
 
 
-def build(config: EngineConfig, *, progress: bool | None = None) -> Parts:
-    """Load the model and lay out its cache.
+def build(config: EngineConfig, *, mesh: Mesh = ALONE, progress: bool | None = None) -> Parts:
+    """Load the model, or the first rank's part of it, and lay out its cache.
 
     Raises:
         ValueError: the checkpoint or an option cannot be served; the message says what would work.
     """
-    device = choose_device(config.kernel.device)
-    check_options(config, device)
-    _check(config)
-    model_path = config.model.model_path or str(tiny.path())
-    folder = locate(model_path, revision=config.model.revision, weights=config.model.load_format != "dummy")
-    decoder = load_decoder(config, folder, device, load_format=config.model.load_format, progress=progress)
+    assert mesh.rank == 0
+    folder, decoder = _load(config, mesh, progress)
     architecture = decoder.architecture
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     if tokenizer is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {architecture.vocab_size}: they do not belong together"
         )
-    context_length = _context_length(config, architecture)
-    if launches_steps(device):
-        decoder.prepare()  # what the kernels keep beside the weights is part of what the cache has to leave
-    cache = _size(config, decoder, context_length)
     eos_ids = () if tokenizer is None else tokenizer.eos_ids
     grammars = None
     if tokenizer is not None and eos_ids:
         grammars = Grammars(tokenizer, architecture.vocab_size, config.scheduler.max_running_requests)
-    runner, storage, make_step = _runner(config, decoder, cache, context_length, eos_ids, grammars, progress)
+    constrain = _unconstrained if grammars is None else grammars.constrain
+    rank = _rank(config, mesh, folder, decoder, eos_ids, constrain, progress)
     return Parts(
-        folder=folder,
-        architecture=architecture,
+        **{field.name: getattr(rank, field.name) for field in dataclasses.fields(Rank)},
         model_name=config.model.served_model_name or config.model.model_path or tiny.NAME,
-        context_length=context_length,
         tokenizer=tokenizer,
         generation_defaults=_generation_defaults(folder),
+        scheduler=_scheduler(config, rank.cache, rank.context_length, eos_ids),
+        grammars=grammars,
+    )
+
+
+def build_rank(config: EngineConfig, mesh: Mesh, *, progress: bool | None = None) -> Rank:
+    """The same for a rank past the first, while the first builds its own: they exchange what they must agree on.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    assert mesh.rank > 0
+    folder, decoder = _load(config, mesh, progress)
+    return _rank(config, mesh, folder, decoder, (), _constrained_elsewhere, progress)
+
+
+def _load(config: EngineConfig, mesh: Mesh, progress: bool | None) -> tuple[Path, Decoder]:
+    device = choose_device(config.kernel.device) if mesh.size == 1 else mesh.device
+    check_options(config, device)
+    _check(config, mesh)
+    model_path = config.model.model_path or str(tiny.path())
+    folder = locate(model_path, revision=config.model.revision, weights=config.model.load_format != "dummy")
+    return folder, load_decoder(config, folder, device, load_format=config.model.load_format, progress=progress)
+
+
+def _rank(
+    config: EngineConfig,
+    mesh: Mesh,
+    folder: Path,
+    decoder: Decoder,
+    eos_ids: tuple[int, ...],
+    constrain: Callable[[LaneStart], Constraint | None],
+    progress: bool | None,
+) -> Rank:
+    context_length = _context_length(config, decoder.architecture)
+    if launches_steps(decoder.device):
+        decoder.prepare()  # what the kernels keep beside the weights is part of what the cache has to leave
+    cache = _size(config, mesh, decoder, context_length)
+    lanes = Lanes(
+        max_lanes=config.scheduler.max_running_requests,
+        max_pages=math.ceil(context_length / cache.page_size),
+        page_size=cache.page_size,
+        vocab_size=decoder.architecture.vocab_size,
+        eos_token_ids=eos_ids,
+        constrain=constrain,
+    )
+    runner, storage, make_step = _runner(config, mesh, decoder, cache, lanes, progress)
+    return Rank(
+        folder=folder,
+        architecture=decoder.architecture,
+        context_length=context_length,
         choices=_choices(config, decoder),
         cache=cache,
-        scheduler=_scheduler(config, cache, context_length, eos_ids),
-        grammars=grammars,
         runner=runner,
-        weights=Weights(config, decoder, folder, storage, make_step, aside=not launches_steps(device)),
+        weights=Weights(config, decoder, folder, storage, make_step, aside=not launches_steps(decoder.device)),
         moe_runner=decoder.backends.moe,
     )
 
 
-def _check(config: EngineConfig) -> None:
+def _check(config: EngineConfig, mesh: Mesh) -> None:
     """Refuse what this version does not do."""
     for name in ("tensor_parallel_size", "expert_parallel_size"):
         if (size := getattr(config.parallel, name)) != 1:
             raise ValueError(f"{name} is {size}; this version runs a model on one device: 1")
+    assert (mesh.tp, mesh.ep) == (config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size)
 
 
 def _context_length(config: EngineConfig, architecture: Architecture) -> int:
@@ -133,7 +189,8 @@ def _kv_dtype(config: EngineConfig) -> torch.dtype:
     return KV_DTYPES[wanted]
 
 
-def _size(config: EngineConfig, decoder: Decoder, context_length: int) -> CacheSize:
+def _size(config: EngineConfig, mesh: Mesh, decoder: Decoder, context_length: int) -> CacheSize:
+    """What fits; of several ranks all have as much as the one with the least room."""
     architecture = decoder.architecture
     keys_and_values = bytes_per_token(
         num_layers=architecture.num_layers,
@@ -158,6 +215,8 @@ def _size(config: EngineConfig, decoder: Decoder, context_length: int) -> CacheS
         max_running=config.scheduler.max_running_requests,
         max_total_tokens=config.cache.max_total_tokens,
     )
+    num_pages = int(mesh.all_gather(torch.tensor([size.num_pages], device=mesh.device)).min())
+    size = dataclasses.replace(size, num_pages=num_pages)
     logger.info("cache: %d tokens of %d bytes in pages of %d", size.num_tokens, size.bytes_per_token, size.page_size)
     return size
 
@@ -196,13 +255,7 @@ def _scheduler(config: EngineConfig, cache: CacheSize, context_length: int, eos_
 
 
 def _runner(
-    config: EngineConfig,
-    decoder: Decoder,
-    cache: CacheSize,
-    context_length: int,
-    eos_ids: tuple[int, ...],
-    grammars: Grammars | None,
-    progress: bool | None,
+    config: EngineConfig, mesh: Mesh, decoder: Decoder, cache: CacheSize, lanes: Lanes, progress: bool | None
 ) -> tuple[ModelRunner, CacheStorage, Callable[[Decoder], Step]]:
     """What runs steps, the memory of the cache, and what makes a step for other weights."""
     architecture = decoder.architecture
@@ -219,14 +272,6 @@ def _runner(
     )
     routes = RouteStore(kv.num_slots, len(architecture.expert_layers), architecture.top_k, architecture.num_experts, decoder.device)
     storage = CacheStorage(kv, routes)
-    lanes = Lanes(
-        max_lanes=config.scheduler.max_running_requests,
-        max_pages=math.ceil(context_length / cache.page_size),
-        page_size=cache.page_size,
-        vocab_size=architecture.vocab_size,
-        eos_token_ids=eos_ids,
-        constrain=_unconstrained if grammars is None else grammars.constrain,
-    )
     if launches:
         tables = DeviceLanes(lanes.max_lanes, lanes.max_pages, decoder.device)
         memory = DeviceMemory(kv=kv, routes=routes, lanes=tables, load=DeviceExpertLoad(routes, architecture.num_experts))
@@ -234,14 +279,14 @@ def _runner(
         def make_step_on_device(decoder: Decoder) -> Step:
             return make_device_step(config, decoder, memory, progress=progress)
 
-        sampler = DeviceSampler(tables, decoder.device, choose_way(decoder.device, architecture.vocab_size))
-        return ModelRunner(make_step_on_device(decoder), lanes, routes, memory.load, sampler), storage, make_step_on_device
+        sampler = DeviceSampler(tables, decoder.device, choose_way(decoder.device, architecture.vocab_size), mesh)
+        return ModelRunner(make_step_on_device(decoder), lanes, routes, memory.load, mesh, sampler), storage, make_step_on_device
     load = ExpertLoad(routes, architecture.num_experts)
 
     def make_step(decoder: Decoder) -> Step:
         return choose_step(config, decoder, kv, routes, lanes)
 
-    return ModelRunner(make_step(decoder), lanes, routes, load), storage, make_step
+    return ModelRunner(make_step(decoder), lanes, routes, load, mesh), storage, make_step
 
 
 def launches_steps(device: torch.device) -> bool:
@@ -252,6 +297,10 @@ def launches_steps(device: torch.device) -> bool:
 def _unconstrained(start: LaneStart) -> None:
     """Without a tokenizer there are no grammars, and no request has one."""
     assert start.sampling.grammar is None
+
+
+def _constrained_elsewhere(start: LaneStart) -> None:
+    """The first rank keeps to grammars; the others are told its tokens."""
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pointsman.distributed import Mesh
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.transfer import Array, Download, Upload
 from pointsman.request import Logprob
@@ -138,10 +139,10 @@ class Drawing:
 
 
 class DeviceSampler:
-    """Draws for the lanes whose tables are on a device."""
+    """Draws for the lanes whose tables are on a device; ranks past the first take what the first has drawn."""
 
-    def __init__(self, lanes: DeviceLanes, device: torch.device, way: Way) -> None:
-        self._lanes, self._way = lanes, way
+    def __init__(self, lanes: DeviceLanes, device: torch.device, way: Way, mesh: Mesh) -> None:
+        self._lanes, self._way, self._mesh = lanes, way, mesh
         self._upload = Upload(device)
 
     @torch.inference_mode()
@@ -151,10 +152,14 @@ class DeviceSampler:
         here = [draws[index] for index in indices]
         if not here:
             return Drawing([], [], Answer(logits_RV.new_empty(0, dtype=torch.int64)))
-        row_B, lane_B, *parameters = self._upload(
-            [_int64([draw.row for draw in here]), _int64([draw.lane for draw in here]), *self._way.parameters(here)]
-        )
-        answer = self._way(logits_RV, row_B, parameters, here)
+        lanes = _int64([draw.lane for draw in here])
+        if self._mesh.rank == 0:
+            lane_B, row_B, *parameters = self._upload([lanes, _int64([draw.row for draw in here]), *self._way.parameters(here)])
+            answer = self._way(logits_RV, row_B, parameters, here)
+        else:
+            (lane_B,) = self._upload([lanes])
+            answer = Answer(torch.empty_like(lane_B))
+        self._mesh.broadcast(answer.token_B)
         self._lanes.last_token_L.index_copy_(0, lane_B, answer.token_B.clamp(min=0))  # a lane with an error runs on until the host knows
         for draw in here:
             draw.sampling.count()

@@ -6,6 +6,9 @@ compiled one takes its place (see `compiled`), and on a device `device_step`.
 
 On a device a step is launched, and its result is what has come back when somebody asks. What it takes to launch the next one stays
 on the device, unless the host has a share in this one (`device_sampler`): then it is finished first.
+
+Of several ranks, rank 0 draws the tokens and the others are told which they are: on a device in the order of its work, without the host,
+where the device draws. Apart from that all ranks do the same, so plans are launched on each, in the same order.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pointsman.distributed import Mesh
 from pointsman.engine.batch import Batch, Lanes
 from pointsman.engine.device_sampler import DeviceSampler, Draw, Drawing
 from pointsman.engine.versions import Run, SlotVersions
@@ -29,7 +33,7 @@ from pointsman.request import Logprob
 from pointsman.routed_experts import fill_missing
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.logprobs import prompt_logprobs
-from pointsman.sampling.sampler import Drawn, sample
+from pointsman.sampling.sampler import NO_TOKEN, Drawn, sample
 from pointsman.step import PENDING, Sampled, StepPlan, StepResult
 
 
@@ -106,14 +110,17 @@ class ModelRunner:
 
     Args:
         sampler: draws on the device that the step runs on; None where that is the host.
+        mesh: the other ranks. Those past the first answer a plan with no more than its tokens, if that, and nobody need ask: launching it
+            is all that they have to do.
 
     Attributes:
         load: how often each expert was used.
         versions: which weights fed each slot.
     """
 
-    def __init__(self, step: Step, lanes: Lanes, routes: RouteStore, load: Load, sampler: DeviceSampler | None = None) -> None:
+    def __init__(self, step: Step, lanes: Lanes, routes: RouteStore, load: Load, mesh: Mesh, sampler: DeviceSampler | None = None) -> None:
         self._step: Step | None = step
+        self._mesh = mesh
         self._lanes, self._routes, self._sampler = lanes, routes, sampler
         self._unfinished: _Launched | None = None
         self.load = load
@@ -174,6 +181,8 @@ class ModelRunner:
         launched = _Launched(lambda: self._finish(plan, batch, logits_RV, draws, drawing))
         if batch.prompts or drawing is None or len(drawing.indices) < len(draws):
             self._unfinished = launched
+            if self._mesh.rank > 0:
+                launched.result()  # what rank 0 draws is waited for now, as rank 0 may wait for us
         return launched
 
     def _draws(self, plan: StepPlan, batch: Batch) -> list[Draw]:
@@ -189,16 +198,26 @@ class ModelRunner:
             for at, (index, token) in enumerate(zip(indices, drawn.tokens, strict=True)):
                 sampled[index] = Sampled(seqs[index], token, logprobs[at], drawn.errors.get(at), draws[index].sampling.ended)
 
-        if drawing is not None:
+        if drawing is not None and self._mesh.rank == 0:
             take(drawing.indices, drawing.drawn())
-        if here := [index for index in range(len(draws)) if index not in sampled]:
+        drawn_there = set() if drawing is None else set(drawing.indices)
+        if here := [index for index in range(len(draws)) if index not in drawn_there]:
             take(here, self._sample(batch, logits_RV, [draws[index] for index in here]))
-        return StepResult(plan.index, tuple(sampled[index] for index in range(len(draws))), self._score_prompts(batch, logits_RV))
+        scores = self._score_prompts(batch, logits_RV) if self._mesh.rank == 0 else {}
+        return StepResult(plan.index, tuple(sampled[index] for index in sorted(sampled)), scores)
 
     def _sample(self, batch: Batch, logits_RV: Tensor, draws: list[Draw]) -> Drawn:
-        """Draw these on the host."""
+        """Draw these on the host, or be told what rank 0 has drawn."""
         rows = [draw.row for draw in draws]
-        drawn = sample(logits_RV if len(rows) == len(batch.rows_R) else logits_RV[rows], [draw.sampling for draw in draws])
+        if self._mesh.rank == 0:
+            drawn = sample(logits_RV if len(rows) == len(batch.rows_R) else logits_RV[rows], [draw.sampling for draw in draws])
+            if self._mesh.size > 1:
+                self._mesh.broadcast(torch.tensor(drawn.tokens, device=self._mesh.device))
+        else:
+            drawn = Drawn(self._mesh.broadcast(torch.empty(len(rows), dtype=torch.int64, device=self._mesh.device)).tolist(), None, {})
+            for draw, token in zip(draws, drawn.tokens, strict=True):
+                if token != NO_TOKEN:
+                    draw.sampling.commit(token)
         for draw, token in zip(draws, drawn.tokens, strict=True):
             self._lanes.last_token_L[draw.lane] = max(token, 0)  # a lane with an error ends at commit; until then it runs on
         return drawn

@@ -75,8 +75,11 @@ class LaneSampling:
 
     @property
     def alone(self) -> bool:
-        """Logits and parameters are all that the next token takes: it can be drawn where nothing else is known."""
-        return not self.edited and self.constraint is None
+        """Logits and parameters are all that the next token takes: it can be drawn where nothing else is known.
+
+        Every rank says the same of it, also those that are not told of grammars.
+        """
+        return not self.edited and self.sampling.grammar is None
 
     @property
     def ended(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pointsman.distributed import Mesh
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.device_sampler import DeviceSampler, Draw, Kernels
 from pointsman.request import SamplingParams
@@ -64,7 +65,7 @@ def test_tokens_are_the_hosts(seed: int) -> None:
     logits_RV[10, 17] = float("inf")
     want = sample(logits_RV, lanes_of(ways))
     mine, tables = lanes_of(ways), DeviceLanes(len(ways), 1, DEVICE)
-    drawing = DeviceSampler(tables, DEVICE, Kernels()).draw(
+    drawing = DeviceSampler(tables, DEVICE, Kernels(), Mesh.single()).draw(
         logits_RV.to(DEVICE), [Draw(lane, lane, sampling) for lane, sampling in enumerate(mine)]
     )
     drawn = drawing.drawn()

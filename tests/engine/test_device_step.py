@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pointsman import LLM, RequestOutput, SamplingParams
+from pointsman.distributed import Mesh
 from pointsman.engine import build, device_step
 from pointsman.engine.batch import Batch
 from pointsman.engine.device_lanes import DeviceLanes
@@ -143,7 +144,7 @@ def test_lanes_that_need_the_host_are_left_to_it() -> None:
         for lane, way in enumerate(ways)
     ]
     lanes = DeviceLanes(6, 1, torch.device("cpu"))
-    drawing = DeviceSampler(lanes, torch.device("cpu"), Greedy()).draw(
+    drawing = DeviceSampler(lanes, torch.device("cpu"), Greedy(), Mesh.single()).draw(
         logits_RV, [Draw(5 - row, row, state) for row, state in enumerate(states)]
     )
     assert drawing.indices == [0, 4]
