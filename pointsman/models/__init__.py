@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pointsman.models import minimax_m2
+from pointsman.models import glm4_moe, minimax_m2, mixtral, qwen3_moe
 from pointsman.models.architecture import Architecture
 from pointsman.models.names import Model
 
-MODELS: dict[str, Model] = {"MiniMaxM2ForCausalLM": minimax_m2.MODEL}
+MODELS: dict[str, Model] = {
+    "MiniMaxM2ForCausalLM": minimax_m2.MODEL,
+    "Qwen3MoeForCausalLM": qwen3_moe.MODEL,
+    "MixtralForCausalLM": mixtral.MODEL,
+    "Glm4MoeForCausalLM": glm4_moe.MODEL,
+}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pointsman.models.architecture import Architecture, Part
 
 SCALE_SUFFIX = "_scale_inv"
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Kind(Enum):
@@ -43,6 +44,40 @@ class Row(NamedTuple):
     @property
     def per_expert(self) -> bool:
         return "{expert}" in self.name
+
+
+LAYER = "model.layers.{layer}."
+ATTENTION = LAYER + "self_attn."
+# what all models' checkpoints have by the same names
+DECODER_ROWS = (
+    Row("model.embed_tokens.weight", "embed", Kind.PLAIN, ("vocab", "hidden")),
+    Row(LAYER + "input_layernorm.weight", "attention_norm", Kind.FLOAT32, ("hidden",)),
+    Row(ATTENTION + "q_proj.weight", "qkv", Kind.MATRIX, ("q", "hidden"), 0),
+    Row(ATTENTION + "k_proj.weight", "qkv", Kind.MATRIX, ("kv", "hidden"), 1),
+    Row(ATTENTION + "v_proj.weight", "qkv", Kind.MATRIX, ("kv", "hidden"), 2),
+    Row(ATTENTION + "o_proj.weight", "o", Kind.MATRIX, ("hidden", "q")),
+    Row(LAYER + "post_attention_layernorm.weight", "expert_norm", Kind.FLOAT32, ("hidden",)),
+    Row("model.norm.weight", "norm", Kind.FLOAT32, ("hidden",)),
+    Row("lm_head.weight", "head", Kind.PLAIN, ("vocab", "hidden")),
+)
+
+
+def qk_norm_rows(q: str, k: str) -> tuple[Row, ...]:
+    """The norms of q and k, of these dimensions."""
+    return (
+        Row(ATTENTION + "q_norm.weight", "q_norm", Kind.FLOAT32, (q,), where="qk_norm"),
+        Row(ATTENTION + "k_norm.weight", "k_norm", Kind.FLOAT32, (k,), where="qk_norm"),
+    )
+
+
+def pair_rows(at: str, where: Part, width: str, prefix: str = "", names: tuple[str, str, str] = PROJECTIONS) -> tuple[Row, ...]:
+    """Gate, up and down below a name; `width` is a dimension, and `prefix` tells our parameters from those of other pairs."""
+    gate, up, down = names
+    return (
+        Row(f"{at}{gate}.weight", f"{prefix}gate_up", Kind.MATRIX, (width, "hidden"), 0, where),
+        Row(f"{at}{up}.weight", f"{prefix}gate_up", Kind.MATRIX, (width, "hidden"), 1, where),
+        Row(f"{at}{down}.weight", f"{prefix}down", Kind.MATRIX, ("hidden", width), 0, where),
+    )
 
 
 class Place(NamedTuple):
