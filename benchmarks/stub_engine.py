@@ -54,7 +54,7 @@ class StubEngine:
         self.architecture = SimpleNamespace(
             name="MiniMaxM2ForCausalLM",
             vocab_size=self.tokenizer.vocab_size,
-            num_layers=LAYERS,
+            expert_layers=tuple(range(LAYERS)),
             num_experts=EXPERTS,
             top_k=TOP_K,
         )

@@ -21,10 +21,11 @@ Ids = npt.NDArray[np.integer[Any]]
 NAME = "replay_routed_experts"
 
 
-def replay_of(value: object, *, num_layers: int, num_experts: int, top_k: int) -> Replay:
+def replay_of(value: object, *, layers: Sequence[int], num_experts: int, top_k: int) -> Replay:
     """A replay for a model of these sizes.
 
     Args:
+        layers: the model's layers that have experts.
         value: a record as JSON has it, a `RoutedExperts`, an array of integers [rows, layers, top_k] for positions from 0 on, in which
             rows of -1 are none, or a `Replay`.
 
@@ -32,32 +33,33 @@ def replay_of(value: object, *, num_layers: int, num_experts: int, top_k: int) -
         ValueError: it is none of these, or of another model; the message says what would be right.
     """
     if isinstance(value, Replay):
-        check_sizes(value, num_layers=num_layers, num_experts=num_experts, top_k=top_k)
+        check_sizes(value, layers=layers, num_experts=num_experts, top_k=top_k)
         return value
     try:
-        experts = _experts(value, num_experts)
+        experts = _experts(value, layers, num_experts)
     except ValueError as error:
         raise ValueError(f"{NAME}: {error}") from None
     if experts.num_experts != num_experts:
         raise ValueError(f"{NAME} is of layers with {experts.num_experts} experts; this model's have {num_experts}")
-    if experts.layers != tuple(range(num_layers)):
-        raise ValueError(f"{NAME} is of the layers {_spelt(experts.layers)}; this model's are {_spelt(range(num_layers))}")
+    if experts.layers != tuple(layers):
+        raise ValueError(f"{NAME} is of the layers {_spelt(experts.layers)}; this model's are {_spelt(layers)}")
     dtype = experts.rows_RLK.dtype.newbyteorder("<")
     shape: tuple[int, int, int] = experts.rows_RLK.shape  # type: ignore[assignment]
     data = np.ascontiguousarray(experts.rows_RLK, dtype).tobytes()
     replay = Replay(start=experts.start, shape=shape, data=data, missing=experts.missing)
-    check_sizes(replay, num_layers=num_layers, num_experts=num_experts, top_k=top_k)
+    check_sizes(replay, layers=layers, num_experts=num_experts, top_k=top_k)
     return replay
 
 
-def _experts(value: object, num_experts: int) -> RoutedExperts:
+def _experts(value: object, layers: Sequence[int], num_experts: int) -> RoutedExperts:
     if isinstance(value, RoutedExperts):
         value.check_ids()
         return value
     if isinstance(value, Mapping):
         return decode_record(value)
     if hasattr(value, "__array__"):
-        return from_numbers(np.asarray(value), num_experts=num_experts)
+        array = np.asarray(value)
+        return from_numbers(array, num_experts=num_experts, layers=layers if array.ndim == 3 and array.shape[1] == len(layers) else None)
     raise ValueError(f"it is a {type(value).__name__}; it must be a record, a RoutedExperts or an array of integers")
 
 
@@ -67,15 +69,15 @@ def _spelt(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers[:9])) + (", ..." if len(layers) > 9 else "")
 
 
-def check_sizes(replay: Replay, *, num_layers: int, num_experts: int, top_k: int) -> None:
+def check_sizes(replay: Replay, *, layers: Sequence[int], num_experts: int, top_k: int) -> None:
     """Raises ValueError where a replay is not of this model's sizes, or names an expert that it has not."""
-    _, layers, experts = replay.shape
-    if layers != num_layers:
-        raise ValueError(f"{NAME} has {layers} layers; this model has {num_layers}")
+    _, num_layers, experts = replay.shape
+    if num_layers != len(layers):
+        raise ValueError(f"{NAME} has {num_layers} layers; this model has {len(layers)}")
     if experts != top_k:
         raise ValueError(f"{NAME} has {experts} experts a token; this model uses {top_k}")
     dtype = _dtype(num_experts)
-    if len(replay.data) != replay.shape[0] * layers * experts * dtype.itemsize:
+    if len(replay.data) != replay.shape[0] * num_layers * experts * dtype.itemsize:
         raise ValueError(
             f"{NAME} has {len(replay.data)} bytes; {replay.shape[0]} rows of a model of {num_experts} experts are {dtype.name}"
         )

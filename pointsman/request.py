@@ -77,7 +77,7 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens.
         include_stop_str_in_output: keep the stop string at the end of the text.
         skip_special_tokens: leave special tokens out of the text.
-        return_routed_experts: return the experts each fed token used, [rows, layers, top_k].
+        return_routed_experts: return the experts each fed token used, [rows, layers that have experts, top_k].
         routed_experts_start: leave out the rows of positions before this one; at most the length of the prompt.
 
     Raises:

@@ -14,7 +14,7 @@ from pointsman.request import Replay, Request, SamplingParams
 from pointsman.routed_experts import RoutedExperts, encode
 
 LAYERS, EXPERTS, TOP_K = 2, 5, 3
-SIZES = {"num_layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K}
+SIZES: dict[str, Any] = {"layers": range(LAYERS), "num_experts": EXPERTS, "top_k": TOP_K}
 
 
 def rows(count: int, seed: int = 0, experts: int = EXPERTS) -> np.ndarray:

@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from pointsman.config import EngineConfig
 from pointsman.engine.build import Parts, build
@@ -91,10 +92,10 @@ class Engine:
         self.num_steps = 0
 
     @property
-    def routing_sizes(self) -> dict[str, int]:
+    def routing_sizes(self) -> dict[str, Any]:
         """What a replay must fit."""
         architecture = self.architecture
-        return {"num_layers": architecture.num_layers, "num_experts": architecture.num_experts, "top_k": architecture.top_k}
+        return {"layers": architecture.expert_layers, "num_experts": architecture.num_experts, "top_k": architecture.top_k}
 
     @property
     def has_work(self) -> bool:

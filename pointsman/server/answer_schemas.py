@@ -187,7 +187,7 @@ ANSWERS: dict[str, Schema] = {
             "weight_version": TEXT,
         }
     ),
-    "RoutingLoad": _object({"num_layers": WHOLE, "num_experts": WHOLE, "num_tokens": WHOLE, "counts": _list(IDS)}),
+    "RoutingLoad": _object({"layers": IDS, "num_experts": WHOLE, "num_tokens": WHOLE, "counts": _list(IDS)}),
     "Flushed": _object({"flushed": TRUTH}),
     "Controlled": _object({"success": _constant(True), "paused": TRUTH, "released": TAGS, "weight_version": TEXT}),
     "WeightVersion": _object({"weight_version": TEXT}),

@@ -120,14 +120,14 @@ class Routes:
         return Response(self._page.body, headers=self._page.headers)
 
     async def _metrics(self, http: Request) -> Response:
-        name = self._bridge.served().info.name
-        body, media = metrics.expose(self._bridge.meter, name, http.headers.get("accept", ""))
+        info = self._bridge.served().info
+        body, media = metrics.expose(self._bridge.meter, info.name, info.layers, http.headers.get("accept", ""))
         return Response(body, headers={"content-type": media})
 
     async def _routing_load(self, http: Request) -> Response:
         info, load = self._bridge.served().info, self._bridge.meter.load
-        counts = [list(load.layer(layer)) if load else [0] * info.num_experts for layer in range(info.num_layers)]
-        shape = {"num_layers": info.num_layers, "num_experts": info.num_experts, "num_tokens": sum(counts[0]) // info.top_k}
+        counts = [list(load.layer(layer)) if load else [0] * info.num_experts for layer in range(len(info.layers))]
+        shape = {"layers": list(info.layers), "num_experts": info.num_experts, "num_tokens": sum(counts[0]) // info.top_k}
         return json_response(shape | {"counts": counts})
 
     async def _health(self, http: Request) -> Response:

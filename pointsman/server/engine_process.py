@@ -153,7 +153,7 @@ def describe(engine: Engine) -> wire.ModelInfo:
         folder=None if engine.tokenizer is None else str(engine.folder),
         context_length=engine.context_length,
         vocab_size=engine.architecture.vocab_size,
-        num_layers=engine.architecture.num_layers,
+        layers=engine.architecture.expert_layers,
         num_experts=engine.architecture.num_experts,
         top_k=engine.architecture.top_k,
         generation_defaults=dict(engine.generation_defaults),

@@ -6,7 +6,7 @@ changed. docs/metrics.md lists them. Everything is computed when it is asked for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -22,9 +22,10 @@ LABEL = "model_name"
 class _Numbers(Collector):
     """All metrics of one server."""
 
-    def __init__(self, meter: Meter, model: str) -> None:
+    def __init__(self, meter: Meter, model: str, layers: Sequence[int]) -> None:
         self._meter = meter
         self._model = model
+        self._layers = layers
 
     def collect(self) -> Iterator[Metric]:
         meter = self._meter
@@ -56,7 +57,7 @@ class _Numbers(Collector):
         yield self._counter("engine_steps", "Steps of the engine", stats.num_steps)
         help_text = "Load of the busiest expert over the mean, in the last minute; 1 is even"
         balance = GaugeMetricFamily(f"{PREFIX}expert_load_imbalance", help_text, labels=[LABEL, "layer"])
-        for layer, ratio in enumerate(self._meter.imbalance()):
+        for layer, ratio in zip(self._layers, self._meter.imbalance(), strict=False):  # none where no token passed
             balance.add_metric([self._model, str(layer)], ratio)
         yield balance
 
@@ -76,9 +77,9 @@ class _Numbers(Collector):
         return family
 
 
-def expose(meter: Meter, model: str, accept: str) -> tuple[bytes, str]:
-    """All metrics, in the text form that suits an Accept header, and what to call that form."""
+def expose(meter: Meter, model: str, layers: Sequence[int], accept: str) -> tuple[bytes, str]:
+    """All metrics, in the text form that suits an Accept header, and what to call that form; `layers` are those that have experts."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Numbers(meter, model))
+    registry.register(_Numbers(meter, model, layers))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type

@@ -133,7 +133,7 @@ class ServedModel:
             stream=bool(request.stream),
             single=request.single,
             tokenizer=self.tokenizer,
-            routing=routing_of(request, self.info.num_experts, runs, default="int32"),
+            routing=routing_of(request, self.info, runs, default="int32"),
         )
 
     def prompt_of(self, request: Conversation, *, most: int | None = None) -> ChatPrompt:
@@ -191,7 +191,7 @@ class ServedModel:
 
     def _replays(self, request: ChatRequest | CompletionRequest | GenerateRequest, count: int) -> list[Replay | None]:
         info = self.info
-        return replays_of(request.replay_routed_experts, count, num_layers=info.num_layers, num_experts=info.num_experts, top_k=info.top_k)
+        return replays_of(request.replay_routed_experts, count, layers=info.layers, num_experts=info.num_experts, top_k=info.top_k)
 
     def _encode(self, prompts: Sequence[str | list[int]], field: str) -> list[tuple[int, ...]]:
         return [self.encode(prompt, field) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
@@ -204,7 +204,7 @@ class ServedModel:
             stream=bool(request.stream),
             include_usage=request.include_usage,
             token_ids=bool(request.return_token_ids),
-            routing=routing_of(request, self.info.num_experts, runs),
+            routing=routing_of(request, self.info, runs),
         )
 
     def _names(self, request: GenerateRequest, name: str, count: int) -> list[str]:

@@ -18,6 +18,7 @@ from msgspec import Meta
 from pointsman.request import ChoiceDelta, Replay
 from pointsman.server import bounds
 from pointsman.server.errors import ApiError
+from pointsman.server.wire import ModelInfo
 
 if TYPE_CHECKING:
     from pointsman.routed_experts import RoutedExperts
@@ -60,11 +61,12 @@ class Routing:
 
     Attributes:
         form: record, npy or int32.
-        num_experts: of each layer of the model.
+        layers: the model's layers that have experts, and how many each has (`num_experts`).
         starts: for each request of the engine, the position of its first row.
     """
 
     form: RecordForm
+    layers: tuple[int, ...]
     num_experts: int
     starts: dict[str, int]
 
@@ -87,27 +89,26 @@ class Routing:
         from pointsman.routed_experts import RoutedExperts  # noqa: PLC0415
 
         array = delta.routed_experts
-        num_layers = array.shape[1]
         return RoutedExperts(
             rows_RLK=np.frombuffer(array.data, array.dtype).reshape(array.shape),
             num_experts=self.num_experts,
             start=self.starts[delta.rid],
-            layers=tuple(range(num_layers)),
+            layers=self.layers,
             missing=tuple((first, last) for first, last in delta.routed_experts_missing),
             weight_versions=tuple((first, last, version) for first, last, version in delta.weight_versions),
         )
 
 
-def routing_of(fields: RoutingFields, num_experts: int, requests: Sequence[Any], default: RecordForm = "record") -> Routing | None:
+def routing_of(fields: RoutingFields, info: ModelInfo, requests: Sequence[Any], default: RecordForm = "record") -> Routing | None:
     """How to make the records that were asked for; None where none was."""
     if not fields.return_routed_experts:
         return None
     starts = {request.rid: request.sampling.routed_experts_start for request in requests}
-    return Routing(fields.routed_experts_format or default, num_experts, starts)
+    return Routing(fields.routed_experts_format or default, info.layers, info.num_experts, starts)
 
 
 def replays_of(
-    given: dict[str, Any] | list[dict[str, Any] | None] | None, count: int, *, num_layers: int, num_experts: int, top_k: int
+    given: dict[str, Any] | list[dict[str, Any] | None] | None, count: int, *, layers: Sequence[int], num_experts: int, top_k: int
 ) -> list[Replay | None]:
     """What the body says of replays, for each of so many prompts. Raises ApiError."""
     if given is None:
@@ -118,11 +119,10 @@ def replays_of(
         raise ApiError(400, f"{REPLAY} {what} for {count} prompts; give a list with a record, or null, for each", param=REPLAY)
     from pointsman.replay import replay_of  # noqa: PLC0415 - numpy comes with it
 
-    sizes = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k}
     replays: list[Replay | None] = []
     for index, record in enumerate(records):
         try:
-            replays.append(None if record is None else replay_of(record, **sizes))
+            replays.append(None if record is None else replay_of(record, layers=layers, num_experts=num_experts, top_k=top_k))
         except ValueError as error:
             place = f"{REPLAY}[{index}]" if isinstance(given, list) else REPLAY
             raise ApiError(400, str(error), param=place) from None

@@ -58,6 +58,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         architecture: its entry in the registry of models.
+        layers: those that have experts.
         folder: where the tokenizer and the chat template are; None where the checkpoint has no tokenizer.
         generation_defaults: sampling values the checkpoint advises.
     """
@@ -67,7 +68,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     folder: str | None
     context_length: int
     vocab_size: int
-    num_layers: int
+    layers: tuple[int, ...]
     num_experts: int
     top_k: int
     generation_defaults: dict[str, int | float] = {}

@@ -225,14 +225,14 @@ def serving(status, body):
 
 
 def test_a_server_is_asked(capsys):
-    answer = {"num_layers": 2, "num_experts": 4, "num_tokens": 6, "counts": [[3, 3, 3, 3], [6, 6, 0, 0]]}
+    answer = {"layers": [1, 3], "num_experts": 4, "num_tokens": 6, "counts": [[3, 3, 3, 3], [6, 6, 0, 0]]}
     with serving(200, json.dumps(answer).encode()) as (url, seen):
         code, out, _ = run(capsys, "--url", url + "/", "--api-key", "secret")
     assert code == 0
     assert seen == [("/routing_load", "Bearer secret")]
     figures = json.loads(out.splitlines()[-1])
     assert (figures["num_tokens"], figures["top_k"], figures["num_dead"]) == (6, 2, 2)
-    assert [entry["effective"] for entry in figures["layers"]] == [4, 2]
+    assert [(entry["layer"], entry["effective"]) for entry in figures["layers"]] == [(1, 4), (3, 2)]
 
 
 @pytest.mark.parametrize(
@@ -244,6 +244,7 @@ def test_a_server_is_asked(capsys):
         (200, b'{"counts": [[1], [1, 2]]}', "must have counts"),
         (200, b'{"counts": [[-1]]}', "must have counts"),
         (200, b'{"counts": "many"}', "must have counts"),
+        (200, b'{"counts": [[1, 0]], "layers": [0, 1], "num_tokens": 1}', "must name each"),
         (200, b'{"counts": [[0, 0]], "num_tokens": 0}', "counted nothing"),
         (200, b'{"counts": [[1, 0]], "num_tokens": "x"}', "must have counts"),
     ],

@@ -31,7 +31,7 @@ from tests.models.checkpoints import Harness, Shape, dequantized, write
 
 LAYERS, EXPERTS, TOP_K = 3, 10, 3
 SHAPE = Shape(layers=LAYERS, hidden=64, experts=EXPERTS, top_k=TOP_K, width=32, vocab=288, block=(32, 16))
-SIZES = {"num_layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K}
+SIZES: dict[str, Any] = {"layers": range(LAYERS), "num_experts": EXPERTS, "top_k": TOP_K}
 PROMPT = tuple(range(40, 70))
 PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, return_routed_experts=True, logprobs=1)
 ALONE: dict[str, Any] = {"disable_radix_cache": True, "disable_overlap_schedule": True, "chunked_prefill_size": 256}

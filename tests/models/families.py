@@ -61,15 +61,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 IDS = torch.randint(97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
+def config_of(name: str, **changes: Any) -> Any:
+    """Their config of a model."""
+    family, told = MODELS[name]
+    return getattr(transformers, f"{family}Config")(**{**told, **changes}, architectures=[f"{family}ForCausalLM"])
+
+
 def build(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
     """A lively model in float32, whose numbers are exact in bfloat16: norms are not all one, routers are wide, biases matter."""
-    family, told = MODELS[name]
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**{**told, **changes})).eval()
+    model = getattr(transformers, f"{MODELS[name][0]}ForCausalLM")(config_of(name, **changes)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "inv_freq" in key:
-                continue
+        for key, tensor in model.state_dict().items():  # what a checkpoint has: parameters and the biases of routers
             value = torch.randn(tensor.shape, generator=generator)
             if "norm" in key:
                 value = 1.2 + 0.2 * value
@@ -88,17 +91,11 @@ def model_of(name: str) -> nn.Module:
 
 
 def save(model: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Their checkpoint of a model, in a type that its numbers are exact in."""
-    copy = build_like(model, dtype)
-    copy.save_pretrained(folder)
+    """Their checkpoint of a model; of a copy, for in a narrow type a model's rotary frequencies are rounded for good."""
+    copy = type(model)(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.to(dtype).save_pretrained(folder)
     return folder
-
-
-def build_like(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in another type; the model itself keeps what rounding would spoil, such as its rotary frequencies."""
-    other = type(model)(model.config)
-    other.load_state_dict(model.state_dict())
-    return other.to(dtype)
 
 
 @torch.no_grad()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from safetensors import safe_open
 
 from pointsman.models import MODELS, architecture_of
 from pointsman.models.minimax_m2 import ROWS
 from pointsman.models.names import Place, name_of, places
 from tests.models.checkpoints import Shape
+from tests.models.families import MODELS as FAMILIES
+from tests.models.families import config_of
 from tests.models.test_architecture import PUBLISHED, without
 
 
@@ -21,11 +24,16 @@ def test_full_size_has_the_published_number_of_tensors() -> None:
     assert len(plain) == 96_103 - 47_864 and not any(place.scale for _, place in plain.values())
 
 
-def test_both_directions_agree() -> None:
-    for model in MODELS.values():
-        expected = places(model.rows, architecture_of(Shape(block=(16, 16)).config()))
-        assert len({place for _, place in expected.values()}) == len(expected)
-        assert all(name_of(model.rows, place) == name for name, (_, place) in expected.items())
+CONFIGS = {"minimax": Shape(block=(16, 16)).config()} | {name: config_of(name).to_diff_dict() for name in FAMILIES}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_directions_agree(name: str) -> None:
+    architecture = architecture_of(CONFIGS[name])
+    rows = MODELS[architecture.name].rows
+    expected = places(rows, architecture)
+    assert len({place for _, place in expected.values()}) == len(expected)
+    assert all(name_of(rows, place) == name for name, (_, place) in expected.items())
 
 
 def test_names_are_those_of_a_checkpoint_on_disk(tmp_path) -> None:

@@ -74,7 +74,7 @@ class FakeEngine:
         self.folder = Path(folder)
         self.tokenizer = Tokenizer.load(folder)
         self.architecture = SimpleNamespace(
-            name="MiniMaxM2ForCausalLM", vocab_size=VOCABULARY, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K
+            name="MiniMaxM2ForCausalLM", vocab_size=VOCABULARY, expert_layers=tuple(range(LAYERS)), num_experts=EXPERTS, top_k=TOP_K
         )
         self.context_length = CONTEXT
         self.model_name = config.model.served_model_name or "fake"

@@ -181,7 +181,7 @@ def test_the_load_of_the_experts_is_told(folder: Any) -> None:
                 if load["num_tokens"]:
                     break
                 time.sleep(0.02)
-    assert load == {"num_layers": LAYERS, "num_experts": EXPERTS, "num_tokens": len(rows), "counts": expected}
+    assert load == {"layers": list(range(LAYERS)), "num_experts": EXPERTS, "num_tokens": len(rows), "counts": expected}
 
 
 def test_a_server_starts_without_numpy() -> None:

@@ -127,13 +127,16 @@ def server_load(url: str, api_key: str | None) -> Load:
 
 def _counted(address: str, source: str, value: Any) -> Load:
     """The counts in a server's answer. Raises ValueError where it has none."""
-    counts, num_tokens = (value.get("counts"), value.get("num_tokens")) if isinstance(value, dict) else (None, None)
+    fields = value if isinstance(value, dict) else {}
+    counts, layers, num_tokens = (fields.get(name) for name in ("counts", "layers", "num_tokens"))
     try:
         counts_LE = np.array(counts, np.int64)
     except (ValueError, TypeError, OverflowError):
         counts_LE = np.zeros(0, np.int64)
     if counts_LE.ndim != 2 or not counts_LE.size or counts_LE.min() < 0 or type(num_tokens) is not int or num_tokens < 0:
-        raise ValueError(f"{address} answers {value!r:.200}; it must have counts, by layer and expert, and num_tokens")
+        raise ValueError(f"{address} answers {value!r:.200}; it must have counts, by layer and expert, layers and num_tokens")
     if not counts_LE.any():
         raise ValueError(f"{source} has counted nothing yet")
-    return Load(counts_LE=counts_LE, layers=tuple(range(len(counts_LE))), num_tokens=num_tokens, source=source)
+    if not isinstance(layers, list) or len(layers) != len(counts_LE) or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"{address} has the layers {layers!r:.80} and counts of {len(counts_LE)}; it must name each")
+    return Load(counts_LE=counts_LE, layers=tuple(layers), num_tokens=num_tokens, source=source)

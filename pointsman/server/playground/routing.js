@@ -18,7 +18,7 @@ class RoutingView {
       label: "Load of the answer", describe: (layer, expert) => this.describeAnswer(layer, expert), choose: (cell) => this.brush(cell),
     });
     this.serverMap = new HeatMap(find("server-map"), {
-      label: "Load of the server", describe: (layer, expert) => describeLoad(this.serverLoad, layer, expert),
+      label: "Load of the server", describe: (layer, expert) => describeLoad(this.serverLoad, layer, expert, this.samples.at(-1).layers[layer]),
     });
     this.tokenMap.clear("Layers by experts appear here.");
     this.answerMap.clear("No record yet.");
@@ -138,8 +138,8 @@ class RoutingView {
   }
 
   takeSample(sample) {
-    const load = new Load(sample.num_layers, sample.num_experts, Float64Array.from(sample.counts.flat()));
-    this.samples.push({ time: performance.now(), load, tokens: sample.num_tokens });
+    const load = new Load(sample.layers.length, sample.num_experts, Float64Array.from(sample.counts.flat()));
+    this.samples.push({ time: performance.now(), load, layers: sample.layers, tokens: sample.num_tokens });
     while (this.samples.length > 2 && this.samples[1].time < performance.now() - RECENT_SECONDS * 1000) this.samples.shift();
     this.drawServer();
   }
@@ -159,7 +159,7 @@ class RoutingView {
       const speed = recent ? `, ${Math.round(rate).toLocaleString("en")} a second` : "";
       find("server-title").textContent = `${tokens.toLocaleString("en")} tokens${speed}, prompts included. Busiest expert: ${busiest.toFixed(2)} times an even share.`;
     }
-    this.serverMap.show(latest.load.numLayers, latest.load.numExperts, this.serverLoad.ratios);
+    this.serverMap.show(latest.load.numLayers, latest.load.numExperts, this.serverLoad.ratios, { layers: latest.layers });
   }
 
   download() {
