@@ -1,8 +1,8 @@
 """What stands between the joined projection and attention, in one kernel: q and k norm, rotary, and keys and values into the cache.
 
-q and k are normed over their full width (all heads in one row), rounded, rotated in part and rounded again, as the reference composes
-it; values go as they are. Two programs a row: one for the queries, one for keys and values. A row with a slot below 0 is padding: its
-queries are computed, since nothing depends on them, and nothing is written to the cache.
+q and k are normed over all heads at once, over each head, or not at all, rounded, rotated in whole or in part and rounded again, as
+the reference composes it; values go as they are. Two programs a row: one for the queries, one for keys and values. A row with a slot
+below 0 is padding: its queries are computed, since nothing depends on them, and nothing is written to the cache.
 
 Shape suffixes: T rows, N columns of the joined projection, Q query heads, H key/value heads, C channels of a head, R half the rotary
 channels, P pages, S slots of a page.
@@ -15,15 +15,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+ALL, EACH, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
-def _tile(ptr, weight_ptr, head, channel, first, HEADS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
+def _tile(ptr, weight_ptr, head, channel, first, HEADS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr):
     """Channels first to first + WIDTH of all heads of a row, and their weights, as float32; zeros outside."""
     inside = (head[:, None] < HEADS) & (channel[None, :] < WIDTH)
     at = head[:, None] * C + first + channel[None, :]
     x = tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if NORM == ALL:
+        weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    elif NORM == EACH:
+        weight = tl.load(weight_ptr + first + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)[None, :]
+    else:
+        weight = 1.0
     return x, weight
+
+
+@triton.jit
+def _factor(squares, epsilon, HEADS: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr):
+    """What a norm multiplies with, of the sum of squares of each head."""
+    if NORM == ALL:
+        return tl.rsqrt(tl.sum(squares, axis=0) / (HEADS * C) + epsilon)
+    elif NORM == EACH:
+        return tl.rsqrt(squares / C + epsilon)[:, None]
+    else:
+        return 1.0
 
 
 @triton.jit
@@ -47,6 +65,7 @@ def _norm_rotate_store(
     HEADS: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
+    NORM: tl.constexpr,
     HEADS_PAD: tl.constexpr,
     R_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
@@ -54,16 +73,16 @@ def _norm_rotate_store(
     head = tl.arange(0, HEADS_PAD)
     turning = tl.arange(0, R_PAD)
     dtype = in_ptr.dtype.element_ty
-    low, low_weight = _tile(in_ptr, weight_ptr, head, turning, 0, HEADS, C, R)
-    high, high_weight = _tile(in_ptr, weight_ptr, head, turning, R, HEADS, C, R)
-    total = tl.sum(tl.sum(low * low + high * high, axis=1), axis=0)
+    low, low_weight = _tile(in_ptr, weight_ptr, head, turning, 0, HEADS, C, R, NORM)
+    high, high_weight = _tile(in_ptr, weight_ptr, head, turning, R, HEADS, C, R, NORM)
+    squares = tl.sum(low * low + high * high, axis=1)
     if C > 2 * R:
         passing = tl.arange(0, REST_PAD)
-        rest, rest_weight = _tile(in_ptr, weight_ptr, head, passing, 2 * R, HEADS, C, C - 2 * R)
-        total += tl.sum(tl.sum(rest * rest, axis=1), axis=0)
-        factor = tl.rsqrt(total / (HEADS * C) + epsilon)
+        rest, rest_weight = _tile(in_ptr, weight_ptr, head, passing, 2 * R, HEADS, C, C - 2 * R, NORM)
+        squares += tl.sum(rest * rest, axis=1)
+        factor = _factor(squares, epsilon, HEADS, C, NORM)
         _store(out_ptr, head_stride, head, passing, 2 * R, (rest * factor * rest_weight).to(dtype), HEADS, C - 2 * R)
-    factor = tl.rsqrt(total / (HEADS * C) + epsilon)
+    factor = _factor(squares, epsilon, HEADS, C, NORM)
     low = (low * factor * low_weight).to(dtype).to(tl.float32)
     high = (high * factor * high_weight).to(dtype).to(tl.float32)
     cos = tl.load(cos_ptr + turning, mask=turning < R, other=0.0)[None, :]
@@ -88,6 +107,7 @@ def qkv_post_kernel(
     H: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
+    NORM: tl.constexpr,
     PAGE: tl.constexpr,
     Q_PAD: tl.constexpr,
     H_PAD: tl.constexpr,
@@ -100,13 +120,13 @@ def qkv_post_kernel(
     cos_ptr += row * R
     sin_ptr += row * R
     if tl.program_id(1) == 0:
-        _norm_rotate_store(in_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_ptr + row * Q * C, C, epsilon, Q, C, R, Q_PAD, R_PAD, REST_PAD)
+        _norm_rotate_store(in_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_ptr + row * Q * C, C, epsilon, Q, C, R, NORM, Q_PAD, R_PAD, REST_PAD)
     else:
         slot = tl.load(slots_ptr + row).to(tl.int64)
         if slot >= 0:
             at = (slot // PAGE * H * PAGE + slot % PAGE) * C
             in_ptr += Q * C
-            _norm_rotate_store(in_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_ptr + at, PAGE * C, epsilon, H, C, R, H_PAD, R_PAD, REST_PAD)
+            _norm_rotate_store(in_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_ptr + at, PAGE * C, epsilon, H, C, R, NORM, H_PAD, R_PAD, REST_PAD)
             head = tl.arange(0, H_PAD)
             channel = tl.arange(0, C_PAD)
             inside = (head[:, None] < H) & (channel[None, :] < C)
@@ -116,8 +136,8 @@ def qkv_post_kernel(
 
 def qkv_post(
     qkv_TN: Tensor,
-    q_weight_Q: Tensor,
-    k_weight_W: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     epsilon: float,
     cos_TR: Tensor,
     sin_TR: Tensor,
@@ -129,7 +149,7 @@ def qkv_post(
 
     Args:
         qkv_TN: the rows of q, k and v side by side, N = (Q + 2 H) C.
-        q_weight_Q, k_weight_W: weights of the norms over all Q C and all H C columns.
+        q_weight, k_weight: weights of the norms over all Q C and all H C columns, or over the C of each head; None norms nothing.
         cos_TR, sin_TR: float32, as `reference.rotary_angles`.
         slots_T: int32 or int64; a negative one writes nothing.
     """
@@ -138,15 +158,18 @@ def qkv_post(
     heads = width // channels - 2 * kv_heads
     half = cos_TR.shape[1]
     assert heads > 0 and width == (heads + 2 * kv_heads) * channels and 0 < 2 * half <= channels
-    assert q_weight_Q.shape == (heads * channels,) and k_weight_W.shape == (kv_heads * channels,)
+    norm = NONE.value
+    if q_weight is not None and k_weight is not None:
+        norm = EACH.value if q_weight.shape == k_weight.shape == (channels,) else ALL.value
+        assert norm == EACH.value or (q_weight.shape, k_weight.shape) == ((heads * channels,), (kv_heads * channels,))
     for tensor in (qkv_TN, cos_TR, sin_TR, k_PHSC, v_PHSC, slots_T):
         assert tensor.is_contiguous()
     q_TQC = torch.empty(num_rows, heads, channels, dtype=qkv_TN.dtype, device=qkv_TN.device)
     if num_rows:
         qkv_post_kernel[(num_rows, 2)](
             qkv_TN,
-            q_weight_Q,
-            k_weight_W,
+            qkv_TN if q_weight is None else q_weight,
+            qkv_TN if k_weight is None else k_weight,
             cos_TR,
             sin_TR,
             slots_T,
@@ -158,6 +181,7 @@ def qkv_post(
             H=kv_heads,
             C=channels,
             R=half,
+            NORM=norm,
             PAGE=page_size,
             Q_PAD=triton.next_power_of_2(heads),
             H_PAD=triton.next_power_of_2(kv_heads),

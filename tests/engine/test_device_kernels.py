@@ -18,6 +18,7 @@ from pointsman.engine.device_step import DeviceMemory, DeviceStep
 from pointsman.kernels import GLUES, INVARIANT_ATTENTIONS, INVARIANT_LINEARS
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
+from pointsman.models.architecture import Architecture
 from pointsman.models.decoder import Backends, Decoder
 from pointsman.models.loader import load_model
 from pointsman.moe.capture import RouteStore
@@ -26,30 +27,32 @@ from pointsman.moe.router import INVARIANT_ROUTERS
 from pointsman.step import PENDING
 from tests.kernels.interpreter import correct
 from tests.models.checkpoints import Shape
+from tests.models.families import model_of, save
 
 correct()
 SHAPE = Shape(layers=2, hidden=128, heads=3, kv_heads=1, head_dim=128, rotary_dim=64, experts=4, width=128, block=(128, 128))
 PAGE_SIZE, PAGES, MAX_LANES = 4, 8, 3
 
 
-@pytest.fixture
-def decoder(tmp_path: Path) -> Decoder:
-    plain = load_model(SHAPE.write(tmp_path), dtype="bfloat16", linear_backend="reference", moe_backend="reference")
+@pytest.fixture(params=["minimax", "mixtral", "glm"])
+def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
+    folder = SHAPE.write(tmp_path) if request.param == "minimax" else save(model_of(request.param), tmp_path)
+    plain = load_model(folder, dtype="bfloat16", linear_backend="reference", moe_backend="reference")
     kernels = Backends(
         INVARIANT_LINEARS["triton"], INVARIANT_ATTENTIONS["triton"], GLUES["triton"], INVARIANT_ROUTERS["triton"], plain.backends.moe
     )
     return Decoder(plain.architecture, plain.parameters, kernels, torch.bfloat16)
 
 
-def memory() -> DeviceMemory:
-    sizes = {"num_layers": SHAPE.layers, "num_kv_heads": SHAPE.kv_heads, "head_dim": SHAPE.head_dim}
+def memory(model: Architecture) -> DeviceMemory:
+    sizes = {"num_layers": model.num_layers, "num_kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
     kv = PagedKV.allocate(num_pages=MAX_LANES * PAGES + 1, page_size=PAGE_SIZE, dtype=torch.bfloat16, **sizes)
     for pages in (kv.k, kv.v):
         pages.fill_(float("nan"))
-    routes = RouteStore(kv.num_slots, SHAPE.layers, SHAPE.top_k, SHAPE.experts)
+    routes = RouteStore(kv.num_slots, len(model.expert_layers), model.top_k, model.num_experts)
     routes.rows_SLK.fill_(255)
     cpu = torch.device("cpu")
-    return DeviceMemory(kv=kv, routes=routes, lanes=DeviceLanes(MAX_LANES, PAGES, cpu), load=DeviceExpertLoad(routes, SHAPE.experts))
+    return DeviceMemory(kv=kv, routes=routes, lanes=DeviceLanes(MAX_LANES, PAGES, cpu), load=DeviceExpertLoad(routes, model.num_experts))
 
 
 def batch_of(feed: list[tuple[int, int, list[int]]], pages_LP: np.ndarray, growths: list) -> Batch:
@@ -69,7 +72,8 @@ def test_padding_changes_no_bit_and_writes_nothing(decoder: Decoder) -> None:
     pages_LP = np.random.default_rng(0).permutation(MAX_LANES * PAGES).reshape(MAX_LANES, PAGES)
     growths = [(lane, 0, tuple(pages_LP[lane].tolist())) for lane in range(MAX_LANES)]
     tables = Lanes(MAX_LANES, PAGES, PAGE_SIZE, SHAPE.vocab, (), lambda start: None)
-    mine, theirs = memory(), memory()
+    model = decoder.architecture
+    mine, theirs = memory(model), memory(model)
     step = DeviceStep(decoder, mine, sizes=(2, 8, 16))
     feeds = [
         [(0, 0, [5, 6, 7, 8, 9]), (2, 0, [11, 12, 13])],  # prefill alone
@@ -96,4 +100,5 @@ def test_padding_changes_no_bit_and_writes_nothing(decoder: Decoder) -> None:
     for one, other in ((mine.kv.k, theirs.kv.k), (mine.kv.v, theirs.kv.v)):
         assert torch.equal(one[:, :-1].nan_to_num(7.0), other[:, :-1].nan_to_num(7.0)) and one[:, -1].isnan().all()
     assert torch.equal(mine.routes.rows_SLK, theirs.routes.rows_SLK)
-    assert np.array_equal(mine.load.counts_LE(), theirs.load.counts_LE()) and mine.load.counts_LE().sum() == 15 * SHAPE.layers * SHAPE.top_k
+    counts_LE = mine.load.counts_LE()
+    assert np.array_equal(counts_LE, theirs.load.counts_LE()) and (counts_LE.sum(1) == 15 * model.top_k).all()

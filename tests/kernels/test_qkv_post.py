@@ -18,13 +18,19 @@ def normal(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
+@pytest.mark.parametrize("norm", ["all", "each", None])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
-@pytest.mark.parametrize(("heads", "kv_heads", "channels", "rotary_dim"), [(6, 1, 128, 64), (4, 2, 64, 64), (5, 5, 16, 6), (3, 1, 24, 8)])
-def test_it_is_norm_rotate_and_write(heads: int, kv_heads: int, channels: int, rotary_dim: int, cache_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "channels", "rotary_dim"), [(6, 1, 128, 64), (4, 2, 64, 64), (5, 5, 16, 6), (3, 1, 24, 8), (1, 1, 16, 8)]
+)
+def test_it_is_norm_rotate_and_write(
+    heads: int, kv_heads: int, channels: int, rotary_dim: int, cache_dtype: torch.dtype, norm: str | None
+) -> None:
     rows, page_size, pages = 5, 4, 3
     qkv_TN = normal(rows, (heads + 2 * kv_heads) * channels).bfloat16()
     qkv_TN[:, -kv_heads * channels :] *= 300  # values that e4m3 must saturate
-    q_weight, k_weight = normal(heads * channels, seed=1).bfloat16(), normal(kv_heads * channels, seed=2).bfloat16()
+    q_width, k_width = (heads * channels, kv_heads * channels) if norm == "all" else (channels, channels)
+    q_weight, k_weight = (None if norm is None else normal(width, seed=width).bfloat16() for width in (q_width, k_width))
     positions_T = torch.tensor([0, 1, 5, 1000, 200_000], device=DEVICE)
     cos_TR, sin_TR = reference.rotary_angles(positions_T, rotary_dim, 5e6)
     slots_T = torch.tensor([7, -1, 0, 11, -3], device=DEVICE)

@@ -12,6 +12,7 @@ from pointsman.models.decoder import Backends, Decoder
 from pointsman.models.loader import load_model
 from tests.kernels.interpreter import correct
 from tests.models.checkpoints import Harness, Shape
+from tests.models.families import model_of, save
 
 correct()
 IDS = torch.randint(97, (12,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -24,10 +25,13 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("invariant", [False, True])
-@pytest.mark.parametrize("name", SHAPES)
+CASES = [(name, invariant) for name in SHAPES for invariant in (False, True)]
+
+
+@pytest.mark.parametrize(("name", "invariant"), [*CASES, ("qwen", False), ("mixtral", False), ("glm, groups", True)])
 def test_a_model_of_kernels_is_the_model(tmp_path: Path, name: str, invariant: bool) -> None:
-    want = load_model(SHAPES[name].write(tmp_path), dtype="bfloat16", linear_backend="reference", moe_backend="reference")
+    folder = SHAPES[name].write(tmp_path) if name in SHAPES else save(model_of(name), tmp_path)
+    want = load_model(folder, dtype="bfloat16", linear_backend="reference", moe_backend="reference")
     linear, attention = (INVARIANT_LINEARS, INVARIANT_ATTENTIONS) if invariant else (LINEARS, ATTENTIONS)
     backends = Backends(linear["triton"], attention["triton"], GLUES["triton"], want.backends.router, want.backends.moe)
     got = Decoder(want.architecture, want.parameters, backends, torch.bfloat16)
