@@ -81,6 +81,13 @@ VERBS = {
         positional="files",
         engine=False,
     ),
+    "quantize": Verb(
+        "make a checkpoint's weights block FP8",
+        "pointsman.cli.options:QuantizeOptions",
+        "pointsman.cli.quantize:run",
+        positional="folders",
+        engine=False,
+    ),
     "bench cpu": Verb("this engine beside others on a CPU", "pointsman.bench.options:CpuOptions", "pointsman.bench.cpu.run:run"),
     "bench latency": Verb("speed and memory, offline", "pointsman.bench.options:LatencyOptions", "pointsman.bench.latency:run"),
     "bench kernels": Verb(

@@ -75,3 +75,16 @@ class ChatOptions:
     hide_thinking: bool = flag(False, "print the answers alone")
     log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """A checkpoint, and where its quantized form goes."""
+
+    folders: tuple[str, ...] = flag((), "the checkpoint (a folder or a Hugging Face id), and the folder to write")
+    force: bool = flag(False, "write into a folder that is not empty; weights in it are replaced")
+    json: bool = flag(False, "print one JSON object with every layer's error instead of the table")
+
+    def __post_init__(self) -> None:
+        if len(self.folders) != 2:
+            raise ValueError(f"give the checkpoint and the folder to write; {len(self.folders)} are given")

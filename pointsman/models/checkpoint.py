@@ -88,7 +88,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         ValueError: the file is missing, unreadable, or holds something else.
     """
     try:
-        value = json.loads(_inside(folder, name).read_text(encoding="utf-8"))
+        value = json.loads(inside(folder, name).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {folder / name}: {error.strerror or error}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -133,7 +133,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _read_headers(folder: Path, file: str) -> Iterator[tuple[str, Header]]:
-    path = _inside(folder, file)
+    path = inside(folder, file)
     try:
         with safe_open(path, framework="pt") as shard:
             for name in shard.offset_keys():
@@ -145,7 +145,7 @@ def _read_headers(folder: Path, file: str) -> Iterator[tuple[str, Header]]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _inside(folder: Path, file: str) -> Path:
+def inside(folder: Path, file: str) -> Path:
     """The path of a file of the folder; a name or link that leads out of it is refused."""
     path = folder / file
     if file != Path(file).name or file in ("", ".", ".."):

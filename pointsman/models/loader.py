@@ -95,10 +95,10 @@ def read_parameters(folder: Path, architecture: Architecture, *, device: torch.d
     rows = MODELS[architecture.name].rows
     expected = places(rows, architecture)
     checkpoint = open_checkpoint(folder)
-    _raise(folder, [*checkpoint.problems, *_differences(expected, checkpoint, architecture)])
+    check_headers(checkpoint, expected, architecture)
     storage = Storage(rows, architecture, _plain_dtypes(expected, checkpoint), device)
     broken: dict[str, Tensor] = {}
-    with _bar(progress, len(expected)) as advance:
+    with loading_bar(progress, len(expected)) as advance:
         for name, tensor in checkpoint.tensors(expected):
             view = storage.view(expected[name][1])
             view.copy_(tensor)
@@ -111,6 +111,11 @@ def read_parameters(folder: Path, architecture: Architecture, *, device: torch.d
 def _flags(broken: Mapping[str, Tensor]) -> list[bool]:
     flags: list[bool] = torch.stack(list(broken.values())).tolist()
     return flags
+
+
+def check_headers(checkpoint: Checkpoint, expected: Mapping[str, tuple[Row, Place]], architecture: Architecture) -> None:
+    """Raises ValueError where a checkpoint has not all the tensors that are expected, others, or some of another shape or type."""
+    _raise(checkpoint.folder, [*checkpoint.problems, *_differences(expected, checkpoint, architecture)])
 
 
 def _differences(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpoint, architecture: Architecture) -> Iterator[str]:
@@ -176,10 +181,10 @@ def _raise(folder: Path, problems: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _bar(progress: bool | None, total: int) -> Iterator[Callable[[], None]]:
+def loading_bar(progress: bool | None, total: int, what: str = "loading weights") -> Iterator[Callable[[], None]]:
     """A progress bar on stderr; yields what to call for each tensor."""
     shown = sys.stderr.isatty() if progress is None else progress
-    columns = (TextColumn("loading weights"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=console.is_terminal, disable=not shown) as bar:
         task = bar.add_task("weights", total=total)
@@ -197,7 +202,7 @@ def make_parameters(architecture: Architecture, *, seed: int, device: torch.devi
     storage = Storage(rows, architecture, {row.parameter: DTYPES[architecture.dtype] for row in rows}, device)
     generator = torch.Generator(device)
     named = places(rows, architecture)
-    with _bar(progress, len(named)) as advance:
+    with loading_bar(progress, len(named)) as advance:
         for name, (row, place) in named.items():
             view = storage.view(place)
             if place.scale:
