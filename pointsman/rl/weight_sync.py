@@ -28,6 +28,8 @@ from pointsman.request import MemoryTag
 
 BUCKET_BYTES = 16 << 20
 _EXPERTS = re.compile(r"(.*)\.mlp\.experts\.(gate_up_proj|down_proj)")
+_MINIMAX, _PROJECTIONS = ("block_sparse_moe", "w1", "w3", "w2"), ("mlp", "gate_proj", "up_proj", "down_proj")
+_PUBLISHED = {"minimax_m2": _MINIMAX, "mixtral": _MINIMAX, "qwen3_moe": _PROJECTIONS, "glm4_moe": _PROJECTIONS}
 
 
 class SyncFailed(RuntimeError):
@@ -214,24 +216,33 @@ class WeightSync:
             raise SyncFailed(f"the server at {self._url} does not answer: {error}") from error
 
 
-def published_names(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a Hugging Face MiniMax-M2 in memory under the names that its checkpoints have; others pass as they are.
+def published_names(tensors: Mapping[str, Tensor], model_type: str = "minimax_m2") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a Hugging Face model in memory under the names that its checkpoints have; others pass as they are.
 
     In memory transformers has the experts of a layer in two stacks, [experts, 2 * width, hidden] and [experts, hidden, width].
+
+    Args:
+        model_type: as the model's config has it.
+
+    Raises:
+        ValueError: the names of such a model are not known here.
     """
+    if model_type not in _PUBLISHED:
+        raise ValueError(f"model_type is {model_type!r:.80}; names are known of {', '.join(_PUBLISHED)}")
+    block, gate_name, up_name, down_name = _PUBLISHED[model_type]
     for name, tensor in tensors.items():
         stack = _EXPERTS.fullmatch(name)
         if stack is None:
-            yield name.replace(".mlp.", ".block_sparse_moe."), tensor
+            yield name.replace(".mlp.", f".{block}."), tensor
             continue
         for expert, matrix in enumerate(tensor):
-            at = f"{stack[1]}.block_sparse_moe.experts.{expert}"
+            at = f"{stack[1]}.{block}.experts.{expert}"
             if stack[2] == "down_proj":
-                yield f"{at}.w2.weight", matrix
+                yield f"{at}.{down_name}.weight", matrix
             else:
                 gate, up = matrix.chunk(2)
-                yield f"{at}.w1.weight", gate
-                yield f"{at}.w3.weight", up
+                yield f"{at}.{gate_name}.weight", gate
+                yield f"{at}.{up_name}.weight", up
 
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

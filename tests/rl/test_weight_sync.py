@@ -12,11 +12,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from pointsman.distributed import Group
 from pointsman.rl.weight_sync import SyncFailed, WeightSync, published_names
 from tests.exchange import OPTIONS, PROMPT, SHAPE
+from tests.models import families
 from tests.models.checkpoints import Shape
 from tests.server.asking import fault
 from tests.server.conftest import Server, start_server
@@ -220,3 +221,14 @@ def test_a_hugging_face_model_has_published_names(folders: list[Path]) -> None:
     stack = state[layer + "mlp.experts.gate_up_proj"]
     assert torch.equal(found[layer + "block_sparse_moe.experts.3.w1.weight"], stack[3, :24])
     assert torch.equal(found[layer + "block_sparse_moe.experts.3.w3.weight"], stack[3, 24:])
+
+
+@pytest.mark.parametrize("name", ["qwen, dense layers", "mixtral", "glm"])
+def test_other_models_names_are_those_they_save(name: str, tmp_path: Path) -> None:
+    model = families.model_of(name)
+    saved = load_file(families.save(model, tmp_path) / "model.safetensors")
+    found = dict(published_names(model.state_dict(), model.config.model_type))
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[key], tensor.float()) for key, tensor in saved.items())
+    with pytest.raises(ValueError, match="'llama'; names are known of minimax_m2"):
+        dict(published_names({}, "llama"))
