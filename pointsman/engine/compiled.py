@@ -95,12 +95,8 @@ def unsupported(architecture: Architecture, *, runner: str, linear: Linear, dtyp
         return "the model has dense layers or shared experts, and it runs chosen experts alone"
     if architecture.qkv_bias:
         return "the projections have a bias, and it adds none"
-    if architecture.qk_norm != "all":
-        return "q and k are not normed over all heads at once, and it norms so"
-    if spec.score != "sigmoid" or not architecture.routing_bias:
-        return f"the router's score is {spec.score}, and it computes sigmoid with a bias"
-    if not spec.renormalize or spec.scale != 1.0 or spec.top_groups < spec.num_groups:
-        return "weights are scaled, not normed, or experts in groups, and it routes in the plain way"
+    if spec.top_groups < spec.num_groups:
+        return f"a token's experts come from {spec.top_groups} of {spec.num_groups} groups, and it chooses among all"
     return None
 
 
@@ -176,6 +172,10 @@ def _shape(architecture: Architecture) -> ModelShape:
         top_k=architecture.top_k,
         width=architecture.expert_width,
         epsilon=architecture.norm_epsilon,
+        qk_norm=architecture.qk_norm,
+        score=architecture.routing.score,
+        renormalize=architecture.routing.renormalize,
+        routing_scale=architecture.routing.scale,
     )
 
 
@@ -196,17 +196,16 @@ def _pack(decoder: Decoder, *, len_positions: int) -> CpuWeights:
 def _layers(layers: tuple[LayerParameters, ...]) -> Iterator[LayerWeights]:
     for layer in layers:
         experts = layer.experts
-        assert experts is not None and layer.q_norm_Q is not None and layer.k_norm_W is not None
-        assert layer.gate_ED is not None and layer.bias_E is not None
+        assert experts is not None and layer.gate_ED is not None
         yield LayerWeights(
             input_norm=_array(layer.attention_norm_D),
             qkv=_matrix(layer.qkv),
-            q_norm=_array(layer.q_norm_Q),
-            k_norm=_array(layer.k_norm_W),
+            q_norm=None if layer.q_norm_Q is None else _array(layer.q_norm_Q),
+            k_norm=None if layer.k_norm_W is None else _array(layer.k_norm_W),
             o=_matrix(layer.o),
             post_norm=_array(layer.expert_norm_D),
             gate=_array(layer.gate_ED),
-            bias=_array(layer.bias_E),
+            bias=None if layer.bias_E is None else _array(layer.bias_E),
             experts=[(_matrix(experts.gate_up[number]), _matrix(experts.down[number])) for number in range(experts.num_experts)],
         )
 

@@ -62,23 +62,38 @@ def inverse_rms(source, width, epsilon):
 
 
 @kernel
+def head_factor(step, heads, head, of_all):
+    """What the norm multiplies one of the heads that stand side by side with: its own factor, that of all of them, or none."""
+    if step.norms_each:
+        return inverse_rms(at(heads, head * step.head_dim), step.head_dim, step.epsilon)
+    return of_all
+
+
+@kernel
+def factor_of_all(step, heads, num_heads):
+    return inverse_rms(heads, num_heads * step.head_dim, step.epsilon) if step.norms_all else np.float32(1)
+
+
+@kernel
 def prepare(step, thread, layer, row):
-    """Norm queries and keys over all heads, turn them, keep the queries, and put keys and values into the cache."""
+    """Norm queries and keys, turn them, keep the queries, and put keys and values into the cache."""
     dim, half, position = step.head_dim, step.half_rotary, step.positions[row]
     queries = at(step.qkv_out, row * step.qkv_stride)
     keys, values = at(queries, step.heads * dim), at(queries, (step.heads + step.kv_heads) * dim)
     cos, sin = at(step.cos, position * half), at(step.sin, position * half)
     scale = step.cache_lift / root(np.float32(dim))
-    factor = splat(scale * inverse_rms(queries, step.heads * dim, step.epsilon))
+    of_all = factor_of_all(step, queries, step.heads)
     weight = at(step.q_norm, layer * step.heads * dim)
     for head in range(step.heads):
         target = at(step.queries, (row * step.heads + head) * step.head_stride)
+        factor = splat(scale * head_factor(step, queries, head, of_all))
         rotate(at(queries, head * dim), at(weight, head * dim), factor, cos, sin, half, dim, target)
-    factor = splat(inverse_rms(keys, step.kv_heads * dim, step.epsilon))
+    of_all = factor_of_all(step, keys, step.kv_heads)
     weight, turned = at(step.k_norm, layer * step.kv_heads * dim), at(step.turned, thread * step.head_stride)
     page, offset = step.slots[row] // step.page_size, step.slots[row] % step.page_size
     for head in range(step.kv_heads):
         place = (((layer * step.num_pages + page) * step.kv_heads + head) * step.page_size + offset) * dim
+        factor = splat(head_factor(step, keys, head, of_all))
         rotate(at(keys, head * dim), at(weight, head * dim), factor, cos, sin, half, dim, turned)
         for i in range(0, dim, 16):
             store_some(step.cache_k, place + i, load(turned, i), dim - i)

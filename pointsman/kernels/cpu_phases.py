@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from pointsman.kernels.cpu_tile import PANEL, panel_tile
-from pointsman.kernels.vector import at, fma, kernel, load, load_some, root, sigmoid, splat, store, store_some, total, whole
+from pointsman.kernels.vector import at, exp, fma, kernel, load, load_some, root, sigmoid, splat, store, store_some, total, whole
 
 ROW_BLOCK = 64
 ACTIVATIONS = PANEL // 2
@@ -97,15 +97,14 @@ def judge(step, layer, row, num_rows):
 
 @kernel
 def route(step, layer, row, slot, forced):
-    """From the router's logits in `scores`, choose a row's experts by sigmoid plus bias and weigh them by sigmoid alone.
+    """From the router's logits in `scores`, choose a row's experts by score plus bias and weigh them by score alone.
 
     They are written down by cache slot, best first; a forced row takes those that stand there, and how many layers would have
     chosen the same set is counted by slot.
     """
     scores = at(step.scores, row * step.expert_stride)
     chosen, weights = at(step.chosen, row * step.top_k), at(step.weights, row * step.top_k)
-    for i in range(0, step.expert_stride, 16):
-        store(scores, i, sigmoid(load(scores, i)))
+    score(step, scores)
     place = (slot * step.layers + layer) * step.top_k
     choose(scores, at(step.bias, layer * step.experts), chosen, step.experts, step.top_k)
     if forced:
@@ -117,11 +116,29 @@ def route(step, layer, row, slot, forced):
     for k in range(step.top_k):
         sum_ += scores[chosen[k]]
     for k in range(step.top_k):
-        weights[k] = scores[chosen[k]] / sum_
+        weights[k] = scores[chosen[k]] / sum_ * step.routing_scale if step.renormalize else scores[chosen[k]] * step.routing_scale
         if step.wide_routes:
             step.routes16[place + k] = np.uint16(chosen[k])
         else:
             step.routes8[place + k] = np.uint8(chosen[k])
+
+
+@kernel
+def score(step, scores):
+    """Logits become the router's scores, in place; what lies beyond the experts means nothing."""
+    if not step.softmax:
+        for i in range(0, step.expert_stride, 16):
+            store(scores, i, sigmoid(load(scores, i)))
+        return
+    most, sum_ = scores[0], np.float32(0)
+    for expert in range(step.experts):
+        most = max(most, scores[expert])
+    for i in range(0, step.expert_stride, 16):
+        store(scores, i, exp(load(scores, i) - splat(most)))
+    for expert in range(step.experts):
+        sum_ += scores[expert]
+    for i in range(0, step.expert_stride, 16):
+        store(scores, i, load(scores, i) / splat(sum_))
 
 
 @kernel

@@ -215,8 +215,9 @@ def _settings(
     lift = 2.0**60 if cache.k.dtype == np.uint8 else 1.0
     wide, bfloat16 = cache.routes.dtype == np.uint16, weights.embed.dtype == np.uint16
     none = {dtype: np.zeros(0, dtype) for dtype in (np.uint8, np.uint16, np.float32)}
-    names = ("hidden", "layers", "heads", "kv_heads", "head_dim", "experts", "top_k", "vocab", "epsilon")
+    names = ("hidden", "layers", "heads", "kv_heads", "head_dim", "experts", "top_k", "vocab", "epsilon", "renormalize", "routing_scale")
     values: dict[str, Any] = {name: getattr(shape, name) for name in names}
+    values |= {"norms_all": shape.qk_norm == "all", "norms_each": shape.qk_norm == "each", "softmax": shape.score == "softmax"}
     values |= {
         "num_threads": num_threads,
         "max_rows": max_rows,

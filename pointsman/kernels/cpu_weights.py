@@ -1,4 +1,4 @@
-"""A MiniMax-M2 decoder's weights, packed for the step on a CPU.
+"""A decoder's weights, packed for the step on a CPU.
 
 Layers arrive one at a time, in the form of their checkpoint, and are packed into stacks over all layers, so that beside the
 packed weights only one layer needs to be in memory.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,13 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a decoder; `rotary_dim` of the `head_dim` channels turn."""
+    """Sizes of a decoder, and what its layers compute.
+
+    Attributes:
+        rotary_dim: channels of a head that turn.
+        qk_norm: whether q and k are normed over "all" heads at once, over "each", or not.
+        score, renormalize, routing_scale: how the router's logits become weights, as in `moe.spec.RoutingSpec`.
+    """
 
     vocab: int
     hidden: int
@@ -33,6 +39,10 @@ class ModelShape:
     top_k: int
     width: int
     epsilon: float
+    qk_norm: Literal["all", "each"] | None = "all"
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    renormalize: bool = True
+    routing_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "experts", "top_k", "width"):
@@ -52,18 +62,19 @@ class LayerWeights:
 
     Attributes:
         qkv: q, k and v joined along their rows.
-        gate: the router's matrix [experts, hidden]; bias: [experts].
+        q_norm, k_norm: as wide as all heads, or as one where each is normed; None where none is.
+        gate: the router's matrix [experts, hidden]; bias: [experts], None where there is none.
         experts: for each, gate and up joined along their rows, and down.
     """
 
     input_norm: Floats
     qkv: Matrix
-    q_norm: Floats
-    k_norm: Floats
+    q_norm: Floats | None
+    k_norm: Floats | None
     o: Matrix
     post_norm: Floats
     gate: Floats
-    bias: Floats
+    bias: Floats | None
     experts: Sequence[tuple[Matrix, Matrix]]
 
 
@@ -124,8 +135,7 @@ def pack_weights(
         if number == 0:
             stacks = _stacks(shape, layer)
         for name, rows in norms.items():
-            value = getattr(layer, name)
-            _expect(name, value, (shape.hidden if name in ("input_norm", "post_norm") else rows.shape[1],))
+            value = _row(shape, name, getattr(layer, name), rows.shape[1])
             rows[number, : len(value)] = value
         _pack_layer(shape, stacks, number, layer)
     if number + 1 != shape.layers:
@@ -137,6 +147,22 @@ def pack_weights(
     tables = {"cos": np.ascontiguousarray(cos, np.float32), "sin": np.ascontiguousarray(sin, np.float32)}
     packed: dict[str, Any] = norms | stacks | tables
     return CpuWeights(embed=np.ascontiguousarray(embed), final_norm=final, head=pack_linear(head), **packed)
+
+
+def _row(shape: ModelShape, name: str, value: Floats | None, width: int) -> Floats:
+    """A layer's row of a stack; norms of heads are spread over all of them."""
+    if name in ("q_norm", "k_norm") and shape.qk_norm != "all":
+        if shape.qk_norm is None:
+            assert value is None, f"{name} is given, and the shape has none"
+            return np.ones(width, np.float32)
+        assert value is not None, f"{name} is missing"
+        _expect(name, value, (shape.head_dim,))
+        return np.tile(value, width // shape.head_dim)
+    if name == "bias" and value is None:
+        return np.zeros(width, np.float32)
+    assert value is not None, f"{name} is missing"
+    _expect(name, value, (shape.hidden if name in ("input_norm", "post_norm") else width,))
+    return value
 
 
 def _stacks(shape: ModelShape, layer: LayerWeights) -> dict[str, PackedLinear]:

@@ -1,4 +1,4 @@
-"""Random MiniMax-M2 decoders, and the same model once more as plain numpy in float64, written from the description of the layer."""
+"""Random decoders, and the same model once more as plain numpy in float64, written from the description of the layer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Model:
         head: str = "bfloat16",
         block: tuple[int, int] = (128, 128),
         seed: int = 0,
-        bias: float = 0.02,
+        bias: float | None = 0.02,
         max_positions: int = 512,
     ) -> None:
         self.shape, self.block, self.generator = shape, block, np.random.default_rng(seed)
@@ -68,18 +68,24 @@ class Model:
             packed = LayerWeights(
                 input_norm=1 + 0.2 * self.normal(shape.hidden),
                 qkv=qkv,
-                q_norm=1 + 0.2 * self.normal(q),
-                k_norm=1 + 0.2 * self.normal(kv),
+                q_norm=self.norm(q),
+                k_norm=self.norm(kv),
                 o=o,
                 post_norm=1 + 0.2 * self.normal(shape.hidden),
                 gate=self.normal(shape.experts, shape.hidden) * np.float32(2 / shape.hidden**0.5),
-                bias=np.float32(bias) * self.normal(shape.experts),
+                bias=None if bias is None else np.float32(bias) * self.normal(shape.experts),
                 experts=[(a[0], b[0]) for a, b in zip(gate_up, down, strict=True)],
             )
             self.layers.append(Layer(packed, qkv_values, o_values, [a[1] for a in gate_up], [b[1] for b in down]))
 
     def normal(self, *size: int) -> NDArray[np.float32]:
         return self.generator.standard_normal(size).astype(np.float32)
+
+    def norm(self, width: int) -> NDArray[np.float32] | None:
+        """The weights of a norm of q or k, which are so wide together."""
+        if self.shape.qk_norm is None:
+            return None
+        return 1 + 0.2 * self.normal(width if self.shape.qk_norm == "all" else self.shape.head_dim)
 
     def matrix(self, parts: tuple[int, ...], inputs: int, form: str) -> tuple[Matrix, Floats]:
         """A random matrix as stored, and its values."""
@@ -153,8 +159,7 @@ class Model:
         shape, length = self.shape, len(h)
         sizes = np.array([shape.heads, shape.kv_heads, shape.kv_heads]) * shape.head_dim
         q, k, v = np.split(h @ layer.qkv.T, np.cumsum(sizes)[:2], axis=1)
-        q = self.turn(rms(q, layer.packed.q_norm, shape.epsilon).reshape(length, -1, shape.head_dim))
-        k = self.turn(rms(k, layer.packed.k_norm, shape.epsilon).reshape(length, -1, shape.head_dim))
+        q, k = self.turn(self.normed(q, layer.packed.q_norm)), self.turn(self.normed(k, layer.packed.k_norm))
         k = stored(k.astype(np.float32), cache)[1]
         v = stored(v.astype(np.float32).reshape(length, -1, shape.head_dim), cache)[1]
         repeat = shape.heads // shape.kv_heads
@@ -164,6 +169,17 @@ class Model:
         p /= p.sum(-1, keepdims=True)
         return np.einsum("hqk,khd->qhd", p, np.repeat(v, repeat, axis=1)).reshape(length, -1) @ layer.o.T
 
+    def normed(self, x: Floats, weight: NDArray[np.float32] | None) -> Floats:
+        """Heads [T, H, C], normed all at once, each, or not."""
+        heads = x.reshape(len(x), -1, self.shape.head_dim)
+        if weight is None:
+            return heads
+        return (
+            rms(x, weight, self.shape.epsilon).reshape(heads.shape)
+            if self.shape.qk_norm == "all"
+            else rms(heads, weight, self.shape.epsilon)
+        )
+
     def turn(self, x: Floats) -> Floats:
         half = self.shape.rotary_dim // 2
         cos, sin = (table[: len(x), None, :].astype(np.float64) for table in (self.cos, self.sin))
@@ -171,11 +187,19 @@ class Model:
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
     def experts(self, layer: Layer, h: Floats, given: NDArray[np.int64] | None) -> tuple[Floats, NDArray[np.int64]]:
-        scores = 1 / (1 + np.exp(-h @ layer.packed.gate.T.astype(np.float64)))
-        best = np.argsort(-(scores + layer.packed.bias), axis=1, kind="stable")[:, : self.shape.top_k]
+        logits = h @ layer.packed.gate.T.astype(np.float64)
+        scores = 1 / (1 + np.exp(-logits))
+        if self.shape.score == "softmax":
+            powers = np.exp(logits - logits.max(1, keepdims=True))
+            scores = powers / powers.sum(1, keepdims=True)
+        best = np.argsort(-(scores if layer.packed.bias is None else scores + layer.packed.bias), axis=1, kind="stable")[
+            :, : self.shape.top_k
+        ]
         chosen = best if given is None else given
         weights = np.take_along_axis(scores, chosen, axis=1)
-        weights /= weights.sum(1, keepdims=True)
+        if self.shape.renormalize:
+            weights = weights / weights.sum(1, keepdims=True)
+        weights = weights * self.shape.routing_scale
         out = np.zeros_like(h)
         for row in range(len(h)):
             for expert, weight in zip(chosen[row], weights[row], strict=True):

@@ -37,6 +37,9 @@ SHAPES = {
     "groups of three": (replace(PLAIN, heads=6, head_dim=64, rotary_dim=0, experts=9, top_k=8, vocab=65), (1, 128)),
     "groups of six": (replace(PLAIN, hidden=200, heads=12, head_dim=128, rotary_dim=64, layers=1), (128, 128)),
     "many experts": (replace(PLAIN, hidden=20, experts=300, top_k=9, width=8, layers=3), (128, 128)),
+    "each head normed, softmax": (replace(PLAIN, qk_norm="each", score="softmax", heads=6, head_dim=24, rotary_dim=24), (128, 128)),
+    "no norm, chosen not normed": (replace(PLAIN, qk_norm=None, score="softmax", renormalize=False, experts=9, top_k=4), (64, 64)),
+    "scaled": (replace(PLAIN, qk_norm="each", routing_scale=2.5, experts=5, top_k=5), (128, 128)),
     "one of all": (
         ModelShape(vocab=1, hidden=2, layers=1, heads=1, kv_heads=1, head_dim=2, rotary_dim=2, experts=1, top_k=1, width=1, epsilon=1e-6),
         (1, 1),
@@ -87,11 +90,13 @@ def prompt(model: Model, length: int, seed: int) -> Any:
 
 
 @pytest.mark.parametrize("form", [FP8, FLOAT32, BFLOAT16], ids=["fp8", "float32", "bfloat16"])
-@pytest.mark.parametrize(("name", "page_size"), [(name, size) for name, size in zip(SHAPES, (16, 5, 1, 16, 3, 7, 16, 2), strict=True)])
+@pytest.mark.parametrize(
+    ("name", "page_size"), [(name, size) for name, size in zip(SHAPES, (16, 5, 1, 16, 3, 7, 16, 4, 16, 5, 2), strict=True)]
+)
 def test_step_is_the_model(name: str, page_size: int, form: Form) -> None:
     """Logits within the tolerance and the same experts, up to the first row where a near tie fell the other way."""
     (shape, block), (forms, cache_form) = SHAPES[name], form
-    model = Model(shape, block=block, **forms, seed=3)
+    model = Model(shape, block=block, **forms, seed=3, bias=None if shape.score == "softmax" else 0.02)
     step, cache = model.step(cache_form, lanes=3, pages=-(-70 // page_size), page_size=page_size)
     prompts = {0: prompt(model, 60, 1), 2: prompt(model, 33, 2), 1: prompt(model, 1, 3)}
     got = feed(step, prompts)
