@@ -1,0 +1,122 @@
+"""Engines over checkpoints of Qwen3-MoE, Mixtral and GLM-4.5: tokens and experts are those of Hugging Face's models, by whichever step."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pointsman import LLM, SamplingParams
+from pointsman.models.quantize import quantize_checkpoint
+from pointsman.rl import replay
+from pointsman.routed_experts import RoutedExperts, encode
+from tests.models.families import build, forward, save
+
+VOCABULARY = 288
+PROMPT = list(range(40, 60))
+# stored forms are those of other tests, so that a machine without compiled steps compiles no more of them;
+# dense layers and groups among them; the compiled step serves those that have neither these nor shared experts
+CASES = {"qwen": "compiled", "qwen, dense layers": "torch", "mixtral": "compiled", "glm, groups": "torch"}
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, return_routed_experts=True, logprobs=1)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, torch.nn.Module]:
+    return {name: build(name, vocab_size=VOCABULARY) for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def folders(folder: Path, models: dict[str, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    for number, model in enumerate(models.values()):
+        save(model, root / str(number), torch.float32)
+        for file in ("tokenizer.json", "chat_template.jinja"):
+            shutil.copy(folder / file, root / str(number))
+    return {name: root / str(number) for number, name in enumerate(models)}
+
+
+@contextmanager
+def engine(folder: Path, step: str, **options: object) -> Iterator[LLM]:
+    llm = LLM(str(folder), progress=False, cpu_step=step, context_length=128, **options)
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_and_experts_are_theirs_and_their_model_replays_them(
+    name: str, folders: dict[str, Path], models: dict[str, torch.nn.Module]
+) -> None:
+    model = models[name]
+    theirs = model.generate(
+        torch.tensor([PROMPT]), attention_mask=torch.ones(1, len(PROMPT)), max_new_tokens=24, do_sample=False, eos_token_id=None
+    )[0].tolist()
+    with engine(folders[name], CASES[name], kv_cache_dtype="float32") as llm:
+        layers = llm.engine.architecture.expert_layers
+        (answer,) = llm.generate([PROMPT], PARAMS)
+        output = answer.outputs[0]
+        ids = [*PROMPT, *output.token_ids]
+        assert ids == theirs and len(set(output.token_ids)) > 3
+        rows = np.asarray(output.routed_experts)
+        _, _, chosen = forward(model, ids[:-1])
+        assert np.array_equal(np.sort(rows), torch.stack(chosen, 1).sort(-1).values.numpy())
+        record = RoutedExperts(rows_RLK=rows, num_experts=8, layers=layers)
+        again = llm.generate([PROMPT], PARAMS, replay_routed_experts=encode(record))[0].outputs[0]
+        assert (again.token_ids, again.routing_agreement) == (output.token_ids, 1.0)
+        with pytest.raises(ValueError, match=r"of the layers .*; this model's are"):
+            llm.generate(
+                [PROMPT], PARAMS, replay_routed_experts=RoutedExperts(rows_RLK=rows, num_experts=8, layers=[9 + n for n in layers])
+            )
+    with replay(model, [record], lengths=[len(ids) - 1]) as forced, torch.no_grad():
+        logits = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0]
+    assert forced.agreement == 1.0
+    logprobs = logits.log_softmax(-1)[len(PROMPT) - 1 :].gather(-1, torch.tensor(output.token_ids)[:, None])[:, 0]
+    assert output.logprobs is not None
+    found = torch.tensor([entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)])
+    # sums in another order, over logits of size 4
+    torch.testing.assert_close(found, logprobs, atol=1e-4, rtol=0)
+
+
+REASONS = {
+    "qwen, dense layers": "dense layers or shared experts",
+    "glm, groups": "dense layers or shared experts",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_where_the_compiled_step_cannot_serve_it_says_why(name: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match=f"cpu_step 'compiled' cannot serve here: .*{REASONS[name]}.*'torch' can"):
+        LLM(str(folders[name]), progress=False, cpu_step="compiled", context_length=128)
+    with caplog.at_level(logging.INFO), engine(folders[name], "auto"):
+        assert any("CPU step: torch" in line and REASONS[name] in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "glm, groups"])
+def test_quantized_checkpoints_and_weights_that_come_later(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """FP8 weights serve, and an update from disk is as a fresh start from it: shared and dense matrices, biases and all."""
+    (old, new) = (tmp_path / name for name in ("old", "new"))
+    for seed, target in enumerate((old, new)):
+        quantize_checkpoint(save(build(name, vocab_size=VOCABULARY, seed=seed), tmp_path / f"plain {seed}"), target, progress=False)
+    with engine(new, CASES[name], quantization="fp8") as llm:
+        fresh = llm.generate([PROMPT], PARAMS)[0].outputs[0]
+    with engine(old, CASES[name], quantization="fp8") as llm:
+        before = llm.generate([PROMPT], PARAMS)[0].outputs[0]
+        llm.update_weights_from_disk(str(new))
+        after = llm.generate([PROMPT], PARAMS)[0].outputs[0]
+    assert after.token_ids == fresh.token_ids != before.token_ids
+    assert np.array_equal(after.routed_experts, fresh.routed_experts)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_random_weights_of_a_config_alone(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    for file in ("config.json", "tokenizer.json"):
+        shutil.copy(folders[name] / file, tmp_path)
+    with engine(tmp_path, "auto", load_format="dummy") as llm:
+        assert len(llm.generate([PROMPT], PARAMS)[0].outputs[0].token_ids) == 24
