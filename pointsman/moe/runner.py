@@ -42,10 +42,15 @@ class MoERunner(Protocol):
 
 
 class RoutingRunner(Protocol):
-    """Routes the rows of a layer and runs their experts, in one. Nobody can give it the experts, so it cannot replay."""
+    """Routes the rows of a layer and runs their experts, in one.
+
+    Attributes:
+        replays: uses the experts that rows are given, and counts what agrees with its own choice, as a router does.
+    """
 
     name: ClassVar[str]
     routes_itself: ClassVar[Literal[True]]
+    replays: ClassVar[bool]
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
@@ -74,8 +79,8 @@ INVARIANT_RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed
 # these ask the device what the rows' experts are, so a step that has them cannot be captured in a CUDA graph
 WAITING_RUNNERS = frozenset({"cpu", "reference"})
 
-# for each that routes itself, the one of its kind that is given the experts
-ROUTED_ALIKE = {"fused": "routed", "flashinfer_trtllm": "flashinfer_trtllm_routed"}
+# for each that cannot be given experts, the one of its kind that can
+ROUTED_ALIKE = {"flashinfer_trtllm": "flashinfer_trtllm_routed"}
 
 _NEEDS = {
     "fused": "a CUDA device (sm_90)",
@@ -117,7 +122,7 @@ def make_runner(name: str, *, deterministic: bool = False) -> AnyRunner:
 
 def reason_against_replay(runner: AnyRunner) -> str | None:
     """Why experts cannot be given to this runner, or None."""
-    if not runner.routes_itself:
+    if not runner.routes_itself or runner.replays:
         return None
     other = ROUTED_ALIKE[runner.name]
     return f"the MoE runner {runner.name!r} chooses experts inside its kernel; with --moe-runner-backend {other} they can be given"

@@ -24,8 +24,9 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, return_
 class Itself(CpuRunner):
     """The CPU runner, with the choice inside."""
 
-    name: ClassVar[str] = "fused"
+    name: ClassVar[str] = "flashinfer_trtllm"
     routes_itself: ClassVar[Literal[True]] = True  # type: ignore[assignment]
+    replays: ClassVar[bool] = False
 
     def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: ExpertWeights) -> Tensor:  # type: ignore[override]
         routing = route(reference.router_logits(rows.x_TD, rows.gate_ED), spec, bias_E=rows.bias_E)
@@ -65,7 +66,9 @@ def test_experts_cannot_be_given(itself: None) -> None:
     llm = LLM(progress=False, cpu_step="torch")
     try:
         rows = np.zeros((4, 6, 4), np.uint8) + np.arange(4, dtype=np.uint8)
-        with pytest.raises(ValueError, match="'fused' chooses experts inside its kernel; with --moe-runner-backend routed they can"):
+        with pytest.raises(
+            ValueError, match="'flashinfer_trtllm' chooses experts inside its kernel; with --moe-runner-backend flashinfer_trtllm_routed"
+        ):
             llm.generate(PROMPTS[0], PARAMS, replay_routed_experts=rows)
         assert len(llm.generate(PROMPTS[0], PARAMS)[0].outputs[0].token_ids) == 48
     finally:
@@ -75,5 +78,5 @@ def test_experts_cannot_be_given(itself: None) -> None:
 def test_each_of_them_names_one_that_takes_experts() -> None:
     assert reason_against_replay(CpuRunner()) is None
     for name, runner in RUNNERS.items():
-        if runner.routes_itself:
+        if runner.routes_itself and not runner.replays:
             assert not RUNNERS[ROUTED_ALIKE[name]].routes_itself
