@@ -1,0 +1,40 @@
+"""What can be said of a library of kernels without importing it: whether it is there, and which version."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import re
+
+Version = tuple[int, ...]
+
+
+@functools.cache
+def installed(distributions: tuple[str, ...]) -> str | None:
+    """The version of the first of these distributions that is installed, or None."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def numbers(version: str) -> Version:
+    """(0, 7, 2) of "0.7.2.post1": the release that a version belongs to."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    if found is None:
+        raise ValueError(f"{version!r} is no version")
+    return tuple(int(part) for part in found[0].split("."))
+
+
+def reason_against_library(module: str, distributions: tuple[str, ...], extra: str, least: str | None = None) -> str | None:
+    """Why a library cannot be used, or None: it is not installed, or older than `least`."""
+    how = f"pip install 'pointsman[{extra}]'"
+    version = installed(distributions)
+    if version is None or importlib.util.find_spec(module) is None:
+        return f"it needs the {module} library, which is not installed: {how}"
+    if least is not None and numbers(version) < numbers(least):
+        return f"it needs {module} {least} or later; {version} is installed: {how}"
+    return None
