@@ -45,7 +45,8 @@ MANY_BLOCKS = 64  # of a graph: its start counts for little, as in a model of as
 CHECKED_TOKENS = 4
 # Relative to the norm of the result. Hopper sums FP8 products with some 13 bits within a block of K, which moves some hidden numbers
 # to the next bfloat16 and e4m3: 4e-3 to 6e-3 were seen. In `triton` what passes between kernels is rounded too: 15e-3.
-BOUNDS = {"triton": 0.03, "routed": 0.01, "routed, deterministic": 0.01}
+BOUNDS = {"triton": 0.03, "routed": 0.01, "routed, deterministic": 0.01, "deep_gemm": 0.03, "flashinfer_cutlass": 0.03}
+PEERS: dict[str, type[DeepGemmRunner] | type[CutlassRunner]] = {"deep_gemm": DeepGemmRunner, "flashinfer_cutlass": CutlassRunner}
 SCORE_ERROR = 1e-5
 
 

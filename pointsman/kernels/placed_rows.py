@@ -102,9 +102,9 @@ def place_kernel(
 @triton.jit
 def scale_offset(row, group, expert, num_rows, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
-        return (expert * GROUPS + group).to(tl.int64) * BLOCK_M + row % BLOCK_M
+        return (expert * GROUPS + group) * BLOCK_M + row % BLOCK_M
     else:
-        return group.to(tl.int64) * num_rows + row
+        return group * num_rows + row
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_rows"])
@@ -148,9 +148,9 @@ def combine_placed_kernel(y_ptr, row_ptr, ids_ptr, weights_ptr, out_ptr, D: tl.c
     total = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.static_range(K):
         real = tl.load(ids_ptr + token * K + k) >= 0
-        row = tl.load(row_ptr + token * K + k, mask=real, other=0).to(tl.int64)
-        y = tl.load(y_ptr + row * D + column, mask=inside & real, other=0.0).to(tl.float32)
-        total += tl.load(weights_ptr + token * K + k) * y
+        row = tl.where(real, tl.load(row_ptr + token * K + k), 0).to(tl.int64)
+        y = tl.load(y_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        total += tl.where(real, tl.load(weights_ptr + token * K + k) * y, 0.0)
     tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -5,6 +5,8 @@ Shape suffixes: T rows, D hidden, E experts, K experts per token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,9 @@ class MoE:
         self.gate_ED, self.bias_E, self.weights = gate_ED, bias_E, weights
         self.spec, self.runner, self._router = spec, runner, router
         self._dtype = dtype
-        self._ready: ExpertWeights | None = None
+        self._ready: Any = None
 
-    def prepare(self) -> ExpertWeights:
+    def prepare(self) -> Any:
         """The weights in the runner's form, made once."""
         if self._ready is None:
             self._ready = self.runner.prepare(self.weights, self._dtype)

@@ -102,5 +102,7 @@ def _find(library: Any, names: tuple[str, ...], num_arguments: int) -> Any:
     try:
         inspect.signature(found).bind(*range(num_arguments))
     except TypeError as error:
-        raise ValueError(f"{found.__name__} of this deep_gemm is called otherwise ({error}); install Pointsman's extra `deepgemm`") from error
+        raise ValueError(
+            f"{found.__name__} of this deep_gemm is called otherwise ({error}); install Pointsman's extra `deepgemm`"
+        ) from error
     return found

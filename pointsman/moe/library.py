@@ -1,4 +1,4 @@
-"""What can be said of a library of kernels without importing it: whether it is there, and which version."""
+"""What can be said of a library of kernels without importing it: whether it is there, which version, and whether the device is its."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import functools
 import importlib.metadata
 import importlib.util
 import re
+
+import torch
+
+from pointsman.kernels.triton_support import capability
 
 Version = tuple[int, ...]
 
@@ -37,4 +41,16 @@ def reason_against_library(module: str, distributions: tuple[str, ...], extra: s
         return f"it needs the {module} library, which is not installed: {how}"
     if least is not None and numbers(version) < numbers(least):
         return f"it needs {module} {least} or later; {version} is installed: {how}"
+    return None
+
+
+def reason_against_device(device: torch.device, wanted: tuple[tuple[int, int], ...]) -> str | None:
+    """Why a library's kernels for these compute capabilities cannot run on a device, or None."""
+    needs = f"it needs a CUDA device of {' or '.join(f'sm_{major}{minor}' for major, minor in wanted)}"
+    if device.type != "cuda":
+        return f"{needs}; the device is {device.type}"
+    if not torch.cuda.is_available():
+        return f"{needs}; torch sees none"
+    if (have := capability(device)) not in wanted:
+        return f"{needs}; this one is sm_{have[0]}{have[1]}"
     return None

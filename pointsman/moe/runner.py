@@ -1,13 +1,12 @@
 """What runs the experts: the protocol, the table, and the choice.
 
 A runner that routes inside its kernel takes router logits; every other takes a Routing, which is what makes capture and replay
-possible. Runners of `config.MOE_RUNNERS` that this version does not have are refused with what they need, so that the answer
-to a name is never "unknown" when the name is right.
+possible. Libraries are imported by the runners made of them, when one is chosen: what is asked of all is only whether they could serve.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +16,8 @@ from pointsman.kernels import VARIES
 from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
 from pointsman.moe.cpu import CpuRunner
+from pointsman.moe.deep_gemm import DeepGemmRunner
+from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.router import RouterInput
@@ -34,10 +35,10 @@ class MoERunner(Protocol):
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         """Why it cannot serve, or None."""
 
-    def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
-        """The checkpoint's weights in the form that `__call__` takes."""
+    def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> Any:
+        """The checkpoint's weights in the form that `__call__` takes, which is the runner's own."""
 
-    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: Any) -> Tensor:
         """The weighted sum of each token's experts [T, D], in x's dtype."""
 
 
@@ -56,10 +57,10 @@ class RoutingRunner(Protocol):
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         """Why it cannot serve, or None."""
 
-    def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
-        """The checkpoint's weights in the form that `__call__` takes."""
+    def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> Any:
+        """The checkpoint's weights in the form that `__call__` takes, which is the runner's own."""
 
-    def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: ExpertWeights) -> Tensor:
+    def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: Any) -> Tensor:
         """The weighted sum of each token's experts [T, D], in x's dtype; records the experts where `rows` says."""
 
 
@@ -69,6 +70,10 @@ AnyRunner = MoERunner | RoutingRunner
 RUNNERS: dict[str, type[MoERunner] | type[RoutingRunner]] = {
     "routed": RoutedRunner,
     "triton": TritonRunner,
+    "deep_gemm": DeepGemmRunner,
+    "flashinfer_cutlass": CutlassRunner,
+    "flashinfer_trtllm_routed": RoutedTrtllmRunner,
+    "flashinfer_trtllm": TrtllmRunner,
     "cpu": CpuRunner,
     "reference": ReferenceRunner,
 }
@@ -82,21 +87,13 @@ WAITING_RUNNERS = frozenset({"cpu", "reference"})
 # for each that cannot be given experts, the one of its kind that can
 ROUTED_ALIKE = {"flashinfer_trtllm": "flashinfer_trtllm_routed"}
 
-_NEEDS = {
-    "fused": "a CUDA device (sm_90)",
-    "deep_gemm": "a CUDA device (sm_90) and the deep_gemm library",
-    "flashinfer_trtllm": "a CUDA device (sm_100) and the flashinfer library",
-    "flashinfer_trtllm_routed": "a CUDA device (sm_100) and the flashinfer library",
-    "flashinfer_cutlass": "a CUDA device (sm_90) and the flashinfer library",
-}
-
 
 def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
     """Why the runner of this name cannot serve, or None."""
     if name in RUNNERS:
         return RUNNERS[name].unsupported(spec, form, device, dtype)
     if device.type != "cuda":
-        return f"it needs {_NEEDS[name]}; the device is {device.type}"
+        return f"it needs a CUDA device (sm_90); the device is {device.type}"
     return "this version does not have it yet"
 
 

@@ -66,9 +66,7 @@ def test_experts_cannot_be_given(itself: None) -> None:
     llm = LLM(progress=False, cpu_step="torch")
     try:
         rows = np.zeros((4, 6, 4), np.uint8) + np.arange(4, dtype=np.uint8)
-        with pytest.raises(
-            ValueError, match="'flashinfer_trtllm' chooses experts inside its kernel; with .* flashinfer_trtllm_routed"
-        ):
+        with pytest.raises(ValueError, match=r"'flashinfer_trtllm' chooses experts inside its kernel; with .* flashinfer_trtllm_routed"):
             llm.generate(PROMPTS[0], PARAMS, replay_routed_experts=rows)
         assert len(llm.generate(PROMPTS[0], PARAMS)[0].outputs[0].token_ids) == 48
     finally:

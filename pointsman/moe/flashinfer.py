@@ -1,0 +1,368 @@
+"""The experts by FlashInfer's kernels: the one door to `flashinfer`.
+
+`flashinfer_trtllm` gives router logits and bias to the kernel, which chooses the experts and says which they were.
+`flashinfer_trtllm_routed` gives it the engine's choice, an int32 for each token and choice. Both are for Blackwell. `flashinfer_cutlass`
+is for Hopper, takes the engine's choice, and quantizes activations itself.
+
+The library's functions have changed their parameters, their order and the numbers of their enumerations from version to version. So
+every argument goes by keyword; what a version may lack is passed where its signature has it; and a method or layout is named, never
+numbered. What a kernel cannot do is a reason of `unsupported`, told before a weight is read; `docs/backends.md` lists the limits, and what
+was checked without the hardware. FlashInfer is imported when a runner is made.
+
+The trtllm kernels round more than the reference does: a token's weights to bfloat16, gate and up to e4m3 with a scale for each 128, and
+a choice's output to bfloat16.
+
+Shape suffixes: T tokens, D hidden, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pointsman.kernels import reference
+from pointsman.moe.library import installed, numbers, reason_against_device, reason_against_library
+from pointsman.moe.router import RouterInput
+from pointsman.moe.routing import Routing, RoutingSpec
+from pointsman.moe.trtllm_layout import BLOCK, TrtllmWeights, block_weights, pack, transposed_scales, up_first
+from pointsman.moe.weights import ExpertForm, ExpertWeights
+
+DISTRIBUTIONS = ("flashinfer-python",)
+MINIMUM = "0.6.8"  # the first that writes into a given output, tunes pre-routed calls, and has MiniMax's routing
+MORE_EXPERTS = "0.6.16"  # before, a choice among more than 256 experts could read where it must not
+BLACKWELL = ((10, 0), (10, 3))
+HOPPER = ((9, 0),)
+MOST_IDS = 1 << 15  # an expert's number has 16 bits with a sign
+MOST_ROUTED_TOP_K = 32
+CHAINED_TOKENS = 4096  # larger launches that begin while the kernel before runs were seen to hang
+
+
+class Function:
+    """A function of the library, by keyword.
+
+    Args:
+        needs: parameters that it must have; those that a call gives as `also` go only to a version that has them.
+
+    Raises:
+        ValueError: the installed version has no such function, or one without these parameters.
+    """
+
+    def __init__(self, name: str, needs: tuple[str, ...]) -> None:
+        self._call = getattr(importlib.import_module("flashinfer.fused_moe"), name, None)
+        if self._call is None:
+            raise ValueError(f"FlashInfer {installed(DISTRIBUTIONS)} has no {name}; install {MINIMUM} or later")
+        self.parameters = frozenset(inspect.signature(self._call).parameters)
+        if missing := sorted(set(needs) - self.parameters):
+            raise ValueError(f"{name} of FlashInfer {installed(DISTRIBUTIONS)} has no {', '.join(missing)}; install {MINIMUM} or later")
+
+    def __call__(self, also: dict[str, Any], **arguments: Any) -> Tensor:
+        assert self._call is not None
+        given = arguments | {name: value for name, value in also.items() if name in self.parameters}
+        result = self._call(**given)
+        out: Tensor = result[0] if isinstance(result, (list, tuple)) else result  # some versions answer a list of one
+        return out
+
+
+TRTLLM_NEEDS = (
+    "routing_bias",
+    "hidden_states",
+    "hidden_states_scale",
+    "gemm1_weights",
+    "gemm1_weights_scale",
+    "gemm2_weights",
+    "gemm2_weights_scale",
+    "num_experts",
+    "top_k",
+    "n_group",
+    "topk_group",
+    "intermediate_size",
+    "local_expert_offset",
+    "local_num_experts",
+    "routed_scaling_factor",
+    "routing_method_type",
+    "use_shuffled_weight",
+    "weight_layout",
+    "tune_max_num_tokens",
+    "fp8_quantization_type",
+)
+
+
+def member(enumeration: str, name: str) -> Any:
+    """A value of one of the library's enumerations, by name: the numbers behind them have changed."""
+    values = getattr(importlib.import_module("flashinfer.fused_moe"), enumeration)
+    if not hasattr(values, name):
+        raise ValueError(f"FlashInfer {installed(DISTRIBUTIONS)} has no {enumeration}.{name}; it has {', '.join(v.name for v in values)}")
+    return getattr(values, name)
+
+
+def method_of(spec: RoutingSpec) -> tuple[str, int, int]:
+    """The kernel's name for how a model routes, and the most experts and experts per token that it was compiled for.
+
+    Raises:
+        ValueError: no method of the kernel routes so; the message says what does not fit.
+    """
+    if spec.score == "softmax":
+        if spec.top_groups < spec.num_groups:
+            raise ValueError("it limits tokens to groups of experts by sigmoid scores alone; this model's scores are a softmax")
+        if spec.scale != 1.0:
+            raise ValueError(f"it does not scale the weights of a softmax; this model scales them by {spec.scale:g}")
+        return ("RenormalizeNaive", 2048, 32) if spec.renormalize else ("Default", 256, 8)
+    if not spec.renormalize:
+        raise ValueError("it divides the weights of sigmoid scores by their sum; this model does not")
+    if spec.top_groups == spec.num_groups and spec.scale == 1.0:
+        return "MiniMax2", 1024, 32
+    return "DeepSeekV3", 1024 if spec.top_groups == spec.num_groups else 512, 8 if spec.num_experts <= 384 else 22
+
+
+def reason_against_trtllm_form(spec: RoutingSpec, form: ExpertForm) -> str | None:
+    """What the kernels of Blackwell cannot hold of a model, or None."""
+    if form.block != (BLOCK, BLOCK):
+        stored = "are not FP8" if form.block is None else f"have blocks of {form.block[0]}x{form.block[1]}"
+        return f"it multiplies FP8 in blocks of {BLOCK}x{BLOCK}; the checkpoint's experts {stored}"
+    if form.hidden % BLOCK or form.width % BLOCK:
+        return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
+    if spec.num_experts % 4:
+        return f"the number of experts must be a multiple of 4; the model has {spec.num_experts}"
+    if spec.num_experts <= spec.top_k:
+        return f"a token must not use all experts; the model has {spec.num_experts} and a token uses {spec.top_k}"
+    return None
+
+
+def reason_against_routing(spec: RoutingSpec) -> str | None:
+    """Why the kernel cannot choose experts as the model does, or None."""
+    try:
+        method, most_experts, most_top_k = method_of(spec)
+    except ValueError as error:
+        return str(error)
+    if spec.num_experts > most_experts:
+        return f"it routes among at most {most_experts} experts so; the model has {spec.num_experts}"
+    if spec.top_k > most_top_k:
+        return f"it chooses at most {most_top_k} experts of {spec.num_experts} so; the model uses {spec.top_k}"
+    if method == "DeepSeekV3" and spec.top_groups < spec.num_groups:
+        size = spec.num_experts // spec.num_groups
+        if spec.num_groups > 8 or spec.top_groups > 4 or size > 32:
+            return (
+                f"it chooses up to 4 of up to 8 groups of up to 32 experts; the model has {spec.top_groups} of {spec.num_groups} of {size}"
+            )
+        if spec.top_k >= spec.top_groups * size:
+            return f"a token must not use all experts of its groups; they have {spec.top_groups * size}, and it uses {spec.top_k}"
+    return None
+
+
+def reason_against_experts(spec: RoutingSpec) -> str | None:
+    """Why this version cannot hold so many experts, or None."""
+    version = installed(DISTRIBUTIONS)
+    if spec.num_experts > 256 and version is not None and numbers(version) < numbers(MORE_EXPERTS):
+        return f"with more than 256 experts it needs flashinfer {MORE_EXPERTS} or later; {version} is installed"
+    return None
+
+
+class _Trtllm:
+    """What both runners of Blackwell share.
+
+    Args:
+        layout: of weights, see `trtllm_layout`.
+    """
+
+    def __init__(self, function: str, needs: tuple[str, ...], layout: str) -> None:
+        self._function = Function(function, (*TRTLLM_NEEDS, *needs))
+        self._layout = layout
+        self._quantization = member("Fp8QuantizationType", "DeepSeekFp8")
+        self._weight_layout = member("WeightLayout", layout)
+
+    def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> TrtllmWeights:
+        return block_weights(weights, self._layout)
+
+    def _run(self, x_TD: Tensor, weights: TrtllmWeights, also: dict[str, Any], **arguments: Any) -> Tensor:
+        """One call over the rows; `arguments` say who routes, and how."""
+        num_tokens = len(x_TD)
+        q_TD, scale_TG = quantize(x_TD)
+        out_TD = torch.empty(num_tokens, x_TD.shape[1], dtype=torch.bfloat16, device=x_TD.device)
+        also = {"output": out_TD, "enable_pdl": None if num_tokens <= CHAINED_TOKENS else False, "do_finalize": True} | also
+        result = self._function(
+            also,
+            hidden_states=q_TD,
+            hidden_states_scale=transposed_scales(scale_TG),
+            gemm1_weights=weights.up_gate,
+            gemm1_weights_scale=weights.up_gate_scale,
+            gemm2_weights=weights.down,
+            gemm2_weights_scale=weights.down_scale,
+            intermediate_size=weights.width,
+            local_num_experts=weights.num_experts,
+            use_shuffled_weight=weights.layout != "MajorK",
+            weight_layout=int(self._weight_layout),
+            tune_max_num_tokens=next_power_of_two(num_tokens),
+            fp8_quantization_type=self._quantization,
+            **arguments,
+        )
+        return result.to(x_TD.dtype)
+
+
+class TrtllmRunner(_Trtllm):
+    """Choice and experts in the kernel, from float32 logits and bias.
+
+    Args:
+        first_expert: the model's number of the first expert that `weights` has; others' choices add nothing.
+    """
+
+    name: ClassVar[str] = "flashinfer_trtllm"
+    routes_itself: ClassVar[Literal[True]] = True
+    replays: ClassVar[bool] = False
+
+    def __init__(self, *, layout: str = "MajorK", first_expert: int = 0) -> None:
+        super().__init__("trtllm_fp8_block_scale_moe", ("routing_logits", "routing_replay_out"), layout)
+        self._first_expert = first_expert
+
+    @staticmethod
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+        return (
+            reason_against_device(device, BLACKWELL)
+            or reason_against_trtllm_form(spec, form)
+            or reason_against_routing(spec)
+            or reason_against_library("flashinfer", DISTRIBUTIONS, "flashinfer", MINIMUM)
+            or reason_against_experts(spec)
+        )
+
+    def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: TrtllmWeights) -> Tensor:
+        assert rows.given_TK is None, "the engine refuses replay with this runner"
+        x_TD, method = rows.x_TD, method_of(spec)[0]
+        if len(x_TD) == 0:
+            return torch.empty_like(x_TD)
+        if spec.score == "softmax" and rows.bias_E is not None:
+            raise ValueError(
+                "flashinfer_trtllm adds no bias to the scores of a softmax, and this model has one: use flashinfer_trtllm_routed"
+            )
+        groups = (spec.num_groups, spec.top_groups) if spec.top_groups < spec.num_groups else (1, 1)
+        bias_E = rows.bias_E
+        if bias_E is None and spec.score == "sigmoid":  # those methods read one
+            bias_E = torch.zeros(spec.num_experts, device=x_TD.device)
+        chosen_TK = torch.empty(len(x_TD), spec.top_k, dtype=torch.int16, device=x_TD.device)
+        out_TD = self._run(
+            x_TD,
+            weights,
+            {},
+            routing_logits=reference.router_logits(x_TD, rows.gate_ED),
+            routing_bias=bias_E,
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            n_group=groups[0] if method == "DeepSeekV3" else None,
+            topk_group=groups[1] if method == "DeepSeekV3" else None,
+            local_expert_offset=self._first_expert,
+            routed_scaling_factor=spec.scale,
+            routing_method_type=int(member("RoutingMethodType", method)),
+            routing_replay_out=chosen_TK,
+        )
+        if rows.routes is not None:
+            rows.routes.record(rows.layer, rows.slots_T, chosen_TK)
+        return out_TD
+
+
+class RoutedTrtllmRunner(_Trtllm):
+    """The engine's choice, packed, and the experts in the kernel. What scales the weights is in them already.
+
+    Args:
+        others: other ranks have other experts, so that ids below zero are many and must cost nothing: the kernel is told of experts
+            beyond its own, and that these are chosen. Otherwise such a choice is expert 0 with weight 0.
+    """
+
+    name: ClassVar[str] = "flashinfer_trtllm_routed"
+    routes_itself: ClassVar[Literal[False]] = False
+
+    def __init__(self, *, layout: str = "MajorK", others: bool = False) -> None:
+        super().__init__("trtllm_fp8_block_scale_routed_moe", ("topk_ids", "output"), layout)
+        self._others = others
+
+    @staticmethod
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+        if (why := reason_against_device(device, BLACKWELL) or reason_against_trtllm_form(spec, form)) is not None:
+            return why
+        if spec.top_k > MOST_ROUTED_TOP_K:
+            return f"it takes at most {MOST_ROUTED_TOP_K} experts a token; the model uses {spec.top_k}"
+        if spec.num_experts > 2048:
+            return f"it sorts by at most 2048 experts; the model has {spec.num_experts}"
+        return reason_against_library("flashinfer", DISTRIBUTIONS, "flashinfer", MINIMUM) or reason_against_experts(spec)
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: TrtllmWeights) -> Tensor:
+        ids_TK, weights_TK = routing
+        if len(x_TD) == 0:
+            return torch.empty_like(x_TD)
+        own = weights.num_experts
+        total = own + 4 - own % 4 if self._others else own
+        return self._run(
+            x_TD,
+            weights,
+            {},
+            topk_ids=pack(ids_TK, weights_TK, own if self._others else None),
+            routing_bias=None,
+            num_experts=total,
+            top_k=ids_TK.shape[1],
+            n_group=None,
+            topk_group=None,
+            local_expert_offset=0,
+            routed_scaling_factor=None,
+            # it routes nothing here; of the methods this is the one whose limits are widest
+            routing_method_type=int(member("RoutingMethodType", "Renormalize")),
+        )
+
+
+class CutlassRunner:
+    """The engine's choice, and bfloat16 rows that the library quantizes; sums in an order that does not change."""
+
+    name: ClassVar[str] = "flashinfer_cutlass"
+    routes_itself: ClassVar[Literal[False]] = False
+
+    def __init__(self) -> None:
+        needs = ("input", "token_selected_experts", "token_final_scales", "fc1_expert_weights", "fc2_expert_weights", "output_dtype")
+        self._function = Function("cutlass_fused_moe", (*needs, "quant_scales", "output", "use_deepseek_fp8_block_scale"))
+
+    @staticmethod
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+        if (why := reason_against_device(device, HOPPER)) is not None:
+            return why
+        if dtype != torch.bfloat16:
+            return f"it takes bfloat16; the dtype is {str(dtype).removeprefix('torch.')}"
+        if form.block != (BLOCK, BLOCK):
+            return f"it multiplies FP8 in blocks of {BLOCK}x{BLOCK}; the checkpoint's experts have none such"
+        if form.hidden % BLOCK or form.width % BLOCK:
+            return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
+        if (cuda := torch.version.cuda) is None or numbers(cuda) < (12, 8):
+            return f"it needs CUDA 12.8 or later; this torch was built for {cuda or 'none'}"
+        return reason_against_library("flashinfer", DISTRIBUTIONS, "flashinfer", MINIMUM)
+
+    def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
+        return ExpertWeights(up_first(weights.gate_up), weights.down)
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+        if len(x_TD) == 0:
+            return torch.empty_like(x_TD)
+        out_TD = torch.empty_like(x_TD)
+        return self._function(
+            # an epilogue that adds up as it goes, which later versions have, adds in the order that blocks happen to end in
+            {"use_fused_finalize": False, "tune_max_num_tokens": next_power_of_two(len(x_TD))},
+            input=x_TD,
+            token_selected_experts=routing.ids_TK.int(),
+            token_final_scales=routing.weights_TK,
+            fc1_expert_weights=weights.gate_up.data,
+            fc2_expert_weights=weights.down.data,
+            output_dtype=torch.bfloat16,
+            quant_scales=[weights.gate_up.scale, weights.down.scale],
+            output=out_TD,
+            use_deepseek_fp8_block_scale=True,
+        )
+
+
+def quantize(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 [T, D] and float32 scales [T, G]: the reference, or its kernel for bfloat16 on a GPU."""
+    if x_TD.device.type == "cpu" or x_TD.dtype != torch.bfloat16:
+        return reference.quantize_activation(x_TD)
+    run: Callable[[Tensor], tuple[Tensor, Tensor]] = importlib.import_module("pointsman.kernels.norm_quant").quantize
+    return run(x_TD)
+
+
+def next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,67 @@
+"""A small layer of FP8 experts, routings of several kinds, and the reference's answer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from pointsman.kernels.reference import quantize_weight
+from pointsman.kernels.weight import Weight
+from pointsman.moe.reference import ReferenceRunner
+from pointsman.moe.routing import Routing
+from pointsman.moe.weights import ExpertWeights, stack_experts
+
+NUM_EXPERTS, TOP_K, D, WIDTH = 8, 3, 256, 128
+
+
+def normal(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def experts(width: int = WIDTH, num_experts: int = NUM_EXPERTS, device: torch.device | str = "cpu") -> ExpertWeights:
+    """Matrices of unlike sizes, so that no scale can stand for another."""
+
+    def weight(rows: int, columns: int, seed: int) -> Weight:
+        factor = 1 + normal(-(-rows // 128), columns // 128, seed=seed + 1).abs().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)
+        found = quantize_weight(normal(rows, columns, seed=seed) * columns**-0.5 * factor)
+        assert found.scale is not None
+        return dataclasses.replace(found, data=found.data.to(device), scale=found.scale.to(device))
+
+    return stack_experts(
+        [(weight(width, D, 3 * e), weight(width, D, 1000 + 3 * e), weight(D, width, 2000 + 3 * e)) for e in range(num_experts)]
+    )
+
+
+def hidden_rows(num_tokens: int) -> Tensor:
+    """bfloat16 rows, one of them all zeros where there are several."""
+    x_TD = normal(num_tokens, D, seed=7).bfloat16()
+    if num_tokens > 3:
+        x_TD[2] = 0
+    return x_TD
+
+
+def routing(kind: str, num_tokens: int, device: torch.device | str = "cpu") -> Routing:
+    generator = torch.Generator().manual_seed(num_tokens)
+    ids_TK = torch.stack([torch.randperm(NUM_EXPERTS - 2, generator=generator)[:TOP_K] for _ in range(num_tokens)])  # two have no tokens
+    ids_TK[: num_tokens // 2] = torch.tensor([3, 0, 2])
+    if kind == "one expert":
+        ids_TK = torch.full((num_tokens, 1), 3)
+    elif kind == "padding":
+        ids_TK[::2] = -1
+    weights_TK = torch.rand(ids_TK.shape, generator=generator) + 0.1
+    return Routing(ids_TK.int().to(device), weights_TK.to(device))
+
+
+def oracle(x_TD: Tensor, chosen: Routing, weights: ExpertWeights) -> Tensor:
+    """The reference's sums before they are rounded; nothing where there is no expert."""
+    live_T = (chosen.ids_TK >= 0).all(-1)
+    out_TD = torch.zeros(x_TD.shape, device=x_TD.device)
+    out_TD[live_T] = ReferenceRunner()(x_TD[live_T].float(), Routing(chosen.ids_TK[live_T].long(), chosen.weights_TK[live_T]), weights)
+    return out_TD
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """Relative to the norm."""
+    return float((got.float() - want).norm() / want.norm())
