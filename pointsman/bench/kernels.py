@@ -33,9 +33,12 @@ from pointsman.kernels import reference
 from pointsman.kernels.tiles import Shape
 from pointsman.kernels.triton_support import describe, reason_against
 from pointsman.kernels.weight import FP8
+from pointsman.moe.deep_gemm import DeepGemmRunner
+from pointsman.moe.flashinfer import CutlassRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput
 from pointsman.moe.routing import Routing
+from pointsman.moe.runner import MoERunner
 
 MINIMAX = {tp: Shape(num_experts=256, top_k=8, hidden=3072, width=1536 // tp, quantized=True) for tp in (1, 2, 4)}
 SIZES = tuple(2**power for power in range(14))
@@ -46,16 +49,16 @@ CHECKED_TOKENS = 4
 # Relative to the norm of the result. Hopper sums FP8 products with some 13 bits within a block of K, which moves some hidden numbers
 # to the next bfloat16 and e4m3: 4e-3 to 6e-3 were seen. In `triton` what passes between kernels is rounded too: 15e-3.
 BOUNDS = {"triton": 0.03, "routed": 0.01, "routed, deterministic": 0.01, "deep_gemm": 0.03, "flashinfer_cutlass": 0.03}
-PEERS: dict[str, type[DeepGemmRunner] | type[CutlassRunner]] = {"deep_gemm": DeepGemmRunner, "flashinfer_cutlass": CutlassRunner}
 SCORE_ERROR = 1e-5
 
 
 class Block:
     """Router and experts of one layer by one runner."""
 
-    def __init__(self, layer: Layer, runner: TritonRunner | RoutedRunner) -> None:
+    def __init__(self, layer: Layer, runner: MoERunner, *, deterministic: bool = False) -> None:
         self._layer, self._runner = layer, runner
-        self._router = (INVARIANT_ROUTERS if runner.deterministic else ROUTERS)["triton"]
+        self._weights = runner.prepare(layer.experts, torch.bfloat16)
+        self._router = (INVARIANT_ROUTERS if deterministic else ROUTERS)["triton"]
         self._slots: dict[int, Tensor] = {}
 
     def route(self, x_TD: Tensor) -> Routing:
@@ -66,21 +69,38 @@ class Block:
         return self._router.run(rows, layer.spec)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self._runner(x_TD, self.route(x_TD), self._layer.experts)
+        return self._runner(x_TD, self.route(x_TD), self._weights)
 
 
-def blocks(layer: Layer) -> dict[str, Block]:
-    """Every runner that can serve on this card."""
+# what is measured, and what is told when it is made
+CONTENDERS: dict[str, tuple[type[MoERunner], dict[str, bool]]] = {
+    "triton": (TritonRunner, {}),
+    "routed": (RoutedRunner, {}),
+    "routed, deterministic": (RoutedRunner, {"deterministic": True}),
+    "deep_gemm": (DeepGemmRunner, {}),
+    "flashinfer_cutlass": (CutlassRunner, {}),
+}
+
+
+def blocks(layer: Layer, wanted: tuple[str, ...] = ()) -> dict[str, Block]:
+    """The runners of these names, or every one that can serve on this card.
+
+    Raises:
+        ValueError: a name is unknown, or that runner or all of them cannot serve here.
+    """
     device = describe(layer.gate_ED.device)
+    if unknown := [name for name in wanted if name not in CONTENDERS]:
+        raise ValueError(f"--runner is {unknown[0]!r}; it must be one of {', '.join(map(repr, CONTENDERS))}")
     found = {}
-    if (why := TritonRunner.unsupported(layer.spec, layer.form, device, torch.bfloat16)) is not None:
-        raise ValueError(f"the plain arrangement cannot run here: {why}")
-    found["triton"] = Block(layer, TritonRunner())
-    if (why := RoutedRunner.unsupported(layer.spec, layer.form, device, torch.bfloat16)) is not None:
-        print(f"runner routed is left out: {why}", file=sys.stderr)
-        return found
-    found["routed"] = Block(layer, RoutedRunner())
-    found["routed, deterministic"] = Block(layer, RoutedRunner(deterministic=True))
+    for name in wanted or CONTENDERS:
+        runner, options = CONTENDERS[name]
+        why = runner.unsupported(layer.spec, layer.form, device, torch.bfloat16)
+        if why is not None and (wanted or name == "triton"):
+            raise ValueError(f"runner {name!r} cannot be measured here: {why}")
+        if why is None:
+            found[name] = Block(layer, runner(**options), deterministic=options.get("deterministic", False))
+        else:
+            print(f"runner {name!r} is left out: {why}", file=sys.stderr)
     return found
 
 
@@ -96,7 +116,7 @@ def run(engine: dict[str, Any], options: KernelsOptions) -> int:
     faults = 0
     for tp in options.tp_sizes or ((1,) if options.quick else (1, 2, 4)):
         layer = Layer.draw(MINIMAX[tp], device, options.seed)
-        table = blocks(layer)
+        table = blocks(layer, options.runner)
         print(heading(tp, table), flush=True)
         for num_tokens in sizes:
             found = list(measure_size(tp, layer, table, num_tokens, ceilings, options))

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from pointsman.kernels.device import Device
 from pointsman.kernels.triton_support import reason_against
 from pointsman.moe.grouped import reason_against_form
 from pointsman.moe.library import reason_against_library
@@ -47,7 +48,7 @@ class DeepGemmRunner:
         self._contiguous, self._masked = products()
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         if form.block is None:
             return "it multiplies FP8; the checkpoint's experts are plain"
         return (

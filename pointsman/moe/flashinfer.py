@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels import reference
+from pointsman.kernels.device import Device
 from pointsman.moe.library import installed, numbers, reason_against_device, reason_against_library
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
@@ -219,7 +220,7 @@ class TrtllmRunner(_Trtllm):
         self._first_expert = first_expert
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         return (
             reason_against_device(device, BLACKWELL)
             or reason_against_trtllm_form(spec, form)
@@ -278,7 +279,7 @@ class RoutedTrtllmRunner(_Trtllm):
         self._others = others
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         if (why := reason_against_device(device, BLACKWELL) or reason_against_trtllm_form(spec, form)) is not None:
             return why
         if spec.top_k > MOST_ROUTED_TOP_K:
@@ -321,7 +322,7 @@ class CutlassRunner:
         self._function = Function("cutlass_fused_moe", (*needs, "quant_scales", "output", "use_deepseek_fp8_block_scale"))
 
     @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
         if (why := reason_against_device(device, HOPPER)) is not None:
             return why
         if dtype != torch.bfloat16:

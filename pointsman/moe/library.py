@@ -7,9 +7,7 @@ import importlib.metadata
 import importlib.util
 import re
 
-import torch
-
-from pointsman.kernels.triton_support import capability
+from pointsman.kernels.device import Device
 
 Version = tuple[int, ...]
 
@@ -44,13 +42,13 @@ def reason_against_library(module: str, distributions: tuple[str, ...], extra: s
     return None
 
 
-def reason_against_device(device: torch.device, wanted: tuple[tuple[int, int], ...]) -> str | None:
+def reason_against_device(device: Device, wanted: tuple[tuple[int, int], ...]) -> str | None:
     """Why a library's kernels for these compute capabilities cannot run on a device, or None."""
     needs = f"it needs a CUDA device of {' or '.join(f'sm_{major}{minor}' for major, minor in wanted)}"
     if device.type != "cuda":
         return f"{needs}; the device is {device.type}"
-    if not torch.cuda.is_available():
+    if (have := device.capability) is None:
         return f"{needs}; torch sees none"
-    if (have := capability(device)) not in wanted:
+    if have not in wanted:
         return f"{needs}; this one is sm_{have[0]}{have[1]}"
     return None

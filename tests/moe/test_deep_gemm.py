@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from pointsman.kernels.device import Device
 from pointsman.kernels.weight import Weight
 from pointsman.moe import deep_gemm as door
 from pointsman.moe import library
@@ -17,7 +18,7 @@ from pointsman.moe.deep_gemm import DeepGemmRunner, products
 from pointsman.moe.library import installed
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.runner import choose_runner
+from pointsman.moe.runner import runner_choice
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 from tests.kernels.interpreter import correct
 from tests.moe.libraries import deep_gemm
@@ -83,15 +84,14 @@ def test_nothing_for_no_tokens(calls: list[str]) -> None:
 
 def test_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, form = RoutingSpec(num_experts=8, top_k=2, score="sigmoid"), ExpertForm(256, 128, (128, 128))
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    cpu, cuda = Device(type="cpu"), Device(type="cuda", capability=(9, 0), triton=(3, 6))
     assert "9.0; the device is cpu" in str(DeepGemmRunner.unsupported(spec, form, cpu, torch.bfloat16))
     assert "experts are plain" in str(DeepGemmRunner.unsupported(spec, form._replace(block=None), cuda, torch.bfloat16))
-    monkeypatch.setattr(door, "reason_against", lambda device, **needs: None)
     assert "32x128" in str(DeepGemmRunner.unsupported(spec, form._replace(block=(32, 128)), cuda, torch.bfloat16))
     assert "multiples of 128" in str(DeepGemmRunner.unsupported(spec, form._replace(width=192), cuda, torch.bfloat16))
     assert "bfloat16" in str(DeepGemmRunner.unsupported(spec, form, cuda, torch.float32))
-    with pytest.raises(ValueError, match=r"'deep_gemm' cannot serve here: .*bfloat16.*; these can: cpu, reference"):
-        choose_runner("deep_gemm", spec, form, device=cpu, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"'deep_gemm' cannot serve here: .*9[.]0; the device is cpu; these can: cpu, reference"):
+        runner_choice("deep_gemm", spec, form, device=cpu, dtype=torch.float32).take()
     monkeypatch.setattr(library, "installed", lambda distributions: None)
     assert "not installed: pip install 'pointsman[deepgemm]'" in str(DeepGemmRunner.unsupported(spec, form, cuda, torch.bfloat16))
 
