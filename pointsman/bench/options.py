@@ -100,7 +100,9 @@ class KernelsOptions:
 
     num_tokens: tuple[int, ...] = flag((), "tokens of a step, one or several numbers (default: powers of two to 8192)", low=1, high=65536)
     tp_sizes: tuple[int, ...] = flag((), "devices that share the experts' width, 1, 2 or 4, one or several (default: all)", low=1, high=4)
-    runner: tuple[str, ...] = flag((), "which runners, one or several (default: all that can serve here, libraries' too)")
+    runner: tuple[str, ...] = flag(
+        (), "what to measure, as deep_gemm; may be given several times (default: all that can serve, those of libraries too)"
+    )
     quick: bool = flag(False, "fewer sizes, on one device")
     seed: int = flag(0, "which weights and batches", low=0)
     plot: str | None = flag(None, "draw the shares of the read bandwidth into this SVG file")
