@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from pointsman.bench.machine import here
+from pointsman.engine.processes import command
 from pointsman.request import Request, SamplingParams
-from pointsman.server.launch import command
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "streaming.json"

@@ -17,6 +17,7 @@ from typing import Any
 DTYPES = ("auto", "bfloat16", "float32")
 KV_DTYPES = ("auto", "bfloat16", "float32", "fp8_e4m3")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+EXECUTORS = ("auto", "uni", "mp", "ray")
 MOE_RUNNERS = (
     "auto",
     "reference",
@@ -107,6 +108,11 @@ class ParallelConfig:
 
     tensor_parallel_size: int = flag(1, "devices that share every layer", names=("--tp", "--tp-size"), low=1, high=64)
     expert_parallel_size: int = flag(1, "groups of devices with whole experts", names=("--ep", "--ep-size"), low=1, high=64)
+    distributed_executor_backend: str = flag(
+        "auto",
+        "what runs the ranks past the first; mp: processes of this machine (auto), ray: actors of a Ray cluster, uni: there are none",
+        choices=EXECUTORS,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +138,7 @@ class ServerConfig:
     request_timeout: float = flag(3600.0, "seconds a request may take, waiting included", low=0.1, high=1e6)
     drain_timeout: float = flag(20.0, "seconds that running answers may take when the server is asked to end", low=0, high=1e6)
     watchdog_timeout: float = flag(300.0, "seconds in one step after which the engine counts as stuck and the server ends", low=1, high=1e6)
+    restart_engine: bool = flag(False, "start the engine anew when it has failed; 3 times in 10 minutes, then the server ends")
     reasoning_parser: str | None = flag(
         None,
         "tells thinking from the answer (default: what the checkpoint calls for)",

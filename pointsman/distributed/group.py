@@ -53,10 +53,9 @@ class Group:
             raise ValueError(f"backend is {backend!r}, {reason}")
         if not 2 <= world_size <= 1024 or not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of world_size {world_size}; the size goes from 2 to 1024, and ranks are below it")
-        self.name = name
-        self._address = (master_address, master_port)
-        self._rank, self._world_size, self._backend = rank, world_size, backend
-        self._timeout = timedelta(seconds=timeout)
+        self.name, self.address = name, (master_address, master_port)
+        self.rank, self.world_size, self.backend = rank, world_size, backend
+        self.timeout = timedelta(seconds=timeout)
         self._device = torch.device("cpu")
         if backend == "nccl":
             self._device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
@@ -67,37 +66,37 @@ class Group:
         """Meet the others. Raises ValueError where they do not all come in time."""
         try:
             self._store, self._group = meet(
-                self._address, rank=self._rank, size=self._world_size, name=self.name, backend=self._backend, timeout=self._timeout
+                self.address, rank=self.rank, size=self.world_size, name=self.name, backend=self.backend, timeout=self.timeout
             )
-            if self._backend == "nccl":  # which connects with the first broadcast
+            if self.backend == "nccl":  # which connects with the first broadcast
                 self._broadcast([torch.zeros(1, dtype=torch.uint8, device=self._device)])
         except (RuntimeError, OSError) as error:
-            where = "{}:{}".format(*self._address)
+            where = "{}:{}".format(*self.address)
             raise ValueError(f"the group {self.name!r} at {where} did not come together: {first_line(error)}") from error
 
     def send(self, tensors: Sequence[Tensor]) -> None:
         """Broadcast their bytes, one after the other, as rank 0. Raises ValueError where that fails."""
-        assert self._rank == 0
-        if wrong := [tensor.device for tensor in tensors if self._backend == "nccl" and tensor.device != self._device]:
+        assert self.rank == 0
+        if wrong := [tensor.device for tensor in tensors if self.backend == "nccl" and tensor.device != self._device]:
             raise ValueError(f"a tensor is on {wrong[0]}; this member of the group {self.name!r} broadcasts from {self._device}")
         self._broadcast([tensor.detach().contiguous() for tensor in tensors])
 
     def receive(self, tensors: Sequence[Tensor]) -> None:
         """Fill them with what rank 0 broadcasts; all members must know their sizes. Raises ValueError where that fails."""
-        assert self._rank != 0 and all(tensor.is_contiguous() for tensor in tensors)
+        assert self.rank != 0 and all(tensor.is_contiguous() for tensor in tensors)
         self._broadcast(tensors)
 
     def _broadcast(self, tensors: Sequence[Tensor]) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        options.timeout = self._timeout
+        options.timeout = self.timeout
         flat = [tensor.view(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
         try:
-            if self._backend == "nccl":
+            if self.backend == "nccl":
                 self._wait([self._group.broadcast([bytes_B], options) for bytes_B in flat])
             else:
                 for bytes_B in flat:
-                    self._group.broadcast([bytes_B], options).wait(self._timeout)
+                    self._group.broadcast([bytes_B], options).wait(self.timeout)
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"a broadcast in the group {self.name!r} failed, and the group is of no more use: {first_line(error)}"
@@ -110,9 +109,9 @@ class Group:
             for work in works:
                 work.wait()
             through = aside.record_event()
-        limit = time.monotonic() + self._timeout.total_seconds()
+        limit = time.monotonic() + self.timeout.total_seconds()
         while not through.query():
             if time.monotonic() > limit:
                 self._group.abort()  # what waits on the device ends with it
-                raise RuntimeError(f"nothing came for {self._timeout.total_seconds():g} s")
+                raise RuntimeError(f"nothing came for {self.timeout.total_seconds():g} s")
             time.sleep(POLL_SECONDS)

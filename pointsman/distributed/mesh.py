@@ -78,6 +78,7 @@ class Mesh:
         address: str,
         port: int,
         device: torch.device,
+        token: str = NAME,
         timeout: float = 60.0,
         listener: socket.socket | None = None,
     ) -> Mesh:
@@ -85,6 +86,7 @@ class Mesh:
 
         Args:
             address, port: where rank 0 listens, and nobody else.
+            token: names the meeting; one that nobody can guess keeps strangers out.
             device: of this rank; gloo connects CPUs, NCCL GPUs.
             timeout: seconds that meeting, and each collective, may take.
             listener: rank 0's socket that listens there already, so that the port is known before others are started.
@@ -104,7 +106,7 @@ class Mesh:
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            store, group = meet((address, port), rank=rank, size=tp, name=NAME, backend=backend, timeout=limit, listener=listener)
+            store, group = meet((address, port), rank=rank, size=tp, name=token, backend=backend, timeout=limit, listener=listener)
             exchange = (_Nccl if backend == "nccl" else _Gloo)(group, store, rank, tp, limit)
             mesh = Mesh(tp=tp, ep=ep, rank=rank, device=device, _exchange=exchange)
             mesh._meet()

@@ -127,7 +127,9 @@ def build_rank(config: EngineConfig, mesh: Mesh, *, progress: bool | None = None
 def _load(config: EngineConfig, mesh: Mesh, progress: bool | None) -> tuple[Path, Decoder]:
     device = choose_device(config.kernel.device) if mesh.size == 1 else mesh.device
     check_options(config, device)
-    _check(config, mesh)
+    assert (mesh.tp, mesh.ep) == (config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size)
+    if mesh.size > 1:
+        logger.warning("each of the %d ranks holds the whole model: layers are not split yet", mesh.size)
     model_path = config.model.model_path or str(tiny.path())
     folder = locate(model_path, revision=config.model.revision, weights=config.model.load_format != "dummy")
     return folder, load_decoder(config, folder, device, load_format=config.model.load_format, progress=progress)
@@ -165,14 +167,6 @@ def _rank(
         weights=Weights(config, decoder, folder, storage, make_step, aside=not launches_steps(decoder.device)),
         moe_runner=decoder.backends.moe,
     )
-
-
-def _check(config: EngineConfig, mesh: Mesh) -> None:
-    """Refuse what this version does not do."""
-    for name in ("tensor_parallel_size", "expert_parallel_size"):
-        if (size := getattr(config.parallel, name)) != 1:
-            raise ValueError(f"{name} is {size}; this version runs a model on one device: 1")
-    assert (mesh.tp, mesh.ep) == (config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size)
 
 
 def _context_length(config: EngineConfig, architecture: Architecture) -> int:

@@ -11,22 +11,21 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 from pointsman.config import EngineConfig
-from pointsman.engine.build import Parts, build
-from pointsman.engine.executor import Executor, Pending, choose_executor
+from pointsman.engine.assembly import OnLost, assemble
+from pointsman.engine.choice import Choice
+from pointsman.engine.executor import Pending
 from pointsman.engine.rows import RoutingRows
 from pointsman.engine.waiting_room import WaitingRoom
 from pointsman.engine.weights import Fresh
 from pointsman.grammar import Grammar
 from pointsman.moe.runner import reason_against_replay
 from pointsman.replay import check_sizes
-from pointsman.request import ChoiceDelta, EngineStats, FinishReason, Logprob, MemoryTag, QueueFull, Request
+from pointsman.request import ChoiceDelta, EngineStats, FinishReason, MemoryTag, QueueFull, Request
 from pointsman.scheduler import Advance, Sequence
 from pointsman.step import StepPlan
-from pointsman.text import Detokenizer, StopStrings
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +33,11 @@ log = logging.getLogger(__name__)
 ROOM_SECONDS = 0.005
 
 
-@dataclass
-class _Choice:
-    """What delivering one sequence needs to remember."""
-
-    detokenizer: Detokenizer | None
-    stops: StopStrings | None
-    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
-    delivered: bool = False
-
-
 class Engine:
-    """One model on one machine; not thread-safe, one caller drives it.
+    """One model, on one rank or several; not thread-safe, one caller drives it.
+
+    Args:
+        on_lost: called in another thread when a rank is lost, while loading too, with the error that whoever waits for it gets.
 
     Attributes:
         folder: where the checkpoint is.
@@ -61,8 +53,9 @@ class Engine:
         paused: no step runs; requests wait, wherever they are (`control`).
     """
 
-    def __init__(self, config: EngineConfig, *, progress: bool | None = None) -> None:
-        parts: Parts = build(config, progress=progress)
+    def __init__(self, config: EngineConfig, *, progress: bool | None = None, on_lost: OnLost | None = None) -> None:
+        assembled = assemble(config, progress=progress, on_lost=on_lost)
+        parts = assembled.parts
         self.config = config
         self.folder = parts.folder
         self.architecture = parts.architecture
@@ -73,7 +66,7 @@ class Engine:
         self.generation_defaults = parts.generation_defaults
         self.choices = parts.choices
         self.scheduler = parts.scheduler
-        self.weights = parts.weights
+        self.weights = assembled.weights
         self.paused = False
         self._grammars = parts.grammars
         self._room = None if parts.grammars is None else WaitingRoom(parts.grammars)
@@ -82,9 +75,9 @@ class Engine:
         self._rows = RoutingRows(parts.runner)
         self._no_replay = reason_against_replay(parts.moe_runner)
         self._overlap = not config.scheduler.disable_overlap_schedule
-        self._executor: Executor = choose_executor(parts.runner, overlap=self._overlap)
+        self._executor = assembled.executor
         self._seeds = random.Random(config.model.random_seed)
-        self._choices: dict[int, _Choice] = {}
+        self._choices: dict[int, Choice] = {}
         self._live: dict[str, int] = {}
         self._in_flight: tuple[StepPlan, Pending] | None = None
         self._held: list[ChoiceDelta] = []
@@ -145,7 +138,7 @@ class Engine:
 
     def _schedule(self, request: Request, seeds: tuple[int, ...]) -> None:
         for sequence in self.scheduler.add(request, seeds):
-            self._choices[sequence.number] = self._new_choice(request)
+            self._choices[sequence.number] = Choice(request, self.tokenizer)
 
     def _check(self, request: Request) -> None:
         if request.rid in self._live:
@@ -166,14 +159,6 @@ class Engine:
         waiting = self.num_waiting
         if waiting >= self.config.scheduler.max_queued_requests:
             raise QueueFull(f"{waiting} requests are waiting already, the most that --max-queued-requests allows")
-
-    def _new_choice(self, request: Request) -> _Choice:
-        if self.tokenizer is None:
-            return _Choice(None, None)
-        sampling = request.sampling
-        detokenizer = Detokenizer(self.tokenizer, request.prompt_token_ids, sampling.skip_special_tokens)
-        stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
-        return _Choice(detokenizer, stops)
 
     def abort(self, rid: str) -> list[ChoiceDelta]:
         """End every choice of a request, wherever it is; an unknown name is no error."""
@@ -265,54 +250,23 @@ class Engine:
         for advance in advances:
             choice = self._choices[advance.sequence.number]
             if advance.prompt_logprobs:
-                choice.prompt_logprobs.extend(self._decoded(entry) for entry in advance.prompt_logprobs)
+                choice.prompt_logprobs.extend(choice.decoded(entry) for entry in advance.prompt_logprobs)
             if advance.token is not None or advance.finish_reason is not None:
                 deltas.append(self._delta(advance, choice))
         return deltas
 
-    def _delta(self, advance: Advance, choice: _Choice) -> ChoiceDelta:
+    def _delta(self, advance: Advance, choice: Choice) -> ChoiceDelta:
         sequence = advance.sequence
         delta = self._blank(sequence)
-        if advance.token is not None:
-            delta.token_ids = [advance.token]
-            if sequence.request.sampling.logprobs is not None:
-                assert advance.logprobs is not None
-                delta.logprobs = [self._decoded(dict(advance.logprobs))]
-        if not choice.delivered and sequence.request.sampling.prompt_logprobs is not None:
-            delta.prompt_logprobs = choice.prompt_logprobs
-        choice.delivered = True
-        self._spell(advance, choice, delta)
-        if sequence.finish_reason is not None:
-            self._close(sequence, delta)
-            delta.error = advance.error
-        return delta
-
-    def _spell(self, advance: Advance, choice: _Choice, delta: ChoiceDelta) -> None:
-        """Turn the token into text, and end the choice where a stop string is complete."""
-        sequence = advance.sequence
-        if choice.detokenizer is None:
-            return
-        ended_by_token = sequence.finish_reason is FinishReason.STOP
-        text = ""
-        if advance.token is not None and not (ended_by_token and not sequence.request.sampling.include_stop_str_in_output):
-            text = choice.detokenizer.push(advance.token)
-        if sequence.finish_reason is not None:
-            text += choice.detokenizer.flush()
-        if choice.stops is None or sequence.num_output < sequence.request.sampling.min_tokens:
-            delta.text = text
-            return
-        delta.text, matched = choice.stops.push(text)
+        matched = choice.take(advance, delta)
         if matched is not None and sequence.finish_reason is None:
             self.scheduler.finish(sequence, FinishReason.STOP, matched)
         elif matched is not None:
             sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, matched
-        elif sequence.finish_reason is not None:
-            delta.text += choice.stops.flush()
-
-    def _decoded(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
-        if self.tokenizer is None:
-            return entry
-        return {token: Logprob(item.logprob, item.rank, self.tokenizer.token_text(token)) for token, item in entry.items()}
+        if sequence.finish_reason is not None:
+            self._close(sequence, delta)
+            delta.error = advance.error
+        return delta
 
     def _blank(self, sequence: Sequence) -> ChoiceDelta:
         return ChoiceDelta(

@@ -229,6 +229,10 @@ class Weights:
     def device(self) -> torch.device:
         return self._device
 
+    def give_up(self) -> None:
+        """Drop an update that is under way in parts."""
+        self._revision = None
+
     def join_group(self, group: Group) -> None:
         """Meet the trainer, and whoever else is in the group; one at a time. Raises ValueError where they do not all come in time."""
         if self._group is not None:

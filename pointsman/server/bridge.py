@@ -3,8 +3,8 @@
 Each HTTP request has a stream, which takes its work back from the engine when it is closed early. Requests are known to the engine by
 names of ours, and to `/abort_request` by those that clients gave: these come back when they like, and those never do.
 
-The engine is starting, ready, or gone. It never comes back: once it has gone, every stream gets the same error and every new
-request too, and `gone` tells the server to end.
+The engine is starting, ready, or gone. Once it has gone, every stream gets the same error and every new request too, and `gone` tells the
+server to end, or to start another engine (`revive`).
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Bridge:
         self.released: tuple[MemoryTag, ...] = ()
         self.weight_version = FIRST_VERSION
         self._sign = 0.0
+        self._engine = 1
         self._loading: asyncio.Task[None] | None = None
         self.model: ServedModel | None = None
         self.reason: str | None = None
@@ -98,8 +99,21 @@ class Bridge:
         """Begin to listen, to the socket and for the end of the process. Call once, in the event loop."""
         loop = asyncio.get_running_loop()
         self._process.end.listen(loop, self._receive)
-        self._look(loop, loop.time())
-        threading.Thread(target=self._watch, args=(loop,), daemon=True).start()
+        self._look(loop, loop.time(), self._engine)
+        threading.Thread(target=self._watch, args=(loop, self._engine), daemon=True).start()
+
+    def revive(self) -> None:
+        """The process has been started anew, after its engine had gone: begin again. Nothing of the one before is left."""
+        assert self.reason is not None
+        self._engine += 1
+        self._flushes.clear()
+        self._controls.clear()
+        self._end_halt()
+        self.paused, self.released, self.weight_version = False, (), FIRST_VERSION
+        self.model = self.reason = None
+        self.ready.clear()
+        self.gone.clear()
+        self.start()
 
     @property
     def halted(self) -> bool:
@@ -213,9 +227,9 @@ class Bridge:
                 reply.set_exception(error)
         self.gone.set()
 
-    def _look(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+    def _look(self, loop: asyncio.AbstractEventLoop, due: float, engine: int) -> None:
         """Whether an engine with work still gives signs of life. Halted, or where this process slept itself, it starts to wait anew."""
-        if self.reason is not None:
+        if self.reason is not None or engine != self._engine:
             return
         now, pause = loop.time(), self._watchdog_seconds / WATCHDOG_LOOKS
         if now - due > pause or self.halted:
@@ -225,7 +239,7 @@ class Bridge:
             text = f"the engine has been stuck in a step for {silent:.0f} s, longer than --watchdog-timeout allows"
             self.fail(text, _engine_failed())
             return
-        loop.call_at(now + pause, self._look, loop, now + pause)
+        loop.call_at(now + pause, self._look, loop, now + pause, engine)
 
     def _receive(self, message: wire.FromEngine) -> None:
         self._sign = asyncio.get_running_loop().time()
@@ -259,13 +273,17 @@ class Bridge:
         halted = answer.paused or bool(answer.released)
         if halted and self._halted_since is None:
             self._halted_since = now
-        elif not halted and self._halted_since is not None:
-            self._halted_before += now - self._halted_since
-            self._halted_since = None
+        elif not halted:
+            self._end_halt()
         self.weight_version = answer.weight_version
         reply = self._controls.pop(answer.number)
         if not reply.done():
             reply.set_result(answer)
+
+    def _end_halt(self) -> None:
+        if self._halted_since is not None:
+            self._halted_before += asyncio.get_running_loop().time() - self._halted_since
+            self._halted_since = None
 
     async def _become_ready(self, info: wire.ModelInfo) -> None:
         try:
@@ -277,16 +295,18 @@ class Bridge:
             return
         self.ready.set()
 
-    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _watch(self, loop: asyncio.AbstractEventLoop, engine: int) -> None:
         """Wait, in a thread, for the end of the process."""
         code = self._process.wait()
         try:
-            loop.call_soon_threadsafe(loop.call_later, LAST_WORDS_SECONDS, self._ended, code)
+            loop.call_soon_threadsafe(loop.call_later, LAST_WORDS_SECONDS, self._ended, code, engine)
         except RuntimeError:
             assert loop.is_closed(), "the loop refuses calls though it is open"
 
-    def _ended(self, code: int) -> None:
+    def _ended(self, code: int, engine: int) -> None:
         """The process has ended: if it said why, that has arrived by now."""
+        if engine != self._engine:
+            return
         how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
         self.fail(f"the engine's process ended without saying why ({how})", _engine_failed())
 

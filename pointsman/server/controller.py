@@ -17,6 +17,7 @@ from pointsman.server import controls, wire
 if TYPE_CHECKING:
     from pointsman.engine.control import Control
     from pointsman.engine.engine import Engine
+    from pointsman.engine.spread_weights import SpreadWeights
     from pointsman.engine.weights import Fresh, Weights
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class Controller:
         )
 
 
-def work(weights: Weights, message: controls.Work) -> Fresh | None:
+def work(weights: Weights | SpreadWeights, message: controls.Work) -> Fresh | None:
     """What one asks for, as far as it can be done beside the steps. Raises ValueError where it cannot be done."""
     from pointsman.distributed import Group  # noqa: PLC0415 - torch comes with it, and is there by now
 

@@ -8,6 +8,7 @@ that is how this one knows.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import math
@@ -38,15 +39,19 @@ SIGN_SECONDS = 1.0
 REPORT_SECONDS = 0.25
 
 
-def load_engine(config: EngineConfig) -> Engine:
+def load_engine(config: EngineConfig, on_lost: Callable[[Exception], None]) -> Engine:
     """The real engine. Imported here, because a failing import is a reason to report like any other."""
     from pointsman.engine.engine import Engine  # noqa: PLC0415
 
-    return Engine(config, progress=True)
+    return Engine(config, progress=True, on_lost=on_lost)
 
 
-def main(load: Callable[[EngineConfig], Engine] = load_engine) -> int:
-    """Serve one HTTP process until it goes. Returns the exit code."""
+def main(load: Callable[[EngineConfig], Engine] | None = None) -> int:
+    """Serve one HTTP process until it goes. Returns the exit code.
+
+    Args:
+        load: makes the engine; tests have another one.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = sys.stdin.fileno()
@@ -55,7 +60,7 @@ def main(load: Callable[[EngineConfig], Engine] = load_engine) -> int:
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     end = wire.EngineEnd(launch.directory, parent)
     try:
-        return _run(end, launch.engine, load)
+        return _run(end, launch.engine, load or functools.partial(load_engine, on_lost=functools.partial(_lose, end)))
     finally:
         end.close()
         shutil.rmtree(launch.directory, ignore_errors=True)  # the HTTP process may have been killed
@@ -158,6 +163,16 @@ def describe(engine: Engine) -> wire.ModelInfo:
         top_k=engine.architecture.top_k,
         generation_defaults=dict(engine.generation_defaults),
     )
+
+
+def _lose(end: wire.EngineEnd, error: Exception) -> None:
+    """A rank is lost. The thread that drives the engine raises that, unless it is stuck, in a device or in an exchange with who is gone."""
+    end.interrupt(error)
+    time.sleep(GRACE_SECONDS)
+    try:
+        end.last_words(f"the engine failed: {type(error).__name__}: {error}")
+    finally:
+        os._exit(1)
 
 
 def _report(end: wire.EngineEnd, what: str, error: Exception) -> int:

@@ -12,17 +12,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from typing import IO, cast
 
 import msgspec
 
 from pointsman.config import EngineConfig
+from pointsman.engine.processes import STANDARD_ERROR, command
 from pointsman.server.wire import Launch, ServerEnd
 
 ENGINE = "import sys; from pointsman.server.engine_process import main; sys.exit(main())"
 LEAVE_SECONDS = 5.0
-STANDARD_ERROR = 2
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -42,6 +41,10 @@ class EngineProcess:
     """
 
     def __init__(self, config: EngineConfig, *, log_level: str, program: str = ENGINE) -> None:
+        self._config, self._log_level, self._program = config, log_level, program
+        self._start()
+
+    def _start(self) -> None:
         self._directory = tempfile.mkdtemp(prefix="pointsman-")
         self.ready = False
         try:
@@ -50,11 +53,16 @@ class EngineProcess:
             shutil.rmtree(self._directory)
             raise
         self._process = subprocess.Popen(
-            command(program, sys.path), stdin=subprocess.PIPE, stdout=STANDARD_ERROR, bufsize=0, start_new_session=True
+            command(self._program, sys.path), stdin=subprocess.PIPE, stdout=STANDARD_ERROR, bufsize=0, start_new_session=True
         )
-        line = msgspec.json.encode(Launch(engine=config, directory=self._directory, log_level=log_level))
+        line = msgspec.json.encode(Launch(engine=self._config, directory=self._directory, log_level=self._log_level))
         with contextlib.suppress(BrokenPipeError):  # it is gone already: `wait` says how
             cast(IO[bytes], self._process.stdin).write(line + b"\n")
+
+    def restart(self) -> None:
+        """Put another process and another socket in the place of these, which are ended first."""
+        self.stop()
+        self._start()
 
     def wait(self) -> int:
         """Block until the process has ended and return its exit code; a negative one is a signal."""
@@ -70,8 +78,3 @@ class EngineProcess:
             self._process.wait()
         self.end.close()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def command(program: str, path: Sequence[str]) -> list[str]:
-    """The command line of a Python process that runs `program` with this module search path."""
-    return [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {list(path)!r}; {program}"]

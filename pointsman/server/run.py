@@ -1,7 +1,8 @@
 """The life of the web server: it opens at once, says when the engine is ready, and ends for one of three reasons.
 
 A signal is a wish: running answers may finish (`--drain-timeout`), a second signal takes even that. The end of the engine is a failure:
-every client is told, then the server ends too. And the web server may end by itself, which nothing here makes it do.
+every client is told, then the server ends too, or with `--restart-engine` starts another, unless that has failed too often. And the web
+server may end by itself, which nothing here makes it do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from typing import cast
 
 import uvicorn
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 CUT_SECONDS = 4
 MAX_CONNECTIONS = 8192
+MAX_RESTARTS = 3
+RESTART_SECONDS = 600.0
 
 
 class _WebServer(uvicorn.Server):
@@ -41,6 +45,30 @@ class _WebServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+
+class Restarts:
+    """How often an engine that was ready once is started anew: so many times in so many seconds, and then no more."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._times: list[float] = []
+        self._ever_ready = False
+
+    def allowed(self, *, was_ready: bool) -> bool:
+        """Whether to start another after one has failed, which counts as one. One that never was ready would fail again."""
+        self._ever_ready = self._ever_ready or was_ready
+        now = self._clock()
+        self._times = [time for time in self._times if now - time < RESTART_SECONDS]
+        if not self._ever_ready or len(self._times) >= MAX_RESTARTS:
+            return False
+        self._times.append(now)
+        return True
+
+    @property
+    def number(self) -> int:
+        """How many there have been of late."""
+        return len(self._times)
 
 
 async def run(listener: socket.socket, process: EngineProcess, engine: EngineConfig, server: ServerConfig) -> str | None:
@@ -55,9 +83,22 @@ async def run(listener: socket.socket, process: EngineProcess, engine: EngineCon
     bridge.start()
     web = _WebServer(_web_config(bridge, engine, server))
     serving = asyncio.create_task(web.serve(sockets=[listener]))
-    events = [asyncio.create_task(event.wait()) for event in (stop, bridge.gone)]
-    announcing = asyncio.create_task(_announce(bridge, server, listener.getsockname()[1]))
-    await asyncio.wait((serving, *events), return_when=asyncio.FIRST_COMPLETED)
+    port = listener.getsockname()[1]
+    announcing = asyncio.create_task(_announce(bridge, server, port))
+    await _first(stop, bridge.gone, serving=serving)
+    restarts = Restarts() if server.restart_engine else None
+    while bridge.gone.is_set() and not stop.is_set() and restarts is not None and restarts.allowed(was_ready=bridge.ready.is_set()):
+        log.error("%s; it is started anew, %d of %d times in %.0f s", bridge.reason, restarts.number, MAX_RESTARTS, RESTART_SECONDS)
+        announcing.cancel()
+        process.end.close()  # here, because the loop watches it
+        try:
+            await asyncio.to_thread(process.restart)
+        except (ValueError, OSError) as error:
+            bridge.reason = f"the engine's process cannot be started again: {error}"
+            break
+        bridge.revive()
+        announcing = asyncio.create_task(_announce(bridge, server, port))
+        await _first(stop, bridge.gone, serving=serving)
     web.should_exit = True
     reason = bridge.reason
     if reason is None and not stop.is_set():
@@ -67,8 +108,7 @@ async def run(listener: socket.socket, process: EngineProcess, engine: EngineCon
         await _first(bridge.idle, hurry, bridge.gone, seconds=0 if bridge.halted else server.drain_timeout)
         bridge.fail("a signal", ApiError(503, "the server is shutting down", code="shutting_down"))
     await _finish(web, serving)
-    for task in (*events, announcing):
-        task.cancel()
+    announcing.cancel()
     process.ready = reason is None and bridge.ready.is_set()
     return reason
 
@@ -93,10 +133,10 @@ def _signals() -> tuple[asyncio.Event, asyncio.Event]:
     return stop, hurry
 
 
-async def _first(*events: asyncio.Event, seconds: float) -> None:
+async def _first(*events: asyncio.Event, serving: asyncio.Task[None] | None = None, seconds: float | None = None) -> None:
     """Wait for any of these, and not longer than this."""
     tasks = [asyncio.create_task(event.wait()) for event in events]
-    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([*tasks, *([serving] if serving else [])], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
 

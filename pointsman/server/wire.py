@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,14 +176,22 @@ class EngineEnd:
         self._inbox.bind(_address(directory, "to_engine"))
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.connect(_address(directory, "from_engine"))
+        self._address = _address(directory, "from_engine")
         self._parent = parent
+        self._fault: Exception | None = None
+        self._woken, self._wake = os.pipe()
         self._poller = zmq.Poller()
-        self._poller.register(self._inbox, zmq.POLLIN)
-        self._poller.register(parent, zmq.POLLIN)
+        for source in (self._inbox, parent, self._woken):
+            self._poller.register(source, zmq.POLLIN)
 
     def receive(self, *, wait: bool, most_ms: int | None = None) -> list[ToEngine]:
-        """All messages that are there; with `wait`, at least one if it comes in time. Raises EOFError when the HTTP process has gone."""
+        """All messages that are there; with `wait`, at least one if it comes in time.
+
+        Raises EOFError when the HTTP process has gone, and what `interrupt` was given.
+        """
         ready = dict(self._poller.poll(most_ms if wait else 0))
+        if self._fault is not None:
+            raise self._fault
         if self._parent in ready:
             raise EOFError(PARENT_GONE)
         messages: list[ToEngine] = []
@@ -197,11 +206,26 @@ class EngineEnd:
         """Send; waits where the HTTP side is far behind."""
         self._outbox.send(encode(message))
 
+    def interrupt(self, fault: Exception) -> None:
+        """Have `receive` raise this, from any thread, also where it is waiting."""
+        self._fault = fault
+        os.write(self._wake, b"!")
+
+    def last_words(self, reason: str) -> None:
+        """Say why the engine has failed, from any thread, where the one that drives it does not get to it."""
+        socket = self._context.socket(zmq.PUSH)
+        socket.connect(self._address)
+        socket.send(encode(Failed(reason)))
+        socket.close(linger=_FAREWELL_MS)
+        time.sleep(1.0)  # it is sent by another thread
+
     def close(self) -> None:
         """Close, after what was sent has left."""
         self._inbox.close(linger=0)
         self._outbox.close(linger=_FAREWELL_MS)
         self._context.term()
+        os.close(self._woken)
+        os.close(self._wake)
 
 
 class ServerEnd:
@@ -241,7 +265,9 @@ class ServerEnd:
         self._outbox.send(encode(message), zmq.NOBLOCK)
 
     def close(self) -> None:
-        """Close at once; what was not sent is dropped."""
+        """Close at once; what was not sent is dropped. No error where it is closed."""
+        if self._context.closed:
+            return
         if self._loop is not None:
             self._loop.remove_reader(self._inbox.fileno())
         self._receive = None

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from pointsman.server.launch import command
+from pointsman.engine.processes import command
 from tests.exchange import folders, greedy
 
 __all__ = ["folders", "greedy"]

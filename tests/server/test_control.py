@@ -326,7 +326,7 @@ def test_a_paused_engine_need_not_give_signs_of_life(paused: bool) -> None:
         bridge._receive(controls.Controlled(number=1, paused=paused, weight_version="0"))
         await asking
         bridge._sign -= 6
-        bridge._look(loop, loop.time())
+        bridge._look(loop, loop.time(), 1)
         return bridge.reason
 
     assert (asyncio.run(look()) is None) == paused

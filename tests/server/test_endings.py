@@ -13,18 +13,19 @@ from typing import Any
 import httpx
 import pytest
 
+from pointsman.server.run import MAX_RESTARTS, RESTART_SECONDS, Restarts
 from tests.server.conftest import Server, start_server
 
 
 class Reader(threading.Thread):
     """A client with an endless stream open: the events it has read when the stream ends."""
 
-    def __init__(self, server: Server, prompt: str) -> None:
+    def __init__(self, server: Server, prompt: str, max_tokens: int = 5000) -> None:
         super().__init__()
         self.events: list[str] = []
         self.begun = threading.Event()
         self._client = server.client()
-        self._body = {"prompt": prompt, "stream": True, "max_tokens": 5000}
+        self._body = {"prompt": prompt, "stream": True, "max_tokens": max_tokens, "ignore_eos": True}
         self.start()
         assert self.begun.wait(30)
 
@@ -126,3 +127,38 @@ def test_the_engine_does_not_outlive_a_server_that_is_killed(folder: Path) -> No
         server.wait_ready()
         server.process.kill()
         assert server.ended() == (-signal.SIGKILL, "the engine is closed\n")
+
+
+def test_an_engine_that_breaks_is_started_anew_so_many_times(folder: Path) -> None:
+    with start_server({"model_path": str(folder)}, {"restart_engine": True}) as server:
+        server.wait_ready()
+        for number in range(3):
+            reader = Reader(server, "ENDLESS")
+            with server.client() as client:
+                response = client.post("/v1/completions", json={"prompt": "KILL" if number else "CRASH", "max_tokens": 9})
+                assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_failed")
+                assert reader.last() == response.json()
+                assert server.process.stdout is not None
+                assert server.process.stdout.readline() == f"Pointsman is ready at {server.url} (model fake)\n"
+                answer = client.post("/v1/completions", json={"prompt": "SAY hello", "max_tokens": 9}).json()
+                assert answer["choices"][0]["text"] == "hello"
+        with server.client() as client:
+            assert client.post("/v1/completions", json={"prompt": "CRASH", "max_tokens": 9}).status_code == 500
+        code, errors = server.ended()
+    assert code == 1
+    assert errors.splitlines()[-1].startswith("pointsman serve: the engine failed: RuntimeError")
+    assert [f"{number} of 3" in errors for number in (1, 2, 3)] == [True] * 3
+
+
+def test_restarts_are_counted_over_a_time() -> None:
+    now = 0.0
+    restarts = Restarts(lambda: now)
+    assert not restarts.allowed(was_ready=False)
+    assert [restarts.allowed(was_ready=index == 0) for index in range(MAX_RESTARTS + 1)] == [True] * MAX_RESTARTS + [False]
+    now = RESTART_SECONDS
+    assert restarts.allowed(was_ready=False) and restarts.number == 1
+
+
+def test_an_engine_that_cannot_start_is_not_started_anew(tmp_path: Path) -> None:
+    with start_server({"model_path": str(tmp_path / "nothing")}, {"restart_engine": True}) as server:
+        assert server.ended() == (1, f"pointsman serve: {tmp_path / 'nothing'} is not a folder\n")
