@@ -62,6 +62,7 @@ def assemble(config: EngineConfig, *, progress: bool | None = None, on_lost: OnL
         ValueError: the checkpoint or an option cannot be served; the message says what would work.
         RankLost: a rank has ended while it was starting.
     """
+    _check(config)
     overlap = not config.scheduler.disable_overlap_schedule
     if config.parallel.tensor_parallel_size == 1:
         parts = build(config, progress=progress)
@@ -80,6 +81,13 @@ def assemble(config: EngineConfig, *, progress: bool | None = None, on_lost: OnL
         raise
     executor = Leading(choose_executor(parts.runner, overlap=overlap), workers)
     return Assembled(parts=parts, executor=executor, weights=SpreadWeights(parts.weights, workers))
+
+
+def _check(config: EngineConfig) -> None:
+    """Refuse sizes that are no layout of any model."""
+    size, groups = config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size
+    if size % groups:
+        raise ValueError(f"expert_parallel_size is {groups}; it must divide tensor_parallel_size, which is {size}")
 
 
 def _for_ranks(config: EngineConfig) -> EngineConfig:
