@@ -45,11 +45,12 @@ def memory_bytes() -> int:
 def workspace_bytes(architecture: Architecture, max_tokens: int, max_logits: int) -> int:
     """What a step of so many rows may hold at once on a device, beside weights and cache: generously, as nothing is gained by less.
 
-    The widest moments are the experts' (for each choice its hidden state, gate and up, and output) and the head's, whose logits are
-    float32 and may be held by two steps. What CUDA itself, its graphs and compiled kernels take comes on top.
+    The widest moments are the experts' (for each choice its hidden state, gate and up, and output; beside them the pair that all tokens
+    take) and the head's, whose logits are float32 and may be held by two steps. What CUDA itself, its graphs and compiled kernels take comes on top.
     """
     choice = 3 * architecture.expert_width + architecture.hidden_size
-    row = 4 * architecture.top_k * choice + 16 * (architecture.hidden_size + architecture.num_heads * architecture.head_dim)
+    pair = 3 * max(architecture.shared_width, architecture.dense_width)
+    row = 4 * (architecture.top_k * choice + pair) + 16 * (architecture.hidden_size + architecture.num_heads * architecture.head_dim)
     return max_tokens * row + 3 * 4 * max_logits * architecture.vocab_size + (1 << 30)
 
 

@@ -9,7 +9,7 @@ reason; "auto" takes the first that can serve and logs it.
 
 `glue` is what stands between the matrices of a layer: `norm(x_TD, delta_TD | None, weight_D, epsilon, quantize) -> (x + delta, normed)`
 and `qkv_post(qkv_TN, q_weight | None, k_weight | None, epsilon, cos_TR, sin_TR, k_PHSC, v_PHSC, slots_T) -> q_TQC`, which norms and
-rotates q and k and writes the cache.
+rotates q and k and writes the cache; `activate(gate_up_TF, quantize) -> silu(gate) * up`.
 
 Attention is two functions. `plan(spans, num_rows, shape, device)` is called once a step, on the host, with the runs of rows that share a
 lane; what it answers is the implementation's own and goes unread to
@@ -67,6 +67,7 @@ class Glue:
     unsupported: Callable[[Device, torch.dtype], str | None]
     norm: Callable[[Tensor, Tensor | None, Tensor, float, bool], tuple[Tensor, Any]]
     qkv_post: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    activate: Callable[[Tensor, bool], Any]
 
 
 class AttentionShape(NamedTuple):
@@ -132,6 +133,11 @@ def _reference_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps
     return sum_TD, reference.rms_norm(sum_TD, weight_D, epsilon)
 
 
+def _reference_activate(gate_up_TF: Tensor, quantize: bool) -> Tensor:
+    assert not quantize, "no linear beside the reference's activation takes quantized rows"
+    return reference.silu_and_mul(gate_up_TF).to(gate_up_TF.dtype)
+
+
 def _spans(spans: Sequence[reference.Span], num_rows: int, shape: AttentionShape, device: torch.device) -> Sequence[reference.Span]:
     return spans
 
@@ -187,8 +193,8 @@ ATTENTIONS: dict[str, Attention] = {
     "reference": Attention(_anywhere, _spans, reference.attention),
 }
 GLUES: dict[str, Glue] = {
-    "triton": Glue(_triton_unsupported, _later("norm_quant", "norm"), _later("qkv_post", "qkv_post")),
-    "reference": Glue(_anywhere, _reference_norm, reference.qkv_post),
+    "triton": Glue(_triton_unsupported, _later("norm_quant", "norm"), _later("qkv_post", "qkv_post"), _later("gated", "activate")),
+    "reference": Glue(_anywhere, _reference_norm, reference.qkv_post, _reference_activate),
 }
 # What a row gets does not depend on the rows beside it, not even in the last bit.
 INVARIANT_LINEARS: dict[str, Linear] = {"triton": _triton_linear(invariant=True)}

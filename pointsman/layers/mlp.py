@@ -5,18 +5,20 @@ Shape suffixes: T rows, D hidden, F width.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from pointsman.kernels import reference
+from pointsman.kernels import Glue
 from pointsman.layers.linear import Linear
 
 
 class MLP:
     """down(silu(gate) * up), with gate and up joined along their rows."""
 
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
-        self.gate_up, self.down = gate_up, down
+    def __init__(self, gate_up: Linear, down: Linear, glue: Glue) -> None:
+        self.gate_up, self.down, self._glue = gate_up, down, glue
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        gate_up_TF = self.gate_up(x_TD)
-        return self.down(reference.silu_and_mul(gate_up_TF).to(gate_up_TF.dtype))
+    def __call__(self, x_TD: Any) -> Tensor:
+        """Rows in the dtype of computing; x may be `Quantized` where gate and up take it."""
+        return self.down(self._glue.activate(self.gate_up(x_TD), self.down.takes_quantized))

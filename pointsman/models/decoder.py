@@ -73,16 +73,18 @@ class DecoderLayer:
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, rotation: Rotation, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Takes and gives the hidden state as a sum not yet made: who norms it next adds it up in the same breath."""
         x_TD, normed = self.attention_norm(x_TD, delta_TD, quantize=self.attention.qkv.takes_quantized)
-        x_TD, normed = self.expert_norm(x_TD, self.attention(normed, rotation, ctx))
+        attended_TD = self.attention(normed, rotation, ctx)
         if self.moe is None:
             assert self.mlp is not None, "a layer without experts is dense"
+            x_TD, normed = self.expert_norm(x_TD, attended_TD, quantize=self.mlp.gate_up.takes_quantized)
             return x_TD, self.mlp(normed)
+        x_TD, normed = self.expert_norm(x_TD, attended_TD)
         chosen_TD = self.moe(normed, ctx)
         return x_TD, chosen_TD if self.mlp is None else chosen_TD + self.mlp(normed)
 
 
 def _mlp(pair: Mlp, backends: Backends, dtype: torch.dtype) -> MLP:
-    return MLP(Linear(pair.gate_up, backends.linear, dtype), Linear(pair.down, backends.linear, dtype))
+    return MLP(Linear(pair.gate_up, backends.linear, dtype), Linear(pair.down, backends.linear, dtype), backends.glue)
 
 
 class Decoder:

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from pointsman.kernels import block_gemm, norm_quant, paged_attention
+from pointsman.kernels import block_gemm, gated, norm_quant, paged_attention
 from pointsman.kernels.paged_attention import TilePlan
 from pointsman.kernels.qkv_post import qkv_post
 from pointsman.kernels.sampling import RowSampling, draw
@@ -20,6 +20,7 @@ from pointsman.kernels.weight import FP8, Quantized
 from tests.kernels.sm90 import SHARED_LIMIT, Binary, Launch, caught
 
 HIDDEN, HEADS, KV_HEADS, CHANNELS, HALF = 3072, 48, 8, 128, 32
+WIDTH = 1536  # of an expert that all tokens share
 FEW = [(1, 1), (1, 64), (1, 1024), (4, 16), (2, 128)]
 ALL = [(tp, 2**power) for tp in (1, 2, 4) for power in range(14)]
 
@@ -56,7 +57,7 @@ def products(tp: int, num_rows: int) -> list[Launch]:
 
 
 def others(tp: int, num_rows: int) -> list[Launch]:
-    """Norms, what follows the joined projection, and attention, with every dtype of the cache."""
+    """Norms, the activation between matrices, what follows the joined projection, and attention, with every dtype of the cache."""
     heads, kv_heads = HEADS // tp, KV_HEADS // tp
     x_TD, weight_D = meta(num_rows, HIDDEN, dtype=torch.bfloat16), meta(HIDDEN, dtype=torch.bfloat16)
     positions_T, table_LP = meta(num_rows, dtype=torch.int64), meta(128, 4096, dtype=torch.int32)
@@ -64,12 +65,15 @@ def others(tp: int, num_rows: int) -> list[Launch]:
         norm_quant.norm(x_TD, x_TD, weight_D, 1e-6)
         norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, quantize=True)
         norm_quant.quantize(meta(num_rows, heads * CHANNELS, dtype=torch.bfloat16))
+        for quantize in (False, True):
+            gated.activate(meta(num_rows, 2 * WIDTH, dtype=torch.bfloat16), quantize)
         for dtype in (torch.bfloat16, FP8):
             pages = meta(4096, kv_heads, 16, CHANNELS, dtype=dtype)
             qkv_TN = meta(num_rows, (heads + 2 * kv_heads) * CHANNELS, dtype=torch.bfloat16)
             norms = meta(heads * CHANNELS, dtype=torch.bfloat16), meta(kv_heads * CHANNELS, dtype=torch.bfloat16)
             angles = meta(num_rows, HALF), meta(num_rows, HALF)
-            q_TQC = qkv_post(qkv_TN, *norms, 1e-6, *angles, pages, pages, positions_T)
+            for weights in (norms, (norms[0][:CHANNELS], norms[1][:CHANNELS]), (None, None)):
+                q_TQC = qkv_post(qkv_TN, *weights, 1e-6, *angles, pages, pages, positions_T)
             for splits in (1, paged_attention.num_splits(num_rows, kv_heads)):
                 tiles = TilePlan(
                     decode_D3=meta(num_rows, 3, dtype=torch.int32), prefill_P3=meta(9, 3, dtype=torch.int32), num_splits=splits

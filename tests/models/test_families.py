@@ -6,13 +6,16 @@ the float32 decoder differs from it by the order of sums alone.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pointsman.models.loader import load_model
+from pointsman.models.quantize import quantize_checkpoint
 from tests.models.checkpoints import Harness
 from tests.models.families import IDS, MODELS, forward, model_of, save
 
@@ -68,3 +71,22 @@ def test_experts_that_are_given_are_used_in_the_layers_that_have_any(name: str, 
     assert torch.equal(harness.routes.gather(harness.slots(0, 0, len(IDS))).long(), given)
     assert _distance(logits, forward(model_of(name), IDS)[0]) > 0.1
     assert layers < decoder.architecture.num_layers
+
+
+def test_layers_for_multi_token_prediction_are_left_in_the_file_and_kept_by_quantizing(tmp_path: Path) -> None:
+    """Published GLM checkpoints have one past the last; its tensors are none of the decoder's."""
+    save(model_of("glm"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    draft = {"model.layers.3.eh_proj.weight": torch.ones(32, 64, dtype=torch.bfloat16)}
+    draft["model.layers.3.mlp.experts.0.up_proj.weight"] = tensors["model.layers.2.mlp.experts.0.up_proj.weight"].clone()
+    save_file(tensors | draft, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers.3.eh_proj.weight does not belong to this model"):
+        load_model(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    got = Harness(load_model(tmp_path / "model")).step({0: IDS})[0]
+    torch.testing.assert_close(got, forward(model_of("glm"), IDS)[0], atol=ORDER, rtol=0)
+    quantize_checkpoint(tmp_path / "model", tmp_path / "fp8", progress=False)
+    kept = load_file(tmp_path / "fp8" / "model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in draft.items())
+    load_model(tmp_path / "fp8")

@@ -10,9 +10,10 @@ import torch
 from pointsman.kernels import ATTENTIONS, GLUES, INVARIANT_ATTENTIONS, INVARIANT_LINEARS, LINEARS
 from pointsman.models.decoder import Backends, Decoder
 from pointsman.models.loader import load_model
+from pointsman.models.quantize import quantize_checkpoint
 from tests.kernels.interpreter import correct
 from tests.models.checkpoints import Harness, Shape
-from tests.models.families import model_of, save
+from tests.models.families import build, model_of, save
 
 correct()
 IDS = torch.randint(97, (12,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -25,12 +26,23 @@ SHAPES = {
 }
 
 
+FP8 = "glm, fp8"
+
+
+def checkpoint_of(name: str, folder: Path) -> Path:
+    if name == FP8:
+        sizes = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 64, "intermediate_size": 160}
+        quantize_checkpoint(save(build("glm", **sizes), folder / "plain"), folder / "fp8", progress=False)
+        return folder / "fp8"
+    return SHAPES[name].write(folder) if name in SHAPES else save(model_of(name), folder)
+
+
 CASES = [(name, invariant) for name in SHAPES for invariant in (False, True)]
 
 
-@pytest.mark.parametrize(("name", "invariant"), [*CASES, ("qwen", False), ("mixtral", False), ("glm, groups", True)])
+@pytest.mark.parametrize(("name", "invariant"), [*CASES, ("qwen", False), ("mixtral", False), ("glm, groups", True), (FP8, False)])
 def test_a_model_of_kernels_is_the_model(tmp_path: Path, name: str, invariant: bool) -> None:
-    folder = SHAPES[name].write(tmp_path) if name in SHAPES else save(model_of(name), tmp_path)
+    folder = checkpoint_of(name, tmp_path)
     want = load_model(folder, dtype="bfloat16", linear_backend="reference", moe_backend="reference")
     linear, attention = (INVARIANT_LINEARS, INVARIANT_ATTENTIONS) if invariant else (LINEARS, ATTENTIONS)
     backends = Backends(linear["triton"], attention["triton"], GLUES["triton"], want.backends.router, want.backends.moe)
@@ -43,5 +55,6 @@ def test_a_model_of_kernels_is_the_model(tmp_path: Path, name: str, invariant: b
         got_logits = other.step(feed, replay_TNK=one.routes.gather(slots).long())
         for lane in feed:
             error = (got_logits[lane] - want_logits[lane]).square().mean().sqrt() / want_logits[lane].square().mean().sqrt()
-            # roundings to bfloat16, 2^-9 each, fall otherwise in a dozen places a layer
-            assert float(error) < 0.03, (feed, lane)
+            # roundings to bfloat16, 2^-9 each, fall otherwise in a dozen places a layer; with five quantized products a layer, behind each
+            # of which some fall otherwise to e4m3, 2^-4 each, both are about 0.075 from the exact model and as far from each other
+            assert float(error) < (0.09 if name == FP8 else 0.03), (feed, lane)
