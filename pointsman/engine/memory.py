@@ -46,7 +46,8 @@ def workspace_bytes(architecture: Architecture, max_tokens: int, max_logits: int
     """What a step of so many rows may hold at once on a device, beside weights and cache: generously, as nothing is gained by less.
 
     The widest moments are the experts' (for each choice its hidden state, gate and up, and output; beside them the pair that all tokens
-    take) and the head's, whose logits are float32 and may be held by two steps. What CUDA itself, its graphs and compiled kernels take comes on top.
+    take) and the head's, whose logits are float32 and may be held by two steps. What CUDA itself, its graphs and compiled kernels take
+    comes on top.
     """
     choice = 3 * architecture.expert_width + architecture.hidden_size
     pair = 3 * max(architecture.shared_width, architecture.dense_width)
