@@ -35,6 +35,7 @@ from pointsman.kernels.triton_support import describe, reason_against
 from pointsman.kernels.weight import FP8
 from pointsman.moe.deep_gemm import DeepGemmRunner
 from pointsman.moe.flashinfer import CutlassRunner
+from pointsman.moe.fused import FusedRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput
 from pointsman.moe.routing import Routing
@@ -48,35 +49,44 @@ MANY_BLOCKS = 64  # of a graph: its start counts for little, as in a model of as
 CHECKED_TOKENS = 4
 # Relative to the norm of the result. Hopper sums FP8 products with some 13 bits within a block of K, which moves some hidden numbers
 # to the next bfloat16 and e4m3: 4e-3 to 6e-3 were seen. In `triton` what passes between kernels is rounded too: 15e-3.
-BOUNDS = {"triton": 0.03, "routed": 0.01, "routed, deterministic": 0.01, "deep_gemm": 0.03, "flashinfer_cutlass": 0.03}
+BOUNDS = {"triton": 0.03, "routed": 0.01, "routed, deterministic": 0.01, "fused": 0.01, "deep_gemm": 0.03, "flashinfer_cutlass": 0.03}
 SCORE_ERROR = 1e-5
 
 
 class Block:
     """Router and experts of one layer by one runner."""
 
-    def __init__(self, layer: Layer, runner: MoERunner, *, deterministic: bool = False) -> None:
+    def __init__(self, layer: Layer, runner: MoERunner | FusedRunner, *, deterministic: bool = False) -> None:
         self._layer, self._runner = layer, runner
         self._weights = runner.prepare(layer.experts, torch.bfloat16)
         self._router = (INVARIANT_ROUTERS if deterministic else ROUTERS)["triton"]
         self._slots: dict[int, Tensor] = {}
 
     def route(self, x_TD: Tensor) -> Routing:
+        """What is chosen for these rows: by the runner, where it does that itself."""
+        rows = self._rows(x_TD)
+        if isinstance(self._runner, FusedRunner):
+            return self._runner.route_and_run(rows, self._layer.spec, self._weights)[1]
+        return self._router.run(rows, self._layer.spec)
+
+    def _rows(self, x_TD: Tensor) -> RouterInput:
         layer, num_tokens = self._layer, len(x_TD)
         if num_tokens not in self._slots:
             self._slots[num_tokens] = torch.arange(num_tokens, device=x_TD.device)
-        rows = RouterInput(x_TD, layer.gate_ED, layer.bias_E, 0, self._slots[num_tokens], None, None)
-        return self._router.run(rows, layer.spec)
+        return RouterInput(x_TD, layer.gate_ED, layer.bias_E, 0, self._slots[num_tokens], None, None)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
+        if isinstance(self._runner, FusedRunner):
+            return self._runner(self._rows(x_TD), self._layer.spec, self._weights)
         return self._runner(x_TD, self.route(x_TD), self._weights)
 
 
 # what is measured, and what is told when it is made
-CONTENDERS: dict[str, tuple[type[MoERunner], dict[str, bool]]] = {
+CONTENDERS: dict[str, tuple[type[MoERunner] | type[FusedRunner], dict[str, bool]]] = {
     "triton": (TritonRunner, {}),
     "routed": (RoutedRunner, {}),
     "routed, deterministic": (RoutedRunner, {"deterministic": True}),
+    "fused": (FusedRunner, {}),
     "deep_gemm": (DeepGemmRunner, {}),
     "flashinfer_cutlass": (CutlassRunner, {}),
 }

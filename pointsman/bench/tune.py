@@ -13,12 +13,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from pointsman.bench.expert_layer import Layer, time_graph
@@ -128,20 +130,74 @@ class Products:
         return self._gemm.gemm(rows_TD, scale_TG, weight, arranged, pairs, tile, both_PF, gather=shape.top_k)
 
 
-def measured(products: Products, runner: str, shape: Shape, num_tokens: int) -> Iterator[tuple[float, Tiles]]:
-    """Seconds of both products together for every pair of cuts."""
+def cuts(runner: str, shape: Shape, num_tokens: int) -> dict[int, tuple[list[Tile], list[tuple[Tile, bool]]]]:
+    """By height of a block, the cuts of `up`, and those of `down` with whether hidden rows reach it quantized."""
+    found = {}
     for block in blocks(num_tokens * shape.top_k / shape.num_experts):
-        products.set_block(block)
         ups = up_tiles(block, quantized=shape.quantized) if runner == "routed" else gemm_tiles(block)
         ups = [tile for tile in ups if shape.width % tile.columns == 0]
-        up_seconds = {tile: products.time_up(tile) for tile in ups}
-        kinds = {tile.quantize if runner == "routed" else shape.quantized for tile in ups}
-        down_seconds = {
-            (tile, kind): products.time_down(tile, from_quantized=kind) for tile, kind in itertools.product(gemm_tiles(block), kinds)
-        }
-        for up, (down, kind) in itertools.product(ups, down_seconds):
-            if runner != "routed" or up.quantize == kind:
-                yield up_seconds[up] + down_seconds[down, kind], Tiles(up=up, down=down)
+        kinds = sorted({tile.quantize if runner == "routed" else shape.quantized for tile in ups})
+        found[block] = ups, list(itertools.product(gemm_tiles(block), kinds))
+    return found
+
+
+def measured(products: Products, runner: str, shape: Shape, num_tokens: int, told: Callable[[Tile], None]) -> Iterator[tuple[float, Tiles]]:
+    """Seconds of both products together for every pair of cuts; each is told when its turn comes."""
+    for block, (ups, downs) in cuts(runner, shape, num_tokens).items():
+        products.set_block(block)
+        up_seconds = {}
+        for up in ups:
+            told(up)
+            up_seconds[up] = products.time_up(up)
+        for down, quantized in downs:
+            told(down)
+            seconds = products.time_down(down, from_quantized=quantized)
+            for up in ups:
+                if runner != "routed" or up.quantize == quantized:
+                    yield up_seconds[up] + seconds, Tiles(up=up, down=down)
+
+
+class Bar:
+    """What is measured, of how much, and the best so far, on stderr where that is a terminal."""
+
+    def __init__(self, runner: str, sizes: Sequence[int], shape: Shape) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[best]}"),
+            TimeElapsedColumn(),
+        )
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        total = sum(len(ups) + len(downs) for size in sizes for ups, downs in cuts(runner, shape, size).values())
+        self._task = self._progress.add_task(runner, total=total, best="")
+        self._runner = runner
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def best_of(self, products: Products, shape: Shape, num_tokens: int) -> tuple[float, Tiles]:
+        """The best pair of cuts at this size and its seconds."""
+
+        def told(tile: Tile) -> None:
+            self._progress.update(self._task, advance=1, description=f"{self._runner} {num_tokens} tokens {short_tile(tile)}")
+
+        best: tuple[float, Tiles] | None = None
+        for seconds, tiles in measured(products, self._runner, shape, num_tokens, told):
+            if best is None or seconds < best[0]:
+                best = seconds, tiles
+                self._progress.update(self._task, best=f"best {1e6 * seconds:.1f} us")
+        assert best is not None, "every size has cuts"
+        return best
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def run(_: dict[str, Any], options: TuneOptions) -> int:
@@ -177,21 +233,27 @@ def tune_runner(layer: Layer, runner: str, path: Path, options: TuneOptions) -> 
     tables: Tables = json.loads(path.read_text()) if path.is_file() else {}
     known = {} if options.again else {row["tokens"]: row for row in tables.get(device, {}).get(layer.shape.key, {}).get(runner, [])}
     sizes = sorted(set(options.num_tokens))
-    for index, num_tokens in enumerate(sizes):
-        if num_tokens not in known:
-            products = Products(layer, runner, num_tokens)
-            seconds, tiles = min(measured(products, runner, layer.shape, num_tokens), key=lambda pair: pair[0])
-            if runner == "routed" and num_tokens <= MOST_TOKENS_AHEAD:
-                tiles = with_prefetch(layer, tiles, products.x)
-            fault, _ = check(layer, Block(layer, RUNNERS[runner](tiles=tiles)), products.x[0], BOUNDS[runner])
-            if fault is not None:
-                raise ValueError(f"{runner} with {num_tokens} tokens in {tiles}: {fault}")
-            known[num_tokens] = {"tokens": num_tokens, "us": round(1e6 * seconds, 2), "up": asdict(tiles.up), "down": asdict(tiles.down)}
-            merge(tables, {device: {layer.shape.key: {runner: [known[size] for size in sorted(known)]}}})
-            write(path, tables)
-        row = known[num_tokens]
-        print(f"[{index + 1}/{len(sizes)}] {runner} {num_tokens} tokens: {row['us']} us, {short(row)}", file=sys.stderr, flush=True)
+    with Bar(runner, [size for size in sizes if size not in known], layer.shape) as bar:
+        for index, num_tokens in enumerate(sizes):
+            if num_tokens not in known:
+                known[num_tokens] = tune_size(layer, runner, num_tokens, bar)
+                merge(tables, {device: {layer.shape.key: {runner: [known[size] for size in sorted(known)]}}})
+                write(path, tables)
+            row = known[num_tokens]
+            bar.say(f"[{index + 1}/{len(sizes)}] {runner} {num_tokens} tokens: {row['us']} us, {short(row)}")
     return [known[size] for size in sorted(known)]
+
+
+def tune_size(layer: Layer, runner: str, num_tokens: int, bar: Bar) -> dict[str, Any]:
+    """A table's row: the best cuts of this size, whose result is right."""
+    products = Products(layer, runner, num_tokens)
+    seconds, tiles = bar.best_of(products, layer.shape, num_tokens)
+    if runner == "routed" and num_tokens <= MOST_TOKENS_AHEAD:
+        tiles = with_prefetch(layer, tiles, products.x)
+    fault, _ = check(layer, Block(layer, RUNNERS[runner](tiles=tiles)), products.x[0], BOUNDS[runner])
+    if fault is not None:
+        raise ValueError(f"{runner} with {num_tokens} tokens in {tiles}: {fault}")
+    return {"tokens": num_tokens, "us": round(1e6 * seconds, 2), "up": asdict(tiles.up), "down": asdict(tiles.down)}
 
 
 def with_prefetch(layer: Layer, tiles: Tiles, x: list[Tensor]) -> Tiles:
@@ -207,9 +269,11 @@ def with_prefetch(layer: Layer, tiles: Tiles, x: list[Tensor]) -> Tiles:
 
 
 def short(row: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{name} {row[name]['block']}x{row[name]['columns']} w{row[name]['warps']} s{row[name]['stages']}" for name in ("up", "down")
-    )
+    return "; ".join(f"{name} {short_tile(Tile(**row[name]))}" for name in ("up", "down"))
+
+
+def short_tile(tile: Tile) -> str:
+    return f"{tile.block}x{tile.columns} w{tile.warps} s{tile.stages}"
 
 
 def write(path: Path, tables: Tables) -> None:

@@ -28,6 +28,7 @@ from pointsman.kernels.weight import FP8
 GROUP = tl.constexpr(128)
 FP8_MAX = tl.constexpr(448.0)
 CHUNKS = (128, 1024, 4096)  # pairs looked at together
+SPREAD_CHUNK = 256  # pairs of a program
 
 
 class Arrangement(NamedTuple):
@@ -189,3 +190,132 @@ def arrange(
         **launch_options(pdl),
     )
     return Arrangement(pairs_P, expert_B, num_blocks), q_TD, scale_TG
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def count_kernel(ids_ptr, counts_ptr, num_pairs, E_PADDED: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):
+    """counts[c, e]: choices of expert e in the c-th CHUNK of pairs."""
+    pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+    counts = tl.histogram(tl.maximum(ids, 0), E_PADDED, mask=ids >= 0)
+    tl.store(counts_ptr + tl.program_id(0) * E_PADDED + tl.arange(0, E_PADDED), counts)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def place_kernel(
+    ids_ptr,
+    counts_ptr,
+    pairs_ptr,
+    expert_ptr,
+    num_blocks_ptr,
+    place_ptr,
+    num_pairs,
+    E: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS_AT_ONCE: tl.constexpr,
+    OTHERS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The places of a chunk of pairs, and the padding of the experts that fall to this program."""
+    own, num_chunks = tl.program_id(0), tl.num_programs(0)
+    experts = tl.arange(0, E_PADDED)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    totals = tl.zeros((E_PADDED,), tl.int32)
+    before = tl.zeros((E_PADDED,), tl.int32)
+    for start in range(0, num_chunks, CHUNKS_AT_ONCE):
+        chunk = start + tl.arange(0, CHUNKS_AT_ONCE)
+        counts = tl.load(counts_ptr + chunk[:, None] * E_PADDED + experts[None, :], mask=(chunk < num_chunks)[:, None], other=0)
+        totals += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where((chunk < own)[:, None], counts, 0), axis=0)
+    blocks = (totals + BLOCK_M - 1) // BLOCK_M
+    first = tl.cumsum(blocks, axis=0) - blocks
+    pair = own * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+    rank = tl.zeros((CHUNK,), tl.int32)
+    for start in range(0, CHUNK, OTHERS):
+        other = own * CHUNK + start + tl.arange(0, OTHERS)
+        other_ids = tl.load(ids_ptr + other, mask=other < num_pairs, other=-1).to(tl.int32)
+        rank += tl.sum(((other_ids[None, :] == ids[:, None]) & (other[None, :] < pair[:, None])).to(tl.int32), axis=1)
+    place = tl.gather(first * BLOCK_M + before, tl.maximum(ids, 0), 0) + rank
+    tl.store(pairs_ptr + place, pair, mask=ids >= 0)
+    tl.store(place_ptr + pair, tl.where(ids >= 0, place, -1), mask=pair < num_pairs)
+    if own == 0:
+        tl.store(num_blocks_ptr, tl.sum(blocks, axis=0))
+    for expert in range(own, E, num_chunks):
+        start = tl.sum(tl.where(experts == expert, first, 0), axis=0)
+        num = tl.sum(tl.where(experts == expert, blocks, 0), axis=0)
+        tail = start * BLOCK_M + tl.sum(tl.where(experts == expert, totals, 0), axis=0) + tl.arange(0, BLOCK_M)
+        tl.store(pairs_ptr + tail, tl.zeros((BLOCK_M,), tl.int32) + num_pairs, mask=tail < (start + num) * BLOCK_M)
+        for block in range(num):
+            tl.store(expert_ptr + start + block, expert)
+
+
+@triton.jit
+def spread_kernel(
+    x_ptr, place_ptr, q_ptr, scale_ptr, num_rows, D: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """A token quantized, to the places of its pairs; scales lie group by group."""
+    token = tl.program_id(0)
+    group = tl.arange(0, GROUPS)
+    inside = group < D // GROUP
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(x_ptr + token.to(tl.int64) * D + column, mask=inside[:, None], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    q, scale = quantize_groups(x.to(tl.float32))
+    for k in tl.static_range(K):
+        place = tl.load(place_ptr + token * K + k + group * 0).to(tl.int64)
+        there = inside & (place >= 0)
+        tl.store(q_ptr + place[:, None] * D + column, q, mask=there[:, None])
+        tl.store(scale_ptr + group.to(tl.int64) * num_rows + place, scale, mask=there)
+
+
+def spread(ids_TK: Tensor, num_experts: int, block: int, x_TD: Tensor, *, pdl: bool = False) -> tuple[Arrangement, Tensor, Tensor]:
+    """The same arrangement, made for many tokens, and the rows of all pairs in its order.
+
+    Three launches in the place of one, so that no program has to read all choices. The choices must be older than the launch before.
+
+    Returns:
+        The arrangement; e4m3 [P, D] and float32 [G, P], of which padding has no values.
+    """
+    num_tokens, top_k = ids_TK.shape
+    num_pairs, hidden = num_tokens * top_k, x_TD.shape[1]
+    device, padded = ids_TK.device, triton.next_power_of_2(num_experts)
+    blocks = most_blocks(num_pairs, num_experts, block)
+    chunks = triton.cdiv(num_pairs, SPREAD_CHUNK)
+    num_rows = blocks * block
+    sizes = (num_rows, triton.cdiv(blocks, 4) * 4, 4, chunks * padded, num_pairs)
+    pairs_P, expert_B, num_blocks, counts, place = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    q_PD = torch.empty(num_rows, hidden, dtype=FP8, device=device)
+    scale_GP = torch.empty(hidden // 128, num_rows, device=device)
+    options = launch_options(pdl)
+    count_kernel[(chunks,)](ids_TK, counts, num_pairs, E_PADDED=padded, CHUNK=SPREAD_CHUNK, PDL=pdl, num_warps=4, **options)
+    place_kernel[(chunks,)](
+        ids_TK,
+        counts,
+        pairs_P,
+        expert_B,
+        num_blocks,
+        place,
+        num_pairs,
+        E=num_experts,
+        E_PADDED=padded,
+        BLOCK_M=block,
+        CHUNK=SPREAD_CHUNK,
+        CHUNKS_AT_ONCE=16,
+        OTHERS=64,
+        PDL=pdl,
+        num_warps=8,
+        **options,
+    )
+    groups = triton.next_power_of_2(hidden // 128)
+    spread_kernel[(num_tokens,)](x_TD, place, q_PD, scale_GP, num_rows, D=hidden, K=top_k, GROUPS=groups, PDL=pdl, num_warps=4, **options)
+    return Arrangement(pairs_P, expert_B, num_blocks[:1]), q_PD, scale_GP

@@ -64,7 +64,13 @@ def combine_kernel(y_ptr, ids_ptr, weights_ptr, out_ptr, D: tl.constexpr, K: tl.
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    combine_columns(y_ptr, ids_ptr, weights_ptr, out_ptr, token, column, inside, D, K)
+
+
+@triton.jit
+def combine_columns(y_ptr, ids_ptr, weights_ptr, out_ptr, token, column, inside, D: tl.constexpr, K: tl.constexpr):
+    """A token's sum in these columns."""
+    total = tl.zeros(column.shape, tl.float32)
     for k in tl.static_range(K):
         real = tl.load(ids_ptr + token * K + k) >= 0
         weight = tl.load(weights_ptr + token * K + k)

@@ -129,13 +129,74 @@ def choose_kernel(
     PDL: tl.constexpr,
 ):
     """One token: ids[t], weights[t], and the routing row of its slot."""
-    token = tl.program_id(0)
-    expert = tl.arange(0, E_PADDED)
-    choice = tl.arange(0, K_PADDED)
-    real = expert < E
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    choose_token(
+        tl.program_id(0),
+        part_ptr,
+        bias_ptr,
+        given_ptr,
+        slot_ptr,
+        ids_ptr,
+        weights_ptr,
+        rows_ptr,
+        alike_ptr,
+        num_tokens,
+        scale,
+        given_stride,
+        row_stride,
+        row_offset,
+        E,
+        E_PADDED,
+        K,
+        K_PADDED,
+        PARTS,
+        SOFTMAX,
+        RENORMALIZE,
+        BIASED,
+        REPLAY,
+        SLOTS,
+        RECORD,
+        COMPARE,
+        FIRST,
+    )
+
+
+@triton.jit
+def choose_token(
+    token,
+    part_ptr,
+    bias_ptr,
+    given_ptr,
+    slot_ptr,
+    ids_ptr,
+    weights_ptr,
+    rows_ptr,
+    alike_ptr,
+    num_tokens,
+    scale,
+    given_stride,
+    row_stride,
+    row_offset,
+    E: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BIASED: tl.constexpr,
+    REPLAY: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RECORD: tl.constexpr,
+    COMPARE: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """The choice of one token, and its routing row."""
+    expert = tl.arange(0, E_PADDED)
+    choice = tl.arange(0, K_PADDED)
+    real = expert < E
     logits = tl.zeros((E_PADDED,), tl.float32)
     for part in tl.static_range(PARTS):
         logits += tl.load(part_ptr + (part * num_tokens + token).to(tl.int64) * E + expert, mask=real, other=0.0)

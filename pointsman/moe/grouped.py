@@ -20,20 +20,23 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from pointsman.kernels.device import Device
 from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key, for_wide_products
-from pointsman.kernels.triton_support import chains, is_hopper, reason_against
+from pointsman.kernels.triton_support import chains, is_hopper, reason_against, version
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
 BLOCK = 128
 MOST_EXPERTS = 1024  # what one program counts
 EXACT_TOKENS = 1024  # in larger batches a choice's output would be a third of all that moves, and is rounded to bfloat16
+FEW_TOKENS = 0  # up to here one kernel does it all
+WIDE_ROWS = float("inf")  # rows of an expert from which on wide tiles multiply; they have not run on a GPU yet
+WIDE_TRITON = (3, 6)  # whose Gluon can specialize warps on Hopper
 FIXED_TOKENS = 512  # the batch for which deterministic cuts are made
 
 
@@ -78,6 +81,35 @@ class _Grouped:
         return for_wide_products(table(num_tokens)) if free else table(FIXED_TOKENS)
 
 
+class FewTokens:
+    """The one kernel for few tokens, with what it counts by."""
+
+    def __init__(self, cut: Any = None) -> None:
+        self.kernel: Any = importlib.import_module("pointsman.kernels.fused_experts")
+        self._cut = cut
+        self._counter: Tensor | None = None
+
+    def __call__(self, x_TD: Tensor, weights: ExpertWeights, ids_TK: Tensor, weights_TK: Tensor, gate: Any = None) -> Tensor:
+        """The weighted sum; the experts are given, or with a gate chosen and written there."""
+        if self._counter is None:
+            self._counter = self.kernel.counters(x_TD.device)
+        on_gpu = x_TD.device.type == "cuda"
+        out_TD: Tensor = self.kernel.run(
+            x_TD,
+            weights.gate_up,
+            weights.down,
+            ids_TK,
+            weights_TK,
+            self._counter,
+            gate=gate,
+            processors=torch.cuda.get_device_properties(x_TD.device).multi_processor_count if on_gpu else 1,
+            cut=self._cut,
+            together=on_gpu,
+            pdl=chains(x_TD.device),
+        )
+        return out_TD
+
+
 @functools.cache
 def tile_table(runner: str, shape: Shape, device: torch.device) -> TileTable:
     """A runner's cuts of this shape on this device."""
@@ -113,9 +145,21 @@ class TritonRunner(_Grouped):
 
 
 class RoutedRunner(_Grouped):
-    """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics."""
+    """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics, or one for few tokens."""
 
     name: ClassVar[str] = "routed"
+
+    def __init__(
+        self,
+        *,
+        deterministic: bool = False,
+        tiles: Tiles | None = None,
+        wide_rows: float = WIDE_ROWS,
+        few_tokens: int = FEW_TOKENS,
+        cut: Any = None,
+    ) -> None:
+        super().__init__(deterministic=deterministic, tiles=tiles)
+        self._wide_rows, self._few_tokens, self._few = wide_rows, few_tokens if tiles is None else 0, FewTokens(cut)
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
@@ -126,6 +170,10 @@ class RoutedRunner(_Grouped):
         num_tokens, top_k = ids_TK.shape
         if num_tokens == 0:
             return torch.empty_like(x_TD)
+        if weights.quantized and num_tokens <= self._few_tokens:
+            return self._few(x_TD, weights, ids_TK, weights_TK)
+        if self._is_wide(num_tokens * top_k / weights.num_experts, weights):
+            return self._many(x_TD, routing, weights)
         num_pairs, tiles, gemm, pdl = num_tokens * top_k, self._tiles(num_tokens, top_k, weights), self._gemm, chains(x_TD.device)
         arranged, q_TD, scale_TG = self._arrange.arrange(
             ids_TK, weights.num_experts, tiles.up.block, x_TD if weights.quantized else None, pdl=pdl
@@ -136,4 +184,22 @@ class RoutedRunner(_Grouped):
         y_RD = torch.empty(num_pairs, x_TD.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=x_TD.device)
         gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tiles.down, y_RD, pdl=pdl)
         out_TD: Tensor = self._rows.combine(y_RD, ids_TK, weights_TK, x_TD.dtype, pdl=pdl)
+        return out_TD
+
+    def _is_wide(self, rows: float, weights: ExpertWeights) -> bool:
+        """Whether products are what takes the time, and of a form that there are wide tiles for."""
+        fits = weights.quantized and weights.down.data.shape[1] % (2 * BLOCK) == 0 and self._given is None
+        return fits and rows >= self._wide_rows and is_hopper(weights.down.data.device) and (version() or (0, 0)) >= WIDE_TRITON
+
+    def _many(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+        """The same where products and not the memory are the limit: rows spread out by expert, products in wide tiles."""
+        ids_TK, weights_TK = routing
+        num_tokens, top_k = ids_TK.shape
+        num_pairs, wide = num_tokens * top_k, importlib.import_module("pointsman.kernels.wide_gemm")
+        processors = torch.cuda.get_device_properties(x_TD.device).multi_processor_count
+        arranged, q_PD, scale_GP = self._arrange.spread(ids_TK, weights.num_experts, wide.ROWS, x_TD, pdl=True)
+        h_PF, scale_HP = wide.up(q_PD, scale_GP, weights.gate_up, arranged, num_pairs, processors=processors)
+        y_RD = torch.empty(num_pairs, x_TD.shape[1], dtype=torch.float32 if self.deterministic else torch.bfloat16, device=x_TD.device)
+        wide.down(h_PF, scale_HP, weights.down, arranged, num_pairs, y_RD, processors=processors)
+        out_TD: Tensor = self._rows.combine(y_RD, ids_TK, weights_TK, x_TD.dtype, pdl=True)
         return out_TD

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from pointsman.config import MOE_RUNNERS
 from pointsman.kernels import VARIES
 from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
 from pointsman.moe.cpu import CpuRunner
 from pointsman.moe.deep_gemm import DeepGemmRunner
 from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRunner
+from pointsman.moe.fused import FusedRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.router import RouterInput
@@ -69,6 +69,7 @@ AnyRunner = MoERunner | RoutingRunner
 # in the order in which "auto" asks them
 RUNNERS: dict[str, type[MoERunner] | type[RoutingRunner]] = {
     "routed": RoutedRunner,
+    "fused": FusedRunner,
     "triton": TritonRunner,
     "deep_gemm": DeepGemmRunner,
     "flashinfer_cutlass": CutlassRunner,
@@ -85,16 +86,12 @@ INVARIANT_RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed
 WAITING_RUNNERS = frozenset({"cpu", "reference"})
 
 # for each that cannot be given experts, the one of its kind that can
-ROUTED_ALIKE = {"flashinfer_trtllm": "flashinfer_trtllm_routed"}
+ROUTED_ALIKE = {"fused": "routed", "flashinfer_trtllm": "flashinfer_trtllm_routed"}
 
 
 def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
     """Why the runner of this name cannot serve, or None."""
-    if name in RUNNERS:
-        return RUNNERS[name].unsupported(spec, form, device, dtype)
-    if device.type != "cuda":
-        return f"it needs a CUDA device (sm_90); the device is {device.type}"
-    return "this version does not have it yet"
+    return RUNNERS[name].unsupported(spec, form, device, dtype)
 
 
 def runner_choice(
@@ -105,8 +102,7 @@ def runner_choice(
     Args:
         deterministic: what a token gets must not depend, not even in the last bit, on how many others there are.
     """
-    names = [*RUNNERS, *(name for name in MOE_RUNNERS if name not in RUNNERS and name != "auto")]
-    reasons = {name: unsupported(name, spec, form, device, dtype) for name in names}
+    reasons = {name: unsupported(name, spec, form, device, dtype) for name in RUNNERS}
     if deterministic:
         reasons |= {name: VARIES for name, reason in reasons.items() if reason is None and name not in INVARIANT_RUNNERS}
     return Choice("MoE runner", wanted, reasons)

@@ -60,6 +60,19 @@ def test_the_best_is_kept_found_and_not_measured_again(tmp_path: Path, monkeypat
     tiles._rows.cache_clear()
 
 
+def test_the_bar_counts_every_cut_and_has_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune.Products, "time_up", lambda _, tile: 1e-6 * tile.stages)
+    monkeypatch.setattr(tune.Products, "time_down", lambda _, tile, from_quantized: 1e-6 * tile.columns)
+    products = tune.Products(Layer.draw(SHAPE, DEVICE, 0), "routed", 2)
+    with tune.Bar("routed", [2, 4], SHAPE) as bar:
+        seconds, best = bar.best_of(products, SHAPE, 2)
+        [task] = bar._progress.tasks
+        assert best.up.stages == 2 and best.down.columns == 32 and seconds == pytest.approx(34e-6)
+        assert task.total == 2 * task.completed and task.fields["best"] == "best 34.0 us" and "routed 2 tokens 16x" in task.description
+        bar.best_of(products, SHAPE, 4)
+        assert task.finished
+
+
 def test_a_wrong_result_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "Some GPU")
     monkeypatch.setattr(tune, "time_graph", lambda _: 1e-6)

@@ -19,6 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -33,7 +35,7 @@ TYPES = {
     torch.uint8: "u8",
     torch.uint16: "u16",
 }
-OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg", "num_ctas")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg", "num_ctas", "launch_cooperative_grid")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Launch:
             value = self.arguments[parameter.name]
             if parameter.is_constexpr:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, TensorDescriptor):
+                block = ",".join(map(str, value.block_shape))
+                signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}],{value.layout!r}>"
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = f"*{TYPES[value.dtype]}"
                 attributes[(index,)] = [["tt.divisibility", 16]]
@@ -74,7 +79,8 @@ class Launch:
     def compile(self) -> Binary:
         """Compile for sm_90 and read what the assembler says."""
         signature, constants, attributes = self.source_parts()
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        of = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = of(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiled = triton.compile(source, target=TARGET, options=self.options)
         return Binary(compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["ttgir"], *_resources(compiled.asm["cubin"]))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels import reference
-from pointsman.kernels.arrange import arrange, most_blocks
+from pointsman.kernels.arrange import Arrangement, arrange, most_blocks, spread
 from tests.kernels.interpreter import correct
 
 correct()
@@ -35,8 +35,29 @@ def routings() -> dict[str, Tensor]:
 @pytest.mark.parametrize("block", [16, 64])
 def test_pairs_are_sorted_stably_and_padded(name: str, block: int) -> None:
     ids_TK = routings()[name].int().to(DEVICE)
-    (pairs_P, expert_B, num_blocks), q_TD, scale_TG = arrange(ids_TK, 12, block)
+    arranged, q_TD, scale_TG = arrange(ids_TK, 12, block)
     assert q_TD is None and scale_TG is None
+    check(arranged, ids_TK, block)
+
+
+@pytest.mark.parametrize("name", routings())
+@pytest.mark.parametrize("block", [16, 64])
+def test_rows_are_spread_in_the_same_order(name: str, block: int) -> None:
+    ids_TK = routings()[name].int().to(DEVICE)
+    x_TD = torch.randn(len(ids_TK), 384, generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE)
+    arranged, q_PD, scale_GP = spread(ids_TK, 12, block, x_TD)
+    check(arranged, ids_TK, block)
+    want_TD, want_TG = reference.quantize_activation(x_TD)
+    pairs_P = arranged.pairs_P[: int(arranged.num_blocks) * block].long()
+    place_R = (pairs_P < ids_TK.numel()).nonzero().flatten()
+    token_R = pairs_P[place_R] // ids_TK.shape[1]
+    assert torch.equal(q_PD.view(torch.uint8)[place_R], want_TD.contiguous().view(torch.uint8)[token_R])
+    assert torch.equal(scale_GP[:, place_R], want_TG[token_R].T)
+
+
+def check(arranged: Arrangement, ids_TK: Tensor, block: int) -> None:
+    """Against a stable sort."""
+    pairs_P, expert_B, num_blocks = arranged
     flat, num_pairs = ids_TK.flatten().tolist(), ids_TK.numel()
     expected_pairs: list[int] = []
     expected_experts: list[int] = []

@@ -187,6 +187,27 @@ def test_cuts_for_wgmma_have_the_same_bits() -> None:
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 
+@pytest.mark.parametrize(("kind", "num_tokens"), [("uniform", 1), ("skewed", 16), ("one expert", 7), ("padding", 5)])
+def test_few_tokens_in_one_kernel_have_the_bits_of_the_others(kind: str, num_tokens: int) -> None:
+    x_TD, chosen, weights = normal(num_tokens, D).bfloat16().to(DEVICE), routing(kind, num_tokens), experts(True)
+    want = RoutedRunner(tiles=wide(quantize=True), deterministic=True)(x_TD, chosen, weights)
+    assert torch.equal(RoutedRunner(few_tokens=16, deterministic=True)(x_TD, chosen, weights), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter has no copy engine")
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "one expert", "padding"])
+@pytest.mark.parametrize("num_tokens", [1, 70, 700])
+def test_wide_tiles_have_the_bits_of_the_others(kind: str, num_tokens: int) -> None:
+    x_TD, chosen, weights = normal(num_tokens, D).bfloat16().to(DEVICE), routing(kind, num_tokens), experts(True)
+    tiles = wide(quantize=True)
+    want = RoutedRunner(tiles=tiles, deterministic=True)(x_TD, chosen, weights)
+    assert torch.equal(RoutedRunner(wide_rows=0, deterministic=True)(x_TD, chosen, weights), want)
+    live_T = (chosen.ids_TK >= 0).all(-1)
+    if live_T.any():
+        assert distance(RoutedRunner(wide_rows=0)(x_TD, chosen, weights), oracle(x_TD, chosen, weights)) < BOUND["routed"]
+
+
 SPEC = RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid")
 
 

@@ -1,0 +1,61 @@
+"""The experts with routing inside: runner `fused`.
+
+Up to `MOST_TOKENS` tokens of block FP8 go through one kernel from the router's input to the sum (`kernels.fused_experts`); more, or plain
+weights, through the kernels of the router and of `routed` one after the other. What was chosen is written on the way, so it is recorded
+as under every other runner; it cannot be given.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pointsman.kernels.device import Device
+from pointsman.moe.grouped import FewTokens, RoutedRunner
+from pointsman.moe.router import ROUTERS, RouterInput
+from pointsman.moe.routing import Routing, RoutingSpec
+from pointsman.moe.weights import ExpertForm, ExpertWeights
+
+
+class FusedRunner:
+    """Gate, choice, up, down and sum of few tokens in one kernel; of many, in a chain."""
+
+    name: ClassVar[str] = "fused"
+    routes_itself: ClassVar[Literal[True]] = True
+    replays: ClassVar[bool] = False
+
+    def __init__(self, *, cut: Any = None) -> None:
+        self._few, self._chain = FewTokens(cut), RoutedRunner(few_tokens=0)
+
+    @staticmethod
+    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
+        return RoutedRunner.unsupported(spec, form, device, dtype) or ROUTERS["triton"].unsupported(spec, device, dtype)
+
+    def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
+        return self._chain.prepare(weights, dtype)
+
+    def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: ExpertWeights) -> Tensor:
+        return self.route_and_run(rows, spec, weights)[0]
+
+    def route_and_run(self, rows: RouterInput, spec: RoutingSpec, weights: ExpertWeights) -> tuple[Tensor, Routing]:
+        """The weighted sum [T, D] and what was chosen."""
+        assert rows.given_TK is None, "experts are given to a runner that chooses them"
+        num_tokens, device = len(rows.x_TD), rows.x_TD.device
+        if not weights.quantized or not 0 < num_tokens <= self._few.kernel.MOST_TOKENS:
+            routing = ROUTERS["triton"].run(rows, spec)
+            return self._chain(rows.x_TD, routing, weights), routing
+        ids_TK = torch.empty(num_tokens, spec.top_k, dtype=torch.int32, device=device)
+        weights_TK = torch.empty(num_tokens, spec.top_k, device=device)
+        gate = self._few.kernel.Gate(
+            gate_ED=rows.gate_ED,
+            bias_E=rows.bias_E,
+            slots_T=rows.slots_T,
+            softmax=spec.score == "softmax",
+            renormalize=spec.renormalize,
+            scale=spec.scale,
+            rows_CLK=None if rows.routes is None else rows.routes.rows_SLK,
+            layer=rows.layer,
+        )
+        return self._few(rows.x_TD, weights, ids_TK, weights_TK, gate), Routing(ids_TK, weights_TK)
