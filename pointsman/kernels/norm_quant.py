@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pointsman.kernels.mailbox import Mailbox, sum_over_ranks
 from pointsman.kernels.weight import FP8, Quantized, num_blocks
 
 BLOCK = 128
@@ -41,6 +42,8 @@ def norm_kernel(
     normed_ptr,
     q_ptr,
     scale_ptr,
+    boxes_ptr,
+    turns_ptr,
     epsilon,
     D: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
@@ -49,6 +52,8 @@ def norm_kernel(
     NORM: tl.constexpr,
     WRITE: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
@@ -57,13 +62,17 @@ def norm_kernel(
     x = tl.load(x_ptr + row * D + column, mask=inside, other=0.0)
     dtype = x.dtype
     x = x.to(tl.float32)
+    if NORM:
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        x = (x + tl.load(delta_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        delta = tl.load(delta_ptr + row * D + column, mask=inside, other=0.0)
+        if RANKS > 1:
+            delta = sum_over_ranks(delta, boxes_ptr, turns_ptr, row, column, inside, D, RANK, RANKS).to(dtype)
+        x = (x + delta.to(tl.float32)).to(dtype)
         tl.store(sum_ptr + row * D + column, x, mask=inside)
         x = x.to(tl.float32)
     if NORM:
         mean = tl.sum(tl.sum(x * x, axis=1), axis=0) / D
-        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
         x = (x * tl.rsqrt(mean + epsilon) * weight).to(dtype)
         if WRITE:
             tl.store(normed_ptr + row * D + column, x, mask=inside)
@@ -73,11 +82,14 @@ def norm_kernel(
 
 
 def norm(
-    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, epsilon: float, quantize: bool = False
+    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, epsilon: float, quantize: bool = False, mailbox: Mailbox | None = None
 ) -> tuple[Tensor, Tensor | Quantized]:
-    """(sum, normed): x + delta, or x itself where there is no delta, in x's dtype; and its norm, in x's dtype or quantized."""
+    """(sum, normed): x + delta, or x itself where there is no delta, in x's dtype; and its norm, in x's dtype or quantized.
+
+    With a mailbox, what is added is the sum of all ranks' deltas, as `mailbox.all_reduce` makes it.
+    """
     normed_TD = None if quantize else torch.empty_like(x_TD)
-    sum_TD, quantized = _launch(x_TD, delta_TD, weight_D, epsilon, normed_TD=normed_TD, quantize=quantize)
+    sum_TD, quantized = _launch(x_TD, delta_TD, weight_D, epsilon, normed_TD=normed_TD, quantize=quantize, mailbox=mailbox)
     normed = quantized if normed_TD is None else normed_TD
     assert normed is not None
     return sum_TD, normed
@@ -98,8 +110,10 @@ def _launch(
     *,
     normed_TD: Tensor | None = None,
     quantize: bool = False,
+    mailbox: Mailbox | None = None,
 ) -> tuple[Tensor, Quantized | None]:
     num_rows, width = x_TD.shape
+    assert mailbox is None or (delta_TD is not None and mailbox.takes(delta_TD))
     assert x_TD.is_contiguous() and (delta_TD is None or (delta_TD.is_contiguous() and delta_TD.shape == x_TD.shape))
     if width > MOST_COLUMNS:
         raise ValueError(f"rows of {width} columns; this kernel holds a row in one program and takes up to {MOST_COLUMNS}")
@@ -119,6 +133,8 @@ def _launch(
             x_TD if normed_TD is None else normed_TD,
             x_TD if quantized is None else quantized.data,
             x_TD if quantized is None else quantized.scale,
+            x_TD if mailbox is None else mailbox.boxes_R,
+            x_TD if mailbox is None else mailbox.turns_P,
             epsilon,
             D=width,
             NUM_BLOCKS=blocks,
@@ -127,6 +143,8 @@ def _launch(
             NORM=weight_D is not None,
             WRITE=normed_TD is not None,
             QUANTIZE=quantize,
+            RANK=0 if mailbox is None else mailbox.rank,
+            RANKS=1 if mailbox is None else mailbox.num_ranks,
             num_warps=num_warps(groups, quantize=quantize),
         )
     return sum_TD, quantized

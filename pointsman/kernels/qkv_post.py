@@ -2,7 +2,8 @@
 
 q and k are normed over all heads at once, over each head, or not at all, rounded, rotated in whole or in part and rounded again, as
 the reference composes it; values go as they are. Two programs a row: one for the queries, one for keys and values. A row with a slot
-below 0 is padding: its queries are computed, since nothing depends on them, and nothing is written to the cache.
+below 0 is padding: its queries are computed, since nothing depends on them, and nothing is written to the cache. Where ranks each have
+some of the heads that are normed at once, they send each other the sums of their squares in this kernel (`mailbox`).
 
 Shape suffixes: T rows, N columns of the joined projection, Q query heads, H key/value heads, C channels of a head, R half the rotary
 channels, P pages, S slots of a page.
@@ -14,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pointsman.kernels.mailbox import Mailbox, sum_over_ranks
 
 ALL, EACH, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -34,10 +37,25 @@ def _tile(ptr, weight_ptr, head, channel, first, HEADS: tl.constexpr, C: tl.cons
 
 
 @triton.jit
-def _factor(squares, epsilon, HEADS: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr):
+def _factor(
+    squares,
+    boxes_ptr,
+    turns_ptr,
+    place,
+    epsilon,
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    NORM: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+):
     """What a norm multiplies with, of the sum of squares of each head."""
     if NORM == ALL:
-        return tl.rsqrt(tl.sum(squares, axis=0) / (HEADS * C) + epsilon)
+        total = tl.sum(squares, axis=0)
+        if RANKS > 1:
+            one = tl.arange(0, 1)
+            total = tl.sum(sum_over_ranks(total + tl.zeros((1,), tl.float32), boxes_ptr, turns_ptr, place, one, one == 0, 1, RANK, RANKS))
+        return tl.rsqrt(total / (RANKS * HEADS * C) + epsilon)
     elif NORM == EACH:
         return tl.rsqrt(squares / C + epsilon)[:, None]
     else:
@@ -61,6 +79,9 @@ def _norm_rotate_store(
     sin_ptr,
     out_ptr,
     head_stride,
+    boxes_ptr,
+    turns_ptr,
+    place,
     epsilon,
     HEADS: tl.constexpr,
     C: tl.constexpr,
@@ -69,6 +90,8 @@ def _norm_rotate_store(
     HEADS_PAD: tl.constexpr,
     R_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     head = tl.arange(0, HEADS_PAD)
     turning = tl.arange(0, R_PAD)
@@ -80,9 +103,9 @@ def _norm_rotate_store(
         passing = tl.arange(0, REST_PAD)
         rest, rest_weight = _tile(in_ptr, weight_ptr, head, passing, 2 * R, HEADS, C, C - 2 * R, NORM)
         squares += tl.sum(rest * rest, axis=1)
-        factor = _factor(squares, epsilon, HEADS, C, NORM)
+    factor = _factor(squares, boxes_ptr, turns_ptr, place, epsilon, HEADS, C, NORM, RANK, RANKS)
+    if C > 2 * R:
         _store(out_ptr, head_stride, head, passing, 2 * R, (rest * factor * rest_weight).to(dtype), HEADS, C - 2 * R)
-    factor = _factor(squares, epsilon, HEADS, C, NORM)
     low = (low * factor * low_weight).to(dtype).to(tl.float32)
     high = (high * factor * high_weight).to(dtype).to(tl.float32)
     cos = tl.load(cos_ptr + turning, mask=turning < R, other=0.0)[None, :]
@@ -102,6 +125,8 @@ def qkv_post_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    boxes_ptr,
+    turns_ptr,
     epsilon,
     Q: tl.constexpr,
     H: tl.constexpr,
@@ -114,19 +139,27 @@ def qkv_post_kernel(
     C_PAD: tl.constexpr,
     R_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     in_ptr = qkv_ptr + row * (Q + 2 * H) * C
     cos_ptr += row * R
     sin_ptr += row * R
     if tl.program_id(1) == 0:
-        _norm_rotate_store(in_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_ptr + row * Q * C, C, epsilon, Q, C, R, NORM, Q_PAD, R_PAD, REST_PAD)
+        _norm_rotate_store(
+            *(in_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_ptr + row * Q * C, C, boxes_ptr, turns_ptr, row * 2, epsilon),
+            *(Q, C, R, NORM, Q_PAD, R_PAD, REST_PAD, RANK, RANKS),
+        )
     else:
         slot = tl.load(slots_ptr + row).to(tl.int64)
         if slot >= 0:
             at = (slot // PAGE * H * PAGE + slot % PAGE) * C
             in_ptr += Q * C
-            _norm_rotate_store(in_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_ptr + at, PAGE * C, epsilon, H, C, R, NORM, H_PAD, R_PAD, REST_PAD)
+            _norm_rotate_store(
+                *(in_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_ptr + at, PAGE * C, boxes_ptr, turns_ptr, row * 2 + 1, epsilon),
+                *(H, C, R, NORM, H_PAD, R_PAD, REST_PAD, RANK, RANKS),
+            )
             head = tl.arange(0, H_PAD)
             channel = tl.arange(0, C_PAD)
             inside = (head[:, None] < H) & (channel[None, :] < C)
@@ -144,6 +177,7 @@ def qkv_post(
     k_PHSC: Tensor,
     v_PHSC: Tensor,
     slots_T: Tensor,
+    mailbox: Mailbox | None = None,
 ) -> Tensor:
     """The queries [T, Q, C] in qkv's dtype; keys and values go to their slots of one layer's pages, in the pages' dtype.
 
@@ -152,6 +186,8 @@ def qkv_post(
         q_weight, k_weight: weights of the norms over all Q C and all H C columns, or over the C of each head; None norms nothing.
         cos_TR, sin_TR: float32, as `reference.rotary_angles`.
         slots_T: int32 or int64; a negative one writes nothing.
+        mailbox: for norms over the heads of all ranks, of which each has as many, and each head is on as many ranks as any other. It is
+            of float32, one number wide, with two rows for each of T.
     """
     num_rows, width = qkv_TN.shape
     _, kv_heads, page_size, channels = k_PHSC.shape
@@ -160,10 +196,12 @@ def qkv_post(
     assert heads > 0 and width == (heads + 2 * kv_heads) * channels and 0 < 2 * half <= channels
     norm = NONE.value
     if q_weight is not None and k_weight is not None:
-        norm = EACH.value if q_weight.shape == k_weight.shape == (channels,) else ALL.value
+        norm = EACH.value if mailbox is None and q_weight.shape == k_weight.shape == (channels,) else ALL.value
         assert norm == EACH.value or (q_weight.shape, k_weight.shape) == ((heads * channels,), (kv_heads * channels,))
     for tensor in (qkv_TN, cos_TR, sin_TR, k_PHSC, v_PHSC, slots_T):
         assert tensor.is_contiguous()
+    if mailbox is not None:
+        assert norm == ALL.value and mailbox.width == 1 and mailbox.dtype == torch.float32 and 2 * num_rows <= mailbox.num_rows
     q_TQC = torch.empty(num_rows, heads, channels, dtype=qkv_TN.dtype, device=qkv_TN.device)
     if num_rows:
         qkv_post_kernel[(num_rows, 2)](
@@ -176,6 +214,8 @@ def qkv_post(
             q_TQC,
             k_PHSC,
             v_PHSC,
+            qkv_TN if mailbox is None else mailbox.boxes_R,
+            qkv_TN if mailbox is None else mailbox.turns_P,
             epsilon,
             Q=heads,
             H=kv_heads,
@@ -188,6 +228,8 @@ def qkv_post(
             C_PAD=triton.next_power_of_2(channels),
             R_PAD=triton.next_power_of_2(half),
             REST_PAD=triton.next_power_of_2(max(1, channels - 2 * half)),
+            RANK=0 if mailbox is None else mailbox.rank,
+            RANKS=1 if mailbox is None else mailbox.num_ranks,
             num_warps=max(1, triton.next_power_of_2(heads * channels) // 1024),
         )
     return q_TQC

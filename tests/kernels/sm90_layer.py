@@ -13,6 +13,7 @@ import sys
 import torch
 
 from pointsman.kernels import block_gemm, gated, norm_quant, paged_attention
+from pointsman.kernels.mailbox import Mailbox, all_reduce
 from pointsman.kernels.paged_attention import TilePlan
 from pointsman.kernels.qkv_post import qkv_post
 from pointsman.kernels.sampling import RowSampling, draw
@@ -21,7 +22,7 @@ from tests.kernels.sm90 import SHARED_LIMIT, Binary, Launch, caught
 
 HIDDEN, HEADS, KV_HEADS, CHANNELS, HALF = 3072, 48, 8, 128, 32
 WIDTH = 1536  # of an expert that all tokens share
-FEW = [(1, 1), (1, 64), (1, 1024), (4, 16), (2, 128)]
+FEW = [(1, 1), (1, 64), (1, 1024), (4, 16), (2, 128), (8, 1)]
 ALL = [(tp, 2**power) for tp in (1, 2, 4) for power in range(14)]
 
 
@@ -44,6 +45,12 @@ def rows_of(num_rows: int, width: int) -> Quantized:
     return Quantized(meta(num_rows, width, dtype=FP8), meta(num_rows, width // 128))
 
 
+def box(tp: int, num_rows: int, width: int, dtype: torch.dtype) -> Mailbox | None:
+    """The last rank's mailbox; one device needs none."""
+    turns, addresses = meta(num_rows, dtype=torch.int32), meta(tp, dtype=torch.int64)
+    return Mailbox(rank=tp - 1, num_ranks=tp, width=width, dtype=dtype, boxes_R=addresses, turns_P=turns) if tp > 1 else None
+
+
 def products(tp: int, num_rows: int) -> list[Launch]:
     """The linears of a layer on one of `tp` devices; and, once, the head that never varies and weights of ragged parts."""
     width = HEADS * CHANNELS // tp
@@ -57,13 +64,16 @@ def products(tp: int, num_rows: int) -> list[Launch]:
 
 
 def others(tp: int, num_rows: int) -> list[Launch]:
-    """Norms, the activation between matrices, what follows the joined projection, and attention, with every dtype of the cache."""
+    """Norms, sums over ranks, the activation between matrices, what follows the joined projection, and attention, by dtype of the cache."""
     heads, kv_heads = HEADS // tp, KV_HEADS // tp
     x_TD, weight_D = meta(num_rows, HIDDEN, dtype=torch.bfloat16), meta(HIDDEN, dtype=torch.bfloat16)
     positions_T, table_LP = meta(num_rows, dtype=torch.int64), meta(128, 4096, dtype=torch.int32)
+    rows, squares = box(tp, num_rows, HIDDEN, torch.bfloat16), box(tp, 2 * num_rows, 1, torch.float32)
     with caught() as found:
-        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6)
-        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, quantize=True)
+        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, mailbox=rows)
+        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, quantize=True, mailbox=rows)
+        if rows is not None:
+            all_reduce(x_TD, rows)
         norm_quant.quantize(meta(num_rows, heads * CHANNELS, dtype=torch.bfloat16))
         for quantize in (False, True):
             gated.activate(meta(num_rows, 2 * WIDTH, dtype=torch.bfloat16), quantize)
@@ -72,6 +82,7 @@ def others(tp: int, num_rows: int) -> list[Launch]:
             qkv_TN = meta(num_rows, (heads + 2 * kv_heads) * CHANNELS, dtype=torch.bfloat16)
             norms = meta(heads * CHANNELS, dtype=torch.bfloat16), meta(kv_heads * CHANNELS, dtype=torch.bfloat16)
             angles = meta(num_rows, HALF), meta(num_rows, HALF)
+            qkv_post(qkv_TN, *norms, 1e-6, *angles, pages, pages, positions_T, squares)
             for weights in (norms, (norms[0][:CHANNELS], norms[1][:CHANNELS]), (None, None)):
                 q_TQC = qkv_post(qkv_TN, *weights, 1e-6, *angles, pages, pages, positions_T)
             for splits in (1, paged_attention.num_splits(num_rows, kv_heads)):
