@@ -13,8 +13,8 @@ when the call returns.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
+from pointsman.distributed.peer_memory import PeerMemory, allocate
 from pointsman.distributed.rendezvous import first_line, meet, reason_against
 
 NAME = "mesh"
@@ -41,6 +42,10 @@ class Exchange(Protocol):
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite it with that of rank 0."""
 
+    @property
+    def store(self) -> Any:
+        """Where ranks leave each other messages, before there is anything to exchange."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Mesh:
@@ -51,13 +56,14 @@ class Mesh:
         ep: groups of ranks that hold whole experts; a divisor of tp. Within a group, experts are split in their width.
         rank: from 0; rank 0 alone schedules, draws tokens and answers.
         device: where the tensors of collectives are.
+        exchange: what carries them; None where there is one rank.
     """
 
     tp: int = 1
     ep: int = 1
     rank: int = 0
     device: torch.device = CPU
-    _exchange: Exchange | None = field(default=None, repr=False)
+    exchange: Exchange | None = field(default=None, repr=False)
 
     @property
     def size(self) -> int:
@@ -108,7 +114,7 @@ class Mesh:
                 torch.cuda.set_device(device)
             store, group = meet((address, port), rank=rank, size=tp, name=token, backend=backend, timeout=limit, listener=listener)
             exchange = (_Nccl if backend == "nccl" else _Gloo)(group, store, rank, tp, limit)
-            mesh = Mesh(tp=tp, ep=ep, rank=rank, device=device, _exchange=exchange)
+            mesh = Mesh(tp=tp, ep=ep, rank=rank, device=device, exchange=exchange)
             mesh._meet()
         except (RuntimeError, OSError) as error:
             raise ConnectionError(f"rank {rank} did not meet the {tp - 1} others at {address}:{port}: {first_line(error)}") from error
@@ -120,16 +126,30 @@ class Mesh:
         if sizes != [[self.tp, self.ep, rank] for rank in range(self.tp)]:
             raise RuntimeError(f"(tp, ep, rank) of the ranks are {sizes}")
 
+    def share_memory(self, num_bytes: int, name: str) -> PeerMemory | str:
+        """Memory of so many bytes on each rank's device that all of them write to, or why there is none, the same on all ranks.
+
+        Args:
+            name: used once; all ranks call this with it.
+        """
+        assert self.exchange is not None
+        return allocate(num_bytes, device=self.device, store=self.exchange.store, rank=self.rank, num_ranks=self.tp, name=name)
+
+    def carried_by(self, make: Callable[[Exchange], Exchange]) -> Mesh:
+        """The same ranks with another exchange in the place of theirs, made of it."""
+        assert self.exchange is not None
+        return replace(self, exchange=make(self.exchange))
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in the tensor's dtype, with the same bits on each. The tensor is used up: its memory may be the answer's.
 
         Raises:
             ConnectionError: a rank is gone, or did not come in time. On a GPU this may come later, from whoever waits for the device.
         """
-        if self._exchange is None or tensor.numel() == 0:
+        if self.exchange is None or tensor.numel() == 0:
             return tensor
         with _Naming(self, "all-reduce"):
-            return self._exchange.all_reduce(tensor.contiguous())
+            return self.exchange.all_reduce(tensor.contiguous())
 
     def all_gather(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         """Those of all ranks side by side along an axis, in the order of ranks.
@@ -137,7 +157,7 @@ class Mesh:
         Args:
             sizes: of that axis on each rank, where they are not all the same.
         """
-        if self._exchange is None:
+        if self.exchange is None:
             return tensor
         sizes = [tensor.shape[dim]] * self.tp if sizes is None else list(sizes)
         assert sizes[self.rank] == tensor.shape[dim]
@@ -151,15 +171,15 @@ class Mesh:
             shape[dim] = sum(sizes)
             return tensor.new_empty(shape)
         with _Naming(self, "all-gather"):
-            parts = self._exchange.all_gather(padded.contiguous())
+            parts = self.exchange.all_gather(padded.contiguous())
         return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim=dim)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrite a contiguous tensor with that of rank 0, and return it."""
-        if self._exchange is not None and tensor.numel():
+        if self.exchange is not None and tensor.numel():
             assert tensor.is_contiguous()
             with _Naming(self, "broadcast"):
-                self._exchange.broadcast(tensor)
+                self.exchange.broadcast(tensor)
         return tensor
 
 
@@ -182,7 +202,7 @@ class _Gloo:
     """CPUs over TCP. Sums are made by each rank of all ranks' numbers, in the order of ranks, so no bit depends on the size of a step."""
 
     def __init__(self, group: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-        self._group, self._store, self._size, self._timeout = group, store, size, timeout
+        self._group, self.store, self._size, self._timeout = group, store, size, timeout
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         parts = self.all_gather(tensor)
@@ -208,7 +228,7 @@ class _Nccl:
     """GPUs by NCCL, on the current stream."""
 
     def __init__(self, group: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-        self._group, self._store, self._size = group, store, size
+        self._group, self.store, self._size = group, store, size
         self._reduce, self._gather, self._broadcast = dist.AllreduceOptions(), AllgatherOptions(), dist.BroadcastOptions()
         self._broadcast.rootRank = 0
         for options in (self._reduce, self._gather, self._broadcast):

@@ -26,7 +26,7 @@ def meet(
     timeout: timedelta,
     listener: socket.socket | None = None,
 ) -> tuple[Any, Any]:
-    """The store and the backend's process group; both must be kept. All members call this with the same name.
+    """The members' own part of the store, and the backend's process group; both must be kept. All call this with the same name.
 
     Args:
         timeout: of meeting, and of each operation after it.
@@ -41,7 +41,7 @@ def meet(
         options["master_listen_fd"] = (listener or listen(*address)).detach()
     store = dist.TCPStore(*address, **options)  # type: ignore[attr-defined]
     named = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    return store, (_nccl if backend == "nccl" else _gloo)(named, rank, size, timeout, address)
+    return named, (_nccl if backend == "nccl" else _gloo)(named, rank, size, timeout, address)
 
 
 def _nccl(store: Any, rank: int, size: int, timeout: timedelta, address: tuple[str, int]) -> Any:
