@@ -34,6 +34,7 @@ from pointsman.kernels.cpu_step import (
     is_cached,
     kinds_of,
     pack_weights,
+    pieces,
     start_compiling,
 )
 from pointsman.kernels.weight import Weight
@@ -90,13 +91,12 @@ def unsupported(architecture: Architecture, *, runner: str, linear: Linear, dtyp
         return "the FP8 linear backend is 'reference', and it multiplies as 'cpu' does"
     if dtype != torch.float32:
         return f"the dtype is {str(dtype).removeprefix('torch.')}, and it computes in float32"
-    spec = architecture.routing
-    if architecture.dense_layers or architecture.shared_width:
-        return "the model has dense layers or shared experts, and it runs chosen experts alone"
-    if architecture.qkv_bias:
-        return "the projections have a bias, and it adds none"
+    spec, block, width = architecture.routing, architecture.quantization_block, architecture.expert_width
     if spec.top_groups < spec.num_groups:
         return f"a token's experts come from {spec.top_groups} of {spec.num_groups} groups, and it chooses among all"
+    for what, other in (("shared expert", architecture.shared_width), ("dense layers", architecture.dense_width)):
+        if other > width and block is not None and any(width % size for size in block):
+            return f"it cuts the {what} ({other} wide) at multiples of the experts' width, and {width} is none of the FP8 blocks' {block}"
     return None
 
 
@@ -176,6 +176,10 @@ def _shape(architecture: Architecture) -> ModelShape:
         score=architecture.routing.score,
         renormalize=architecture.routing.renormalize,
         routing_scale=architecture.routing.scale,
+        biased=architecture.qkv_bias,
+        shared=-(-architecture.shared_width // architecture.expert_width),
+        dense_layers=architecture.dense_layers,
+        dense=-(-architecture.dense_width // architecture.expert_width),
     )
 
 
@@ -185,7 +189,7 @@ def _pack(decoder: Decoder, *, len_positions: int) -> CpuWeights:
     return pack_weights(
         _shape(architecture),
         embed=_array(parameters.embed_VD),
-        layers=_layers(parameters.layers),
+        layers=_layers(parameters.layers, architecture.expert_width),
         final_norm=_array(parameters.norm_D),
         head=_matrix(parameters.head),
         cos=cos.numpy(),
@@ -193,21 +197,35 @@ def _pack(decoder: Decoder, *, len_positions: int) -> CpuWeights:
     )
 
 
-def _layers(layers: tuple[LayerParameters, ...]) -> Iterator[LayerWeights]:
+def _layers(layers: tuple[LayerParameters, ...], width: int) -> Iterator[LayerWeights]:
     for layer in layers:
-        experts = layer.experts
-        assert experts is not None and layer.gate_ED is not None
         yield LayerWeights(
             input_norm=_array(layer.attention_norm_D),
             qkv=_matrix(layer.qkv),
-            q_norm=None if layer.q_norm_Q is None else _array(layer.q_norm_Q),
-            k_norm=None if layer.k_norm_W is None else _array(layer.k_norm_W),
+            qkv_bias=_maybe(layer.qkv_bias_N),
+            q_norm=_maybe(layer.q_norm_Q),
+            k_norm=_maybe(layer.k_norm_W),
             o=_matrix(layer.o),
             post_norm=_array(layer.expert_norm_D),
-            gate=_array(layer.gate_ED),
-            bias=None if layer.bias_E is None else _array(layer.bias_E),
-            experts=[(_matrix(experts.gate_up[number]), _matrix(experts.down[number])) for number in range(experts.num_experts)],
+            gate=_maybe(layer.gate_ED),
+            bias=_maybe(layer.bias_E),
+            experts=_pairs(layer, width),
         )
+
+
+def _pairs(layer: LayerParameters, width: int) -> list[tuple[Matrix, Matrix]]:
+    """The matrices of the experts, and those that all tokens take in pieces of an expert's width."""
+    found: list[tuple[Matrix, Matrix]] = []
+    if (experts := layer.experts) is not None:
+        found = [(_matrix(experts.gate_up[number]), _matrix(experts.down[number])) for number in range(experts.num_experts)]
+    for pair in (layer.shared, layer.dense):
+        if pair is not None:
+            found += pieces(_matrix(pair.gate_up), _matrix(pair.down), width)
+    return found
+
+
+def _maybe(tensor: Tensor | None) -> npt.NDArray[Any] | None:
+    return None if tensor is None else _array(tensor)
 
 
 def _matrix(weight: Weight) -> Matrix:

@@ -79,6 +79,9 @@ def prepare(step, thread, layer, row):
     """Norm queries and keys, turn them, keep the queries, and put keys and values into the cache."""
     dim, half, position = step.head_dim, step.half_rotary, step.positions[row]
     queries = at(step.qkv_out, row * step.qkv_stride)
+    if step.biased:
+        for i in range(0, step.qkv_stride, 16):
+            store(queries, i, load(queries, i) + load(step.qkv_bias, layer * step.qkv_stride + i))
     keys, values = at(queries, step.heads * dim), at(queries, (step.heads + step.kv_heads) * dim)
     cos, sin = at(step.cos, position * half), at(step.sin, position * half)
     scale = step.cache_lift / root(np.float32(dim))

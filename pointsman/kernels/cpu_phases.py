@@ -92,23 +92,30 @@ def judge(step, layer, row, num_rows):
     rows = at(step.counting, row)
     for panel in range(step.gate.panels):
         logits = at(step.scores, panel * PANEL)
-        multiply(step.gate, layer, panel, step.h, step.hidden_stride, rows, logits, step.expert_stride, rows, num_rows)
+        multiply(step.gate, step.route_of[layer], panel, step.h, step.hidden_stride, rows, logits, step.expert_stride, rows, num_rows)
 
 
 @kernel
 def route(step, layer, row, slot, forced):
     """From the router's logits in `scores`, choose a row's experts by score plus bias and weigh them by score alone.
 
-    They are written down by cache slot, best first; a forced row takes those that stand there, and how many layers would have
-    chosen the same set is counted by slot.
+    What all tokens take follows, with weight one; in a dense layer, that alone. The chosen are written down by cache slot, best first; a
+    forced row takes those that stand there, and how many layers would have chosen the same set is counted by slot.
     """
     scores = at(step.scores, row * step.expert_stride)
-    chosen, weights = at(step.chosen, row * step.top_k), at(step.weights, row * step.top_k)
+    number, choices = step.route_of[layer], step.choices_of[layer]
+    chosen, weights = at(step.chosen, row * choices), at(step.weights, row * choices)
+    for k in range(choices):
+        chosen[k], weights[k] = step.experts + k - step.top_k, np.float32(1)
+    if number < 0:
+        for k in range(choices):
+            chosen[k] = k
+        return
     score(step, scores)
-    place = (slot * step.layers + layer) * step.top_k
-    choose(scores, at(step.bias, layer * step.experts), chosen, step.experts, step.top_k)
+    place = (slot * step.routed_layers + number) * step.top_k
+    choose(scores, at(step.bias, number * step.experts), chosen, step.experts, step.top_k)
     if forced:
-        counted = np.int64(step.alike[slot]) if layer > 0 else whole(0)
+        counted = np.int64(step.alike[slot]) if number > 0 else whole(0)
         step.alike[slot] = np.int16(counted + same_set(step, chosen, place))
         for k in range(step.top_k):
             chosen[k] = np.int64(step.routes16[place + k]) if step.wide_routes else np.int64(step.routes8[place + k])
@@ -171,16 +178,16 @@ def choose(scores, bias, chosen, experts, top_k):
 
 
 @kernel
-def sort_pairs(step, num_rows, wanted_only):
+def sort_pairs(step, layer, num_rows, wanted_only):
     """List the (row, choice) pairs of each expert in the order of rows, and the experts that have any; returns their number."""
-    starts, top_k = step.starts, step.top_k
-    for expert in range(step.experts + 1):
+    starts, top_k, experts = step.starts, step.choices_of[layer], step.matrices_of[layer]
+    for expert in range(experts + 1):
         starts[expert] = 0
     for pair in range(num_rows * top_k):
         if step.wanted[pair // top_k] or not wanted_only:
             starts[step.chosen[pair] + 1] += 1
     num_active = 0
-    for expert in range(step.experts):
+    for expert in range(experts):
         if starts[expert + 1]:
             step.active[num_active] = expert
             num_active += 1
@@ -190,7 +197,7 @@ def sort_pairs(step, num_rows, wanted_only):
             expert = step.chosen[pair]
             step.pairs[starts[expert]], step.sources[starts[expert]] = pair, pair // top_k
             starts[expert] += 1
-    for expert in range(step.experts, 0, -1):
+    for expert in range(experts, 0, -1):
         starts[expert] = starts[expert - 1]
     starts[0] = 0
     return num_active
@@ -200,7 +207,7 @@ def sort_pairs(step, num_rows, wanted_only):
 def expand(step, thread, layer, item):
     """activations[pair] = silu(gate) * up, one panel of one expert: 32 gate outputs and their 32 ups."""
     expert, panel = step.active[item // step.gate_up.panels], item % step.gate_up.panels
-    index, tile = layer * step.experts + expert, at(step.tile, thread * 4 * PANEL)
+    index, tile = step.first_of[layer] + expert, at(step.tile, thread * 4 * PANEL)
     for place in range(step.starts[expert], step.starts[expert + 1], 4):
         height = min(4, step.starts[expert + 1] - place)
         multiply(step.gate_up, index, panel, step.h, step.hidden_stride, at(step.sources, place), tile, whole(PANEL), step.counting, height)
@@ -217,16 +224,17 @@ def contract(step, layer, item):
     expert, panel = step.active[item // step.down.panels], item % step.down.panels
     first, last = step.starts[expert], step.starts[expert + 1]
     rows, y = at(step.pairs, first), at(step.outputs, panel * PANEL)
-    index, activations, stride = layer * step.experts + expert, step.activations, step.width_stride
+    index, activations, stride = step.first_of[layer] + expert, step.activations, step.width_stride
     multiply(step.down, index, panel, activations, stride, rows, y, step.hidden_stride, rows, last - first)
 
 
 @kernel
-def combine(step, row, target):
-    """target = a row of the residual stream and its experts, weighted, in the order of choice."""
-    weights, pair, x = at(step.weights, row * step.top_k), row * step.top_k, at(step.x, row * step.hidden_stride)
+def combine(step, layer, row, target):
+    """target = a row of the residual stream and its experts of a layer, weighted, in the order of choice."""
+    choices = step.choices_of[layer]
+    weights, pair, x = at(step.weights, row * choices), row * choices, at(step.x, row * step.hidden_stride)
     for i in range(0, step.hidden_stride, 16):
         value = load(x, i)
-        for k in range(step.top_k):
+        for k in range(choices):
             value = fma(splat(weights[k]), load(step.outputs, (pair + k) * step.hidden_stride + i), value)
         store(target, i, value)

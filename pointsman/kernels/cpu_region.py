@@ -49,7 +49,7 @@ def check(step):
                 return row + 1
         step.slots[row] = pages[position // step.page_size] * step.page_size + position % step.page_size
         if step.forced[row]:
-            size = step.layers * step.top_k
+            size = step.routed_layers * step.top_k
             for i in range(step.slots[row] * size, (step.slots[row] + 1) * size):
                 if (step.routes16[i] if step.wide_routes else step.routes8[i]) >= step.experts:
                     return row + 1
@@ -76,7 +76,7 @@ def work_on_rows(step, thread, kind, layer, first, count):
             if layer == 0:
                 embed(step, step.tokens[row], row)
             else:
-                combine(step, row, x)
+                combine(step, layer - 1, row, x)
             norm(x, at(step.input_norm, layer * stride), h, hidden, stride, epsilon, step.lift_attention)
         elif kind == PREPARE:
             prepare(step, thread, layer, row)
@@ -84,10 +84,11 @@ def work_on_rows(step, thread, kind, layer, first, count):
             add(x, at(step.projected, row * stride), stride)
             norm(x, at(step.post_norm, layer * stride), h, hidden, stride, epsilon, step.lift_experts)
         else:
-            combine(step, step.logit_rows[row], h)
+            combine(step, layer, step.logit_rows[row], h)
             norm(h, step.final_norm, h, hidden, stride, epsilon, step.lift_head)
     if kind == ROUTE:
-        judge(step, layer, first, count)
+        if step.route_of[layer] >= 0:
+            judge(step, layer, first, count)
         for row in range(first, first + count):
             route(step, layer, row, step.slots[row], step.forced[row])
 
@@ -146,13 +147,13 @@ def open_next(step, thread, phase, kind, layer, num_rows, num_logits):
     """Open the first phase after this one that has items, having done the row phases that need nobody else."""
     while True:
         if kind == ROUTE:
-            step.active[step.experts] = sort_pairs(step, num_rows, layer + 1 == step.layers)
+            step.active[step.most_matrices] = sort_pairs(step, layer, num_rows, layer + 1 == step.layers)
         kind, layer = after(step, kind, layer)
         phase += 1
         if kind == END:
             put(step.control, phase, whole(0))
             return
-        items = items_of(step, kind, num_rows, num_logits, step.active[step.experts])
+        items = items_of(step, kind, num_rows, num_logits, step.active[step.most_matrices])
         if by_rows(kind) and items <= ALONE:
             work_on_rows(step, thread, kind, layer, whole(0), items)
         elif items > 0:

@@ -34,7 +34,7 @@ from pointsman.kernels.cpu_table import (
     step_fields,
     table,
 )
-from pointsman.kernels.cpu_weights import CpuWeights, LayerWeights, ModelShape, pack_weights, padded
+from pointsman.kernels.cpu_weights import CpuWeights, LayerWeights, ModelShape, pack_weights, padded, pieces
 
 __all__ = [
     "CpuCache",
@@ -45,6 +45,7 @@ __all__ = [
     "is_cached",
     "kinds_of",
     "pack_weights",
+    "pieces",
     "start_compiling",
 ]
 
@@ -151,7 +152,8 @@ def _most_items(shape: ModelShape, max_rows: int) -> int:
     """A bound on what threads can take in one phase: rows, panels times blocks of rows, or panels times experts."""
     channels = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     widest = padded(max(shape.vocab, shape.hidden, channels)) // 64
-    return max(max_rows * shape.kv_heads, -(-max_rows // 64) * widest, shape.experts * (max(shape.width, shape.hidden) // 32 + 1))
+    matrices = shape.most_matrices
+    return max(max_rows * shape.kv_heads, -(-max_rows // 64) * widest, matrices * (max(shape.width, shape.hidden) // 32 + 1))
 
 
 def _check_cache(shape: ModelShape, cache: CpuCache) -> None:
@@ -161,7 +163,7 @@ def _check_cache(shape: ModelShape, cache: CpuCache) -> None:
     for name, array, form, dtype in (
         ("k", cache.k, right, cache.k.dtype),
         ("v", cache.v, right, cache.k.dtype),
-        ("routes", cache.routes, (pages * page_size, shape.layers, shape.top_k), routes),
+        ("routes", cache.routes, (pages * page_size, shape.routed_layers, shape.top_k), routes),
         ("alike", cache.alike, (pages * page_size,), np.dtype(np.int16)),
         ("page_table", cache.page_table, (*cache.page_table.shape[:1], cache.page_table.shape[-1]), np.dtype(np.int32)),
     ):
@@ -171,13 +173,27 @@ def _check_cache(shape: ModelShape, cache: CpuCache) -> None:
 
 def _numbers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, NDArray[np.int64]]:
     """Integer buffers by name."""
-    pairs = max_rows * shape.top_k
+    pairs = max_rows * shape.most_choices
     sizes = dict.fromkeys(("tokens", "positions", "lanes", "slots", "forced", "logit_rows", "wanted"), max_rows)
     sizes |= {"groups": max_rows + 1, "members": num_threads * _queries(shape), "places": num_threads * (ATTENTION_BLOCK + 64)}
-    sizes |= dict.fromkeys(("chosen", "pairs", "sources"), pairs) | dict.fromkeys(("starts", "active"), shape.experts + 1)
+    sizes |= dict.fromkeys(("chosen", "pairs", "sources"), pairs) | dict.fromkeys(("starts", "active"), shape.most_matrices + 1)
     numbers = {name: aligned((size,), np.dtype(np.int64)) for name, size in (sizes | {"control": CONTROL_WORDS}).items()}
     numbers["control"][THREADS] = num_threads
-    return numbers | {"counting": np.arange(max_rows + 4)}
+    return numbers | {"counting": np.arange(max_rows + 4)} | _layer_numbers(shape)
+
+
+def _layer_numbers(shape: ModelShape) -> dict[str, NDArray[np.int64]]:
+    """Of each layer: its number among those that route, or -1; choices of a row, its first matrix in the stacks, and how many it has."""
+    layers = range(shape.layers)
+    routed = [layer for layer in layers if layer not in shape.dense_layers]
+    matrices = [shape.matrices(layer) for layer in layers]
+    numbers = {
+        "route_of": [routed.index(layer) if layer in routed else -1 for layer in layers],
+        "choices_of": [shape.choices(layer) for layer in layers],
+        "first_of": [sum(matrices[:layer]) for layer in layers],
+        "matrices_of": matrices,
+    }
+    return {name: np.array(values, np.int64) for name, values in numbers.items()}
 
 
 def _buffers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, NDArray[np.float32]]:
@@ -185,7 +201,7 @@ def _buffers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, ND
     hidden, head = padded(shape.hidden), padded(shape.head_dim, 16)
     queries = num_threads * _queries(shape)
     channels = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    sizes = {"x": (max_rows, hidden), "h": (max_rows, hidden), "projected": (max_rows, hidden), "weights": (max_rows, shape.top_k)}
+    sizes = {"x": (max_rows, hidden), "h": (max_rows, hidden), "projected": (max_rows, hidden), "weights": (max_rows, shape.most_choices)}
     sizes |= {
         "scores": (max_rows, padded(shape.experts)),
         "queries": (max_rows, shape.heads * head),
@@ -193,7 +209,7 @@ def _buffers(shape: ModelShape, max_rows: int, num_threads: int) -> dict[str, ND
         "qkv_out": (max_rows, padded(channels)),
     }
     sizes |= {"attended": (max_rows, shape.heads * shape.head_dim)}
-    sizes |= {"activations": (max_rows * shape.top_k, padded(shape.width, 32)), "outputs": (max_rows * shape.top_k, hidden)}
+    sizes |= {"activations": (max_rows * shape.most_choices, padded(shape.width, 32)), "outputs": (max_rows * shape.most_choices, hidden)}
     sizes |= {
         "logits": (max_rows, padded(shape.vocab)),
         "tile": (num_threads, 4 * 64),
@@ -215,8 +231,22 @@ def _settings(
     lift = 2.0**60 if cache.k.dtype == np.uint8 else 1.0
     wide, bfloat16 = cache.routes.dtype == np.uint16, weights.embed.dtype == np.uint16
     none = {dtype: np.zeros(0, dtype) for dtype in (np.uint8, np.uint16, np.float32)}
-    names = ("hidden", "layers", "heads", "kv_heads", "head_dim", "experts", "top_k", "vocab", "epsilon", "renormalize", "routing_scale")
+    names = (
+        "hidden",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "experts",
+        "top_k",
+        "vocab",
+        "epsilon",
+        "renormalize",
+        "routing_scale",
+        "biased",
+    )
     values: dict[str, Any] = {name: getattr(shape, name) for name in names}
+    values |= {name: getattr(shape, name) for name in ("routed_layers", "most_matrices")}
     values |= {"norms_all": shape.qk_norm == "all", "norms_each": shape.qk_norm == "each", "softmax": shape.score == "softmax"}
     values |= {
         "num_threads": num_threads,
@@ -243,7 +273,10 @@ def _settings(
     values |= {"embed_bfloat16": bfloat16, "embed16": weights.embed if bfloat16 else none[np.uint16]}
     values |= {"embed32": none[np.float32] if bfloat16 else weights.embed, "cache_lift": lift, "lifts": np.full(64, lift, np.float32)}
     values |= {"lift_attention": weights.qkv.lift, "lift_experts": weights.gate_up.lift, "lift_head": weights.head.lift}
-    values |= {name: getattr(weights, name) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "final_norm", "bias", "cos", "sin")}
+    values |= {
+        name: getattr(weights, name)
+        for name in ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "final_norm", "bias", "cos", "sin")
+    }
     return values | {name: _linear(getattr(weights, name)) for name in ("qkv", "o", "gate", "gate_up", "down", "head")}
 
 

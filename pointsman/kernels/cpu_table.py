@@ -36,15 +36,19 @@ QUERIES = 16
 INTS = """
     num_threads max_rows hidden hidden_stride layers heads kv_heads head_dim head_stride half_rotary experts expert_stride top_k
     width_stride vocab logits_stride qkv_stride attended_stride num_pages page_size max_pages num_lanes max_positions
-    embed_bfloat16 wide_routes norms_all norms_each softmax renormalize most_queries panel_size pipe_in pipe_out
+    embed_bfloat16 wide_routes norms_all norms_each softmax renormalize biased routed_layers most_matrices most_queries
+    panel_size pipe_in pipe_out
 """
 FLOATS = "epsilon routing_scale lift_attention lift_experts lift_head cache_lift"
-WEIGHTS = "input_norm post_norm q_norm k_norm final_norm bias cos sin embed32"
+WEIGHTS = "input_norm post_norm qkv_bias q_norm k_norm final_norm bias cos sin embed32"
 BUFFERS = """
     x h scores weights queries turned qkv_out attended projected activations outputs logits tile
     key_panel lifts scratch_scores sums highest weight
 """
-NUMBERS = "control tokens positions lanes slots forced logit_rows wanted counting chosen starts pairs sources active groups members places"
+NUMBERS = """
+    control tokens positions lanes slots forced logit_rows wanted counting chosen starts pairs sources active groups members places
+    route_of choices_of first_of matrices_of
+"""
 
 
 def linear_fields(form: str) -> Fields:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator
@@ -13,16 +14,19 @@ import pytest
 import torch
 
 from pointsman import LLM, SamplingParams
+from pointsman.engine.compiled import unsupported
+from pointsman.kernels import LINEARS
 from pointsman.models.quantize import quantize_checkpoint
 from pointsman.rl import replay
 from pointsman.routed_experts import RoutedExperts, encode
 from tests.models.families import build, forward, save
+from tests.models.test_family_configs import ARCHITECTURES
 
 VOCABULARY = 288
 PROMPT = list(range(40, 60))
 # stored forms are those of other tests, so that a machine without compiled steps compiles no more of them;
-# dense layers and groups among them; the compiled step serves those that have neither these nor shared experts
-CASES = {"qwen": "compiled", "qwen, dense layers": "torch", "mixtral": "compiled", "glm, groups": "torch"}
+# the compiled step serves all but groups of experts
+CASES = {"qwen": "torch", "qwen, dense layers": "compiled", "mixtral": "compiled", "glm": "compiled", "glm, groups": "torch"}
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, return_routed_experts=True, logprobs=1)
 
 
@@ -84,26 +88,31 @@ def test_tokens_and_experts_are_theirs_and_their_model_replays_them(
     torch.testing.assert_close(found, logprobs, atol=1e-4, rtol=0)
 
 
-REASONS = {
-    "qwen, dense layers": "dense layers or shared experts",
-    "glm, groups": "dense layers or shared experts",
-}
+def test_where_the_compiled_step_cannot_serve_it_says_why(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    folder, reason = folders["glm, groups"], "experts come from 2 of 4 groups"
+    with pytest.raises(ValueError, match=f"cpu_step 'compiled' cannot serve here: .*{reason}.*'torch' can"):
+        LLM(str(folder), progress=False, cpu_step="compiled", context_length=128)
+    with caplog.at_level(logging.INFO), engine(folder, "auto"):
+        assert any("CPU step: torch" in line and reason in line for line in caplog.messages)
 
 
-@pytest.mark.parametrize("name", REASONS)
-def test_where_the_compiled_step_cannot_serve_it_says_why(name: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ValueError, match=f"cpu_step 'compiled' cannot serve here: .*{REASONS[name]}.*'torch' can"):
-        LLM(str(folders[name]), progress=False, cpu_step="compiled", context_length=128)
-    with caplog.at_level(logging.INFO), engine(folders[name], "auto"):
-        assert any("CPU step: torch" in line and REASONS[name] in line for line in caplog.messages)
+def test_what_all_tokens_take_is_not_cut_within_blocks() -> None:
+    """GLM-4.5-Air has dense layers 10944 wide and experts 1408 wide: pieces of whole blocks; experts 1400 wide are not."""
+    air = dataclasses.replace(ARCHITECTURES["Glm4Moe"], expert_width=1408, shared_width=1408, dense_width=10944)
+    for block, width, fits in (((128, 128), 1408, True), (None, 1400, True), ((128, 128), 1400, False)):
+        model = dataclasses.replace(air, quantization_block=block, expert_width=width, shared_width=width)
+        reason = unsupported(model, runner="cpu", linear=LINEARS["cpu"], dtype=torch.float32)
+        assert reason is None if fits else reason is not None and "dense layers (10944 wide)" in reason
 
 
-@pytest.mark.parametrize("name", ["mixtral", "glm, groups"])
+@pytest.mark.parametrize("name", ["mixtral", "glm"])
 def test_quantized_checkpoints_and_weights_that_come_later(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """FP8 weights serve, and an update from disk is as a fresh start from it: shared and dense matrices, biases and all."""
     (old, new) = (tmp_path / name for name in ("old", "new"))
     for seed, target in enumerate((old, new)):
-        quantize_checkpoint(save(build(name, vocab_size=VOCABULARY, seed=seed), tmp_path / f"plain {seed}"), target, progress=False)
+        quantize_checkpoint(
+            save(build(name, vocab_size=VOCABULARY, seed=seed), tmp_path / f"plain {seed}"), target, block=(8, 8), progress=False
+        )
     with engine(new, CASES[name], quantization="fp8") as llm:
         fresh = llm.generate([PROMPT], PARAMS)[0].outputs[0]
     with engine(old, CASES[name], quantization="fp8") as llm:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pointsman.kernels.cpu_pack import Matrix
-from pointsman.kernels.cpu_step import CpuCache, CpuStep, CpuWeights, LayerWeights, ModelShape, pack_weights
+from pointsman.kernels.cpu_step import CpuCache, CpuStep, CpuWeights, LayerWeights, ModelShape, pack_weights, pieces
 
 Floats = NDArray[np.float64]
 
@@ -33,6 +33,7 @@ class Layer:
     o: Floats
     gate_up: list[Floats]
     down: list[Floats]
+    common: tuple[Floats, Floats] | None
 
 
 class Model:
@@ -49,6 +50,8 @@ class Model:
         seed: int = 0,
         bias: float | None = 0.02,
         max_positions: int = 512,
+        shared_width: int = 0,
+        dense_width: int = 0,
     ) -> None:
         self.shape, self.block, self.generator = shape, block, np.random.default_rng(seed)
         half = shape.rotary_dim // 2
@@ -60,11 +63,14 @@ class Model:
         self.final_norm = 1 + 0.2 * self.normal(shape.hidden)
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.layers = []
-        for _ in range(shape.layers):
+        for number in range(shape.layers):
+            dense = number in shape.dense_layers
+            num_experts, common_width = (0, dense_width) if dense else (shape.experts, shared_width)
             qkv, qkv_values = self.matrix((q, kv, kv), shape.hidden, attention)
             o, o_values = self.matrix((shape.hidden,), q, attention)
-            gate_up = [self.matrix((shape.width, shape.width), shape.hidden, experts) for _ in range(shape.experts)]
-            down = [self.matrix((shape.hidden,), shape.width, experts) for _ in range(shape.experts)]
+            gate_up = [self.matrix((shape.width, shape.width), shape.hidden, experts) for _ in range(num_experts)]
+            down = [self.matrix((shape.hidden,), shape.width, experts) for _ in range(num_experts)]
+            common = self.pair(common_width, experts) if common_width else None
             packed = LayerWeights(
                 input_norm=1 + 0.2 * self.normal(shape.hidden),
                 qkv=qkv,
@@ -72,14 +78,22 @@ class Model:
                 k_norm=self.norm(kv),
                 o=o,
                 post_norm=1 + 0.2 * self.normal(shape.hidden),
-                gate=self.normal(shape.experts, shape.hidden) * np.float32(2 / shape.hidden**0.5),
-                bias=None if bias is None else np.float32(bias) * self.normal(shape.experts),
-                experts=[(a[0], b[0]) for a, b in zip(gate_up, down, strict=True)],
+                gate=None if dense else self.normal(shape.experts, shape.hidden) * np.float32(2 / shape.hidden**0.5),
+                bias=None if bias is None or dense else np.float32(bias) * self.normal(shape.experts),
+                experts=[(a[0], b[0]) for a, b in zip(gate_up, down, strict=True)]
+                + ([] if common is None else pieces(common[0][0], common[1][0], shape.width)),
+                qkv_bias=0.3 * self.normal(q + 2 * kv) if shape.biased else None,
             )
-            self.layers.append(Layer(packed, qkv_values, o_values, [a[1] for a in gate_up], [b[1] for b in down]))
+            self.layers.append(
+                Layer(packed, qkv_values, o_values, [a[1] for a in gate_up], [b[1] for b in down], common and (common[0][1], common[1][1]))
+            )
 
     def normal(self, *size: int) -> NDArray[np.float32]:
         return self.generator.standard_normal(size).astype(np.float32)
+
+    def pair(self, width: int, form: str) -> tuple[tuple[Matrix, Floats], tuple[Matrix, Floats]]:
+        """Gate and up joined, and down."""
+        return self.matrix((width, width), self.shape.hidden, form), self.matrix((self.shape.hidden,), width, form)
 
     def norm(self, width: int) -> NDArray[np.float32] | None:
         """The weights of a norm of q or k, which are so wide together."""
@@ -136,7 +150,9 @@ class Model:
         dtype = {"float32": np.float32, "bfloat16": np.uint16, "e4m3": np.uint8}[cache]
         size = (shape.layers, lanes * pages, shape.kv_heads, page_size, shape.head_dim)
         k, v = (np.full(size, np.nan if cache == "float32" else 0x7F if cache == "e4m3" else 0x7FC0, dtype) for _ in range(2))
-        routes = np.full((lanes * pages * page_size, shape.layers, shape.top_k), 251, np.uint8 if shape.experts <= 256 else np.uint16)
+        routes = np.full(
+            (lanes * pages * page_size, shape.routed_layers, shape.top_k), 251, np.uint8 if shape.experts <= 256 else np.uint16
+        )
         alike = np.full(lanes * pages * page_size, -7, np.int16)
         table = generator.permutation(lanes * pages).astype(np.int32).reshape(lanes, pages)
         held = CpuCache(k, v, routes, alike, table)
@@ -147,18 +163,23 @@ class Model:
     ) -> tuple[Floats, NDArray[np.int64]]:
         """Logits [T, vocab] of one sequence, or of one with its experts given, and the router's choice [T, layers, top_k], best first."""
         x, routes = self.embed[tokens], []
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             x = x + self.attention(layer, rms(x, layer.packed.input_norm, self.shape.epsilon), cache)
-            given = None if forced is None else forced[:, index].astype(np.int64)
-            update, best = self.experts(layer, rms(x, layer.packed.post_norm, self.shape.epsilon), given)
-            x = x + update
-            routes.append(best)
+            h = rms(x, layer.packed.post_norm, self.shape.epsilon)
+
+            if layer.common is not None:
+                x = x + pair_of(h, *layer.common)
+            if layer.packed.gate is not None:
+                given = None if forced is None else forced[:, len(routes)].astype(np.int64)
+                update, best = self.experts(layer, h, given)
+                x = x + update
+                routes.append(best)
         return rms(x, self.final_norm, self.shape.epsilon) @ self.head.T, np.stack(routes, axis=1)
 
     def attention(self, layer: Layer, h: Floats, cache: str) -> Floats:
         shape, length = self.shape, len(h)
         sizes = np.array([shape.heads, shape.kv_heads, shape.kv_heads]) * shape.head_dim
-        q, k, v = np.split(h @ layer.qkv.T, np.cumsum(sizes)[:2], axis=1)
+        q, k, v = np.split(h @ layer.qkv.T + (0 if layer.packed.qkv_bias is None else layer.packed.qkv_bias), np.cumsum(sizes)[:2], axis=1)
         q, k = self.turn(self.normed(q, layer.packed.q_norm)), self.turn(self.normed(k, layer.packed.k_norm))
         k = stored(k.astype(np.float32), cache)[1]
         v = stored(v.astype(np.float32).reshape(length, -1, shape.head_dim), cache)[1]
@@ -206,6 +227,11 @@ class Model:
                 gate, up = np.split(layer.gate_up[expert] @ h[row], 2)
                 out[row] += weight * (layer.down[expert] @ (gate / (1 + np.exp(-gate)) * up))
         return out, best
+
+
+def pair_of(h: Floats, gate_up: Floats, down: Floats) -> Floats:
+    gate, up = np.split(h @ gate_up.T, 2, axis=1)
+    return (gate / (1 + np.exp(-gate)) * up) @ down.T
 
 
 def rms(x: Floats, weight: NDArray[np.float32], epsilon: float) -> Floats:

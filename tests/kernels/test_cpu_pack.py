@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pointsman.kernels.cpu_pack import Matrix, aligned, gate_up_order, pack_linear
-from pointsman.kernels.cpu_step import ModelShape
+from pointsman.kernels.cpu_step import ModelShape, pieces
 from tests.kernels.cpu_model import Model
 
 SHAPE = ModelShape(vocab=30, hidden=40, layers=2, heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=3, top_k=2, width=24, epsilon=1e-6)
@@ -64,7 +64,7 @@ def test_layers_that_do_not_agree_are_refused() -> None:
     layer = model.layers[1]
     for wrong, message in (
         (replace(layer.packed, bias=layer.packed.bias[:2]), "bias"),
-        (replace(layer.packed, experts=layer.packed.experts[:2]), "2 experts"),
+        (replace(layer.packed, experts=layer.packed.experts[:2]), "2 pairs of matrices"),
         (replace(layer.packed, o=Matrix(np.zeros((40, 16), np.float32))), "same form"),
         (replace(layer.packed, o=layer.packed.qkv), "o has the shape"),
         (replace(layer.packed, qkv=replace(layer.packed.qkv, scales=np.ones((3, 2), np.float32), block=(128, 32))), "blocks"),
@@ -83,3 +83,30 @@ def test_layers_that_do_not_agree_are_refused() -> None:
 def test_shapes_that_make_no_sense_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(sizes))):
         replace(SHAPE, **sizes)
+
+
+def test_pieces_sum_to_the_pair_and_are_not_cut_within_blocks() -> None:
+    """Their values against slices of the whole; widths that no block ends at are refused, but for a pair of one piece."""
+    generator = np.random.default_rng(0)
+
+    def pair(width: int) -> tuple[Matrix, Matrix]:
+        up = generator.integers(0, 120, (2 * width, 20)).astype(np.uint8), generator.random((2 * -(-width // 4), 3), dtype=np.float32)
+        down = generator.integers(0, 120, (20, width)).astype(np.uint8), generator.random((5, -(-width // 8)), dtype=np.float32)
+        return Matrix(*up, (4, 8), (width, width)), Matrix(*down, (4, 8))
+
+    def whole(matrix: Matrix) -> np.ndarray:
+        spread = np.repeat(matrix.scale_NB(), matrix.block[1], axis=1)[:, : matrix.values.shape[1]]
+        return matrix.values.astype(np.float32) * spread
+
+    gate_up, down = pair(19)
+    found = pieces(gate_up, down, 8)
+    gates, ups = np.split(whole(gate_up), 2)
+    for number, (first, second) in enumerate(found):
+        columns = range(8 * number, min(8 * number + 8, 19))
+        for piece, want in zip(np.split(whole(first), 2), (gates, ups), strict=True):
+            assert np.array_equal(piece[: len(columns)], want[columns]) and not piece[len(columns) :].any()
+        assert np.array_equal(whole(second)[:, : len(columns)], whole(down)[:, columns]) and not whole(second)[:, len(columns) :].any()
+    assert len(found) == 3
+    with pytest.raises(ValueError, match=r"cannot be cut at multiples of 12 in blocks of \(4, 8\)"):
+        pieces(gate_up, down, 12)
+    assert len(pieces(*pair(11), 12)) == 1

@@ -40,6 +40,11 @@ SHAPES = {
     "each head normed, softmax": (replace(PLAIN, qk_norm="each", score="softmax", heads=6, head_dim=24, rotary_dim=24), (128, 128)),
     "no norm, chosen not normed": (replace(PLAIN, qk_norm=None, score="softmax", renormalize=False, experts=9, top_k=4), (64, 64)),
     "scaled": (replace(PLAIN, qk_norm="each", routing_scale=2.5, experts=5, top_k=5), (128, 128)),
+    "shared, dense, biased": (
+        replace(PLAIN, layers=4, qk_norm="each", biased=True, shared=1, dense_layers=(0, 2), dense=3, routing_scale=2.5),
+        (32, 64),
+    ),
+    "dense layers of many pieces": (replace(PLAIN, width=32, layers=3, shared=2, dense_layers=(1, 2), dense=9, top_k=1), (16, 32)),
     "one of all": (
         ModelShape(vocab=1, hidden=2, layers=1, heads=1, kv_heads=1, head_dim=2, rotary_dim=2, experts=1, top_k=1, width=1, epsilon=1e-6),
         (1, 1),
@@ -52,6 +57,13 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-3, "e4m3": 3e-2}
 
 
 GUARD = 1 << 14
+
+
+def model_of(name: str, **how: Any) -> Model:
+    """The last of the pieces of what all tokens take is not full."""
+    shape, block = SHAPES[name]
+    widths = {"shared_width": max(shape.shared * shape.width - 3, 0), "dense_width": max(shape.dense * shape.width - 5, 0)}
+    return Model(shape, block=block, **widths, **how)
 
 
 def chunks(length: int, generator: np.random.Generator, most: int) -> list[range]:
@@ -91,12 +103,12 @@ def prompt(model: Model, length: int, seed: int) -> Any:
 
 @pytest.mark.parametrize("form", [FP8, FLOAT32, BFLOAT16], ids=["fp8", "float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("name", "page_size"), [(name, size) for name, size in zip(SHAPES, (16, 5, 1, 16, 3, 7, 16, 4, 16, 5, 2), strict=True)]
+    ("name", "page_size"), [(name, size) for name, size in zip(SHAPES, (16, 5, 1, 16, 3, 7, 16, 4, 16, 5, 3, 16, 2), strict=True)]
 )
 def test_step_is_the_model(name: str, page_size: int, form: Form) -> None:
     """Logits within the tolerance and the same experts, up to the first row where a near tie fell the other way."""
-    (shape, block), (forms, cache_form) = SHAPES[name], form
-    model = Model(shape, block=block, **forms, seed=3, bias=None if shape.score == "softmax" else 0.02)
+    (shape, _), (forms, cache_form) = SHAPES[name], form
+    model = model_of(name, **forms, seed=3, bias=None if shape.score == "softmax" else 0.02)
     step, cache = model.step(cache_form, lanes=3, pages=-(-70 // page_size), page_size=page_size)
     prompts = {0: prompt(model, 60, 1), 2: prompt(model, 33, 2), 1: prompt(model, 1, 3)}
     got = feed(step, prompts)
@@ -157,7 +169,7 @@ def test_nothing_else_is_written() -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_buffers_are_not_overrun(name: str, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer of a step lies between stretches that stay as they were."""
-    (shape, block), (forms, cache_form) = SHAPES[name], form
+    forms, cache_form = form
     guards = []
 
     def guarded(size: tuple[int, ...], dtype: Any) -> Any:
@@ -168,7 +180,7 @@ def test_buffers_are_not_overrun(name: str, form: Form, monkeypatch: pytest.Monk
         guards.extend((memory[:first], memory[first + len(inside) :]))
         return inside.view(dtype).reshape(size)
 
-    model = Model(shape, block=block, **forms)
+    model = model_of(name, **forms)
     monkeypatch.setattr(cpu_step, "aligned", guarded)
     step, _ = model.step(cache_form, lanes=2, page_size=5, pages=20, max_rows=20, num_threads=2)
     feed(step, {0: prompt(model, 90, 1), 1: prompt(model, 33, 2)}, most=20)
