@@ -71,11 +71,12 @@ def block_major(data_EMN: Tensor) -> Tensor:
 
 
 def shuffle_order(num_rows: int, tile: int) -> Tensor:
-    """Which row comes to each place: in each 16 rows (32 for tiles of 128) those of one residue modulo 8 stand together."""
+    """Which row comes to each place: of each 16 rows the even ones, then the odd; of 32, for tiles of 128, by the residue modulo 4."""
     run = 32 if tile % 128 == 0 else 16
+    ways = run // 8
     rows = torch.arange(num_rows)
     within = rows % run
-    place = rows - within + within % 8 * (run // 8) + within // 8
+    place = rows - within + within % ways * 8 + within // ways
     return torch.empty_like(rows).scatter_(0, place, rows)
 
 

@@ -27,8 +27,11 @@ from tests.moe.libraries.products import BLOCK, check, product, quantize, rounde
 from tests.moe.libraries.signatures import known, signature
 
 VERSIONS = tuple(known()["flashinfer-python"])
-# where each of 16 rows stands after the library's shuffle for tiles of 64, and each of 32 for tiles of 128: rows 0 and 8 become neighbours
-PLACES = {64: [2 * row if row < 8 else 2 * row - 15 for row in range(16)], 128: [row % 8 * 4 + row // 8 for row in range(32)]}
+# where each of 16 rows stands after the library's shuffle for tiles of 64, and each of 32 for tiles of 128
+PLACES = {
+    64: [8 * (row % 2) + row // 2 for row in range(16)],
+    128: [8 * (row % 4) + row // 4 for row in range(32)],
+}
 
 
 class Emulation:
