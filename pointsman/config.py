@@ -92,6 +92,7 @@ class KernelConfig:
 
     device: str = flag("auto", "where the model runs; auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     moe_runner_backend: str = flag("auto", "what runs the experts", choices=MOE_RUNNERS)
+    disable_flashinfer_autotune: bool = flag(False, "start without timing FlashInfer's kernels for the experts; it takes what it guesses")
     fp8_gemm_backend: str = flag("auto", "what runs the FP8 linear layers", choices=("auto", "triton", "cpu", "reference"))
     attention_backend: str = flag("auto", "what runs attention", choices=("auto", "triton", "reference", "flashinfer"))
     cpu_step: str = flag("auto", "a step on a CPU: compiled as one region, or torch op by op", choices=("auto", "torch", "compiled"))

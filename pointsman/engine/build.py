@@ -34,6 +34,7 @@ from pointsman.engine.grammars import Grammars
 from pointsman.engine.memory import CacheSize, memory_bytes, size_cache, workspace_bytes
 from pointsman.engine.model_runner import ModelRunner, Step
 from pointsman.engine.storage import CacheStorage
+from pointsman.engine.tuning import tune_experts
 from pointsman.engine.weights import Weights, load_decoder
 from pointsman.layers.paged_kv import KV_DTYPES, PagedKV, bytes_per_token
 from pointsman.models.architecture import Architecture
@@ -147,6 +148,7 @@ def _rank(
     context_length = _context_length(config, decoder.architecture)
     if launches_steps(decoder.device):
         decoder.prepare()  # what the kernels keep beside the weights is part of what the cache has to leave
+        tune_experts(config, mesh, decoder)
     cache = _size(config, mesh, decoder, context_length)
     lanes = Lanes(
         max_lanes=config.scheduler.max_running_requests,

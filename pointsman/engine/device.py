@@ -9,7 +9,12 @@ import torch
 from pointsman.config import EngineConfig
 
 CPU_OPTIONS = {"cpu_step": "auto", "num_threads": None}
-CUDA_OPTIONS = {"disable_cuda_graph": False, "cuda_graph_max_bs": None, "enforce_piecewise_cuda_graph": False}
+CUDA_OPTIONS = {
+    "disable_flashinfer_autotune": False,
+    "disable_cuda_graph": False,
+    "cuda_graph_max_bs": None,
+    "enforce_piecewise_cuda_graph": False,
+}
 MEM_FRACTION = {"cpu": 0.5, "cuda": 0.9}
 
 

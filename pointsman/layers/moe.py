@@ -49,8 +49,11 @@ class MoE:
 
     def __call__(self, x_TD: Tensor, ctx: StepContext) -> Tensor:
         given_TK = None if ctx.replay_TNK is None else ctx.replay_TNK[:, self.layer]
-        rows = RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK)
+        return self.run(RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK))
+
+    def run(self, rows: RouterInput) -> Tensor:
+        """Route these rows and run their experts."""
         runner = self.runner
         if runner.routes_itself:
             return runner(rows, self.spec, self.prepare())
-        return runner(x_TD, self._router.run(rows, self.spec), self.prepare())
+        return runner(rows.x_TD, self._router.run(rows, self.spec), self.prepare())

@@ -20,6 +20,8 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,6 +42,7 @@ BLACKWELL = ((10, 0), (10, 3))
 HOPPER = ((9, 0),)
 MOST_IDS = 1 << 15  # an expert's number has 16 bits with a sign
 MOST_ROUTED_TOP_K = 32
+TUNED_RUNNERS = frozenset({"flashinfer_trtllm", "flashinfer_trtllm_routed"})
 CHAINED_TOKENS = 4096  # larger launches that begin while the kernel before runs were seen to hang
 
 
@@ -355,6 +358,32 @@ class CutlassRunner:
             output=out_TD,
             use_deepseek_fp8_block_scale=True,
         )
+
+
+def tune(work: Callable[[], object], file: Path) -> None:
+    """Run `work` while the library times its kernels for every call in it, for as many tokens and for each power of two below.
+
+    What the file knows is not timed again; what was is added to it, and in force in this process.
+
+    Raises:
+        ValueError: the file is of another environment and cannot be added to.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _autotune(True, file):
+        work()
+    if not file.is_file():
+        raise ValueError(f"FlashInfer did not write what it has tuned to {file}; --disable-flashinfer-autotune goes on without")
+
+
+def adopt(work: Callable[[], object], file: Path) -> None:
+    """Put in force what another process has tuned: nothing is timed."""
+    with _autotune(False, file):
+        work()
+
+
+def _autotune(tunes: bool, file: Path) -> AbstractContextManager[None]:
+    context: AbstractContextManager[None] = importlib.import_module("flashinfer").autotune(tune_mode=tunes, cache=str(file))
+    return context
 
 
 def quantize(x_TD: Tensor) -> tuple[Tensor, Tensor]:
