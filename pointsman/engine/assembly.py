@@ -7,11 +7,13 @@ actors of a Ray cluster (`ray`). What cannot work is refused before any is start
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,10 +24,11 @@ from pointsman.engine.build import Parts, build
 from pointsman.engine.device import choose_device
 from pointsman.engine.executor import Executor, Leading, choose_executor
 from pointsman.engine.orders import Join
+from pointsman.engine.places import LOOPBACK, Places
 from pointsman.engine.processes import start_processes
 from pointsman.engine.spread_weights import SpreadWeights
 from pointsman.engine.weights import Weights
-from pointsman.engine.workers import Link, RankLost, Workers
+from pointsman.engine.workers import RankLost, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +44,6 @@ class Assembled:
     parts: Parts
     executor: Executor
     weights: Weights | SpreadWeights
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Places:
-    """Where ranks run: the links to the others, every rank's device as it calls it, and an address of rank 0 that all reach."""
-
-    links: Sequence[Link]
-    devices: Sequence[str]
-    address: str
 
 
 def assemble(config: EngineConfig, *, progress: bool | None = None, on_lost: OnLost | None = None) -> Assembled:
@@ -69,7 +63,7 @@ def assemble(config: EngineConfig, *, progress: bool | None = None, on_lost: OnL
         return Assembled(parts=parts, executor=choose_executor(parts.runner, overlap=overlap), weights=parts.weights)
     config = _for_ranks(config)
     places = _start(config)
-    workers = Workers(places.links, on_lost)
+    workers = Workers(places.links, on_lost, release=places.release)
     try:
         parts = build(config, mesh=_meet(config, places, workers), progress=progress)
         workers.wait_joined()
@@ -100,20 +94,31 @@ def _for_ranks(config: EngineConfig) -> EngineConfig:
 
 
 def _start(config: EngineConfig) -> Places:
-    """Start the other ranks as the configuration says. Raises ValueError where it says what cannot be."""
+    """Start the other ranks as the configuration says. Raises ValueError where it says what cannot be, and RankLost."""
     size, backend = config.parallel.tensor_parallel_size, config.parallel.distributed_executor_backend
+    on_gpus = choose_device(config.kernel.device).type == "cuda"
     if backend == "uni":
         raise ValueError(f"distributed_executor_backend is 'uni', which is one rank, and tensor_parallel_size is {size}; 'mp' runs several")
-    if choose_device(config.kernel.device).type == "cpu":
-        devices = ["cpu"] * size
-    elif (found := torch.cuda.device_count()) < size:
+    if backend == "ray":
+        places: Places = _ray().start_actors(size, on_gpus=on_gpus)
+        return places
+    if on_gpus and (found := torch.cuda.device_count()) < size:
         raise ValueError(f"tensor_parallel_size is {size}, and this machine has {found} CUDA devices; 'ray' spreads ranks over machines")
-    else:
-        devices = [f"cuda:{rank}" for rank in range(size)]
+    devices = [f"cuda:{rank}" if on_gpus else "cpu" for rank in range(size)]
     try:
-        return Places(links=start_processes(range(1, size)), devices=devices, address="127.0.0.1")
+        return Places(links=start_processes(range(1, size)), devices=devices, address=LOOPBACK)
     except OSError as error:
         raise RankLost(f"the processes of {size - 1} ranks could not be started: {error}") from error
+
+
+def _ray() -> Any:
+    try:
+        return importlib.import_module("pointsman.engine.ray")
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        reason = "distributed_executor_backend is 'ray', and Ray is not installed: pip install 'pointsman[ray]'"
+        raise ValueError(reason) from None
 
 
 def _meet(config: EngineConfig, places: Places, workers: Workers) -> Mesh:

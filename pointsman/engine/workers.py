@@ -100,13 +100,17 @@ class Workers:
 
     Args:
         on_lost: called in a thread of ours when one is lost, with the error that everybody gets.
+        release: called when all have ended on `close`.
 
     Attributes:
         lost: has that error as its exception, once one is lost.
     """
 
-    def __init__(self, links: Sequence[Link], on_lost: Callable[[Exception], None] | None = None) -> None:
+    def __init__(
+        self, links: Sequence[Link], on_lost: Callable[[Exception], None] | None = None, *, release: Callable[[], None] | None = None
+    ) -> None:
         self._links = list(links)
+        self._release = release
         self._on_lost = on_lost
         self._numbers = itertools.count(1)
         self._answers: dict[tuple[int, int], Future[Answer]] = {}
@@ -244,3 +248,5 @@ class Workers:
         self._watching.join()
         for link in self._links:
             link.channel.close()
+        if self._release is not None:
+            self._release()

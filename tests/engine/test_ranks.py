@@ -198,13 +198,13 @@ def test_a_rank_that_does_not_start_is_named(folders: list[Path], monkeypatch: p
 
 
 def test_ranks_end_with_a_parent_that_is_killed(folders: list[Path]) -> None:
-    model = f"LLM({str(folders[0])!r}, progress=False, tp=3)"
+    model = f"LLM({str(folders[0])!r}, progress=False, tp=4)"
     program = f"import time; from pointsman import LLM; llm = {model}; print('!', flush=True); time.sleep(99)"
     process = subprocess.Popen(command(program, sys.path), stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"!\n"
     started = children(process.pid)
-    assert len(started) == 2
+    assert len(started) == 3
     process.kill()
     process.communicate()
     wait_gone(started)
