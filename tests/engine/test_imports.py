@@ -18,7 +18,9 @@ sys.meta_path.insert(0, Missing())
 for part in ("cache", "engine", "kernels", "layers", "models", "moe", "scheduler", "text"):
     package = importlib.import_module(f"pointsman.{part}")
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+        name = f"{package.__name__}.{module.name}"
+        if name != "pointsman.engine.ray":  # for those who have Ray
+            importlib.import_module(name)
 
 from pointsman import LLM, SamplingParams
 llm = LLM(sys.argv[1], load_format="dummy", cpu_step="torch", progress=False)
