@@ -80,6 +80,10 @@ def assemble(config: EngineConfig, *, progress: bool | None = None, on_lost: OnL
 def _check(config: EngineConfig) -> None:
     """Refuse sizes that are no layout of any model."""
     size, groups = config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size
+    if (replicas := config.parallel.data_parallel_size) != 1:
+        raise ValueError(
+            f"data_parallel_size is {replicas}; this version runs one replica: start a server for each, and a balancer before them"
+        )
     if size % groups:
         raise ValueError(f"expert_parallel_size is {groups}; it must divide tensor_parallel_size, which is {size}")
 

@@ -138,7 +138,7 @@ class WeightSync:
         backend: str = "gloo",
         timeout: float = 60.0,
     ) -> None:
-        """Make a process group with the server; from now on weights are broadcast over it.
+        """Make a process group with the server, with each of its ranks; from now on weights are broadcast over it.
 
         Args:
             master_address: of this machine, as the server reaches it; nothing listens at any other.
@@ -150,7 +150,8 @@ class WeightSync:
             SyncFailed: the server refused, or did not come.
         """
         port = _free_port(master_address) if master_port is None else master_port
-        here = {"master_address": master_address, "master_port": port, "world_size": 2, "backend": backend, "timeout": timeout}
+        ranks: int = self._ask("/server_info")["engine"]["parallel"]["tensor_parallel_size"]
+        here = {"master_address": master_address, "master_port": port, "world_size": 1 + ranks, "backend": backend, "timeout": timeout}
         group = Group(**here, rank=0, name=group_name)  # type: ignore[arg-type]
         self._together(group.join, "/init_weights_update_group", here | {"rank_offset": 1, "group_name": group_name})
         self._group = group

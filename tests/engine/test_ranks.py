@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 
 from pointsman import LLM, SamplingParams
+from pointsman.distributed import Group
 from pointsman.engine import orders, processes, spread_weights, workers
+from pointsman.engine.control import Control
 from pointsman.engine.orders import SIZE
 from pointsman.engine.processes import command
 from pointsman.engine.workers import RankLost
@@ -134,6 +138,35 @@ def test_a_part_that_one_rank_refuses_ends_the_update_on_all(llm: LLM, folders: 
         weights.from_tensors(tensors, begin=False)
 
 
+def test_all_ranks_are_in_the_group_of_a_trainer(llm: LLM, folders: list[Path], expected: list[list[RequestOutput]]) -> None:
+    """The trainer dies at last: the update fails, all leave the group, and the weights before go on serving."""
+    llm.update_weights_from_disk(str(folders[0]))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    here: dict[str, Any] = {"master_address": "127.0.0.1", "master_port": port, "name": "trainers", "timeout": 10.0}
+    weights, tensors = llm.engine.weights, SHAPE.tensors(1)
+    with pytest.raises(ValueError, match="world_size is 2; the 2 ranks of this engine take the ranks 1 to 2"):
+        weights.join_group(Group(rank=1, world_size=2, **here))
+    trainer = Group(rank=0, world_size=3, **here)
+    with ThreadPoolExecutor(1) as beside:
+        joining = beside.submit(trainer.join)
+        weights.join_group(Group(rank=1, world_size=3, **here))
+        joining.result()
+        announced = [(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()]
+        sending = beside.submit(trainer.send, list(tensors.values()))
+        fresh = weights.from_group(announced, group_name="trainers")
+        sending.result()
+    assert fresh is not None
+    Control(llm.engine).install(fresh)
+    check(ask(llm), expected[1])
+    del trainer, joining, sending
+    with pytest.raises(ValueError, match="trainers"):
+        weights.from_group(announced, group_name="trainers")
+    with pytest.raises(ValueError, match="this engine is in no group"):
+        weights.leave_group("trainers")
+    check(ask(llm), expected[1])
+
+
 def ranks() -> list[int]:
     """Processes of ranks that this one has started."""
     return [pid for pid in children(os.getpid()) if b"worker_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -217,6 +250,7 @@ def test_ranks_end_with_a_parent_that_is_killed(folders: list[Path]) -> None:
             {"distributed_executor_backend": "uni"},
             "distributed_executor_backend is 'uni', which is one rank, and tensor_parallel_size is 2",
         ),
+        ({"dp": 2}, "data_parallel_size is 2; this version runs one replica"),
         ({"distributed_executor_backend": "gpu"}, "it must be one of auto, uni, mp, ray"),
     ],
 )
