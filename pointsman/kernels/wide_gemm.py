@@ -31,19 +31,24 @@ load_tile = getattr(tma, "async_load", tma.async_copy_global_to_shared)  # newer
 
 
 @gluon.jit
-def fetch(x_desc, w_desc, expert_ptr, ready, empty, x_s, first_s, second_s, num_tiles,
+def fetch(x_desc, w_desc, pairs_ptr, expert_ptr, ready, empty, x_s, first_s, second_s, num_tiles, num_pairs,
           N: gl.constexpr, STEP: gl.constexpr, APART: gl.constexpr, ACROSS: gl.constexpr, STEPS: gl.constexpr,
           STAGES: gl.constexpr):  # fmt: skip
-    """What the one warp does that asks for blocks."""
+    """What the one warp does that asks for blocks; not for 64 rows that are only padding."""
     count = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         block = tile // ACROSS
         row = gl.load(expert_ptr + block) * N + tile % ACROSS * STEP
+        both = gl.load(pairs_ptr + block * 128 + 64) < num_pairs
         for k in range(STEPS):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), x_desc.block_type.nbytes + 2 * w_desc.block_type.nbytes)
-            load_tile(x_desc, [block * 128, k * 128], ready.index(stage), x_s.index(stage))
+            if both:
+                mbarrier.expect(ready.index(stage), 2 * w_desc.block_type.nbytes + 2 * x_desc.block_type.nbytes)
+                load_tile(x_desc, [block * 128 + 64, k * 128], ready.index(stage), x_s.index(2 * stage + 1))
+            else:
+                mbarrier.expect(ready.index(stage), 2 * w_desc.block_type.nbytes + x_desc.block_type.nbytes)
+            load_tile(x_desc, [block * 128, k * 128], ready.index(stage), x_s.index(2 * stage))
             load_tile(w_desc, [row, k * 128], ready.index(stage), first_s.index(stage))
             load_tile(w_desc, [row + APART, k * 128], ready.index(stage), second_s.index(stage))
             count += 1
@@ -73,7 +78,7 @@ def multiply(HALF: gl.constexpr, xs_ptr, ws_ptr, out_ptr, out_scale_ptr, pairs_p
             for k in range(STEPS):
                 stage = count % STAGES
                 mbarrier.wait(ready.index(stage), count // STAGES & 1)
-                x = x_s.index(stage).slice(HALF * 64, 64, dim=0)
+                x = x_s.index(2 * stage + HALF)
                 product = warpgroup_mma(x, first_s.index(stage).permute((1, 0)), none, is_async=True, use_acc=False)
                 # the scales of the next step are on their way while this one is multiplied
                 later = gl.minimum(k + 1, STEPS - 1)
@@ -130,7 +135,7 @@ def store_rows(y, y_ptr, pairs_ptr, start, column, num_pairs, N: gl.constexpr):
 def wide_kernel(x_desc, w_desc, xs_ptr, ws_ptr, out_ptr, out_scale_ptr, pairs_ptr, expert_ptr, num_blocks_ptr, num_pairs, num_rows,
                 N: gl.constexpr, STEP: gl.constexpr, APART: gl.constexpr, ACROSS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
                 ACTIVATE: gl.constexpr):  # fmt: skip
-    x_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], x_desc.layout)
+    x_s = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, 64, 128], x_desc.layout)
     first_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], w_desc.layout)
     second_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], w_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -145,16 +150,17 @@ def wide_kernel(x_desc, w_desc, xs_ptr, ws_ptr, out_ptr, out_scale_ptr, pairs_pt
                         num_tiles, num_pairs, num_rows, N, STEP, APART, ACROSS, STEPS, STAGES, ACTIVATE)),
             (multiply, (1, xs_ptr, ws_ptr, out_ptr, out_scale_ptr, pairs_ptr, expert_ptr, ready, empty, x_s, first_s, second_s,
                         num_tiles, num_pairs, num_rows, N, STEP, APART, ACROSS, STEPS, STAGES, ACTIVATE)),
-            (fetch, (x_desc, w_desc, expert_ptr, ready, empty, x_s, first_s, second_s, num_tiles, N, STEP, APART, ACROSS, STEPS, STAGES)),
+            (fetch, (x_desc, w_desc, pairs_ptr, expert_ptr, ready, empty, x_s, first_s, second_s, num_tiles, num_pairs,
+                     N, STEP, APART, ACROSS, STEPS, STAGES)),
         ],
         worker_num_warps=[4, 1],
         worker_num_regs=[232, 40],
     )  # fmt: skip
 
 
-def descriptor(matrix: Tensor) -> TensorDescriptor:
-    """Blocks of 128 rows and 128 columns of an e4m3 matrix, as the copy engine reads them."""
-    return TensorDescriptor.from_tensor(matrix, [ROWS, 128], gl.NVMMASharedLayout.get_default_for([ROWS, 128], gl.float8e4nv))
+def descriptor(matrix: Tensor, rows: int) -> TensorDescriptor:
+    """Blocks of so many rows and 128 columns of an e4m3 matrix, as the copy engine reads them."""
+    return TensorDescriptor.from_tensor(matrix, [rows, 128], gl.NVMMASharedLayout.get_default_for([rows, 128], gl.float8e4nv))
 
 
 def up(
@@ -204,8 +210,8 @@ def launch(
 ) -> None:
     """One program for each processor."""
     wide_kernel[(processors,)](
-        descriptor(x_PD),
-        descriptor(weight.data.flatten(0, 1)),
+        descriptor(x_PD, ROWS // 2),
+        descriptor(weight.data.flatten(0, 1), 128),
         scale_GP,
         weight.scale,
         out,
