@@ -136,3 +136,35 @@ class TuneOptions:
         for name in ("hidden_size", "expert_width"):
             if getattr(self, name) % 128:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a multiple of 128")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingOptions:
+    """MiniMax-M2.5 served in simulated time on GPUs that were not there, from the times of parts that were measured."""
+
+    results: str | None = flag(None, "folder of the measured parts (default: benchmarks/results of the source tree)")
+    gpu: str = flag("h100", "h100 as measured, or h200: the same with the bandwidth and the memory of that", choices=("h100", "h200"))
+    gpus: tuple[int, ...] = flag((2, 4, 8, 16), "GPUs in all, one or several numbers; 8 are a host", low=1, high=1024)
+    layers: int = flag(62, "layers of the model; fewer fit where all do not", low=1, high=62)
+    dataset_name: str = flag("random", "what is asked", choices=("random", "azure", "mooncake"))
+    dataset_path: str | None = flag(None, "file of azure or mooncake")
+    num_prompts: int | None = flag(None, "requests (default: random: 4 for each that runs at once; of a trace: 500)", low=1, high=1_000_000)
+    max_concurrency: tuple[int, ...] = flag(
+        (1, 16, 128, 512), "random: requests that run at once, one or several numbers", low=1, high=65536
+    )
+    random_input_len: int = flag(1024, "most tokens of a random prompt", low=1, high=131072)
+    random_output_len: int = flag(1024, "most tokens of its answer", low=2, high=65536)
+    random_range_ratio: float = flag(0.8, "lengths are drawn evenly from this share of the most, to the most", low=0, high=1)
+    trace_slowdown: tuple[float, ...] = flag((1.0,), "azure, mooncake: multiplies every moment, one or several numbers", low=0, high=1e6)
+    max_running_requests: int = flag(512, "most sequences that run at once on one copy of the model", low=1, high=4096)
+    chunked_prefill_size: int = flag(512, "most tokens a step of a group of GPUs that share attention", low=1, high=1 << 20)
+    plot: str | None = flag(None, "draw throughput and time per token into this PNG file")
+    seed: int = flag(1, "which lengths", low=0)
+    log_level: str = flag("warning", "how much to log", choices=LOG_LEVELS)
+
+    def __post_init__(self) -> None:
+        if (self.dataset_path is None) != (self.dataset_name == "random"):
+            needs = "needs --dataset-path" if self.dataset_path is None else "has no file; leave out --dataset-path"
+            raise ValueError(f"--dataset-name {self.dataset_name} {needs}")
+        if self.dataset_name == "random" and self.trace_slowdown != (1.0,):
+            raise ValueError("--trace-slowdown is for --dataset-name azure or mooncake; it is random")

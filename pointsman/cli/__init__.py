@@ -93,6 +93,12 @@ VERBS = {
     "bench kernels": Verb(
         "the experts' kernels on a GPU", "pointsman.bench.options:KernelsOptions", "pointsman.bench.kernels:run", engine=False
     ),
+    "bench scaling": Verb(
+        "what more GPUs would give, from measured parts",
+        "pointsman.bench.options:ScalingOptions",
+        "pointsman.bench.scaling.run:run",
+        engine=False,
+    ),
     "tune": Verb("find how a GPU runs experts best", "pointsman.bench.options:TuneOptions", "pointsman.bench.tune:run", engine=False),
 }
 

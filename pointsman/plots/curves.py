@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pointsman.plots.canvas import Canvas, Colour
 from pointsman.plots.heat import FAINT, INK, PAPER, RULE
 
-COLOURS: tuple[Colour, ...] = ((11, 107, 98), (201, 72, 29), (92, 18, 32), (243, 185, 79))
+COLOURS: tuple[Colour, ...] = ((11, 107, 98), (201, 72, 29), (92, 18, 32), (243, 185, 79), (72, 120, 207), (140, 140, 140))
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 1280, 340, 150, 60, 110, 120
 TITLE, LABEL, TICK = 22, 15, 13
 
@@ -32,8 +32,10 @@ class Panel:
     high: float | None = None
 
 
-def curves(title: str, panels: Sequence[Panel], steps: str = "step") -> bytes:
-    """A PNG of panels over the same steps. Raises ValueError where there is nothing to draw."""
+def curves(title: str, panels: Sequence[Panel], steps: str = "step", names: Sequence[str] | None = None) -> bytes:
+    """A PNG of panels over the same steps, which have numbers or the names given. Raises ValueError where there is nothing to draw."""
+    if (most := max((len(panel.lines) for panel in panels), default=0)) > len(COLOURS):
+        raise ValueError(f"{most} lines in one panel; there are {len(COLOURS)} colours")
     count = max((len(values) for panel in panels for values in panel.lines.values()), default=0)
     if not count:
         raise ValueError("there are no values to draw")
@@ -41,7 +43,7 @@ def curves(title: str, panels: Sequence[Panel], steps: str = "step") -> bytes:
     canvas.text(LEFT, 58, title, INK, TITLE, bold=True)
     for index, panel in enumerate(panels):
         top = TOP + index * (HEIGHT + GAP) + 30
-        _panel(canvas, panel, top, count, steps if index == len(panels) - 1 else "")
+        _panel(canvas, panel, top, names or [str(step) for step in range(count)], steps if index == len(panels) - 1 else "")
     return canvas.png()
 
 
@@ -61,16 +63,16 @@ class _Frame:
         return self.top + HEIGHT * (1 - (value - self.low) / (self.high - self.low))
 
 
-def _panel(canvas: Canvas, panel: Panel, top: int, count: int, steps: str) -> None:
+def _panel(canvas: Canvas, panel: Panel, top: int, names: Sequence[str], steps: str) -> None:
     bottom, right = top + HEIGHT, WIDTH - RIGHT
     drawn = {name: [_place(value, panel) for value in values] for name, values in panel.lines.items()}
     low, high = _range([value for values in drawn.values() for value in values if value is not None], panel)
-    frame = _Frame(top, low, high, count)
+    frame = _Frame(top, low, high, len(names))
     for value, label in _ticks(low, high, panel.logarithmic):
         canvas.lines([[(LEFT, frame.y(value)), (right, frame.y(value))]], RULE, 1.5)
         canvas.text(LEFT - 14, frame.y(value) + TICK / 2, label, FAINT, TICK, anchor="right")
-    for step in range(0, count, max(1, math.ceil(count / 16))):
-        canvas.text(frame.x(step), bottom + 30, str(step), FAINT, TICK, anchor="middle")
+    for step in range(0, len(names), max(1, math.ceil(len(names) / 16))):
+        canvas.text(frame.x(step), bottom + 30, names[step], FAINT, TICK, anchor="middle")
     canvas.text((LEFT + right) / 2, bottom + 62, steps, INK, LABEL, anchor="middle")
     at = LEFT + canvas.text(LEFT, top - 18, panel.title, INK, LABEL, bold=True) + 36
     for (name, values), colour in zip(drawn.items(), COLOURS, strict=False):

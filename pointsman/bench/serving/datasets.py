@@ -92,9 +92,8 @@ class Source:
 
     def _random(self, draws: Random) -> list[Query]:
         options = self.options
-        inputs, outputs = ([_length(draws, most, options.random_range_ratio) for _ in range(options.num_prompts)]
-                           for most in (options.random_input_len, options.random_output_len))  # fmt: skip
-        lengths = zip(inputs, outputs, strict=True)
+        most = (options.random_input_len, options.random_output_len)
+        lengths = random_lengths(draws, options.num_prompts, *most, options.random_range_ratio)
         if self._sends_random_ids:
             return [Query(ids=self._random_ids(length, draws), input_len=length, output_len=output) for length, output in lengths]
         return [self._query(self._writer.write(length, draws), length, output) for length, output in lengths]
@@ -163,8 +162,10 @@ class Source:
         return _enough(queries, options)
 
 
-def _length(draws: Random, most: int, ratio: float) -> int:
-    return draws.randint(max(int(most * ratio), 1), most)
+def random_lengths(draws: Random, count: int, input_len: int, output_len: int, ratio: float) -> list[tuple[int, int]]:
+    """Tokens in and out of so many requests, each drawn evenly from `ratio` of the most to the most."""
+    inputs, outputs = ([draws.randint(max(int(most * ratio), 1), most) for _ in range(count)] for most in (input_len, output_len))
+    return list(zip(inputs, outputs, strict=True))
 
 
 def _enough(queries: list[Query], options: ServeOptions) -> list[Query]:

@@ -1,0 +1,56 @@
+"""The simulation against what was measured whole: the engine of `benchmarks/gpu_engine.py` on one GPU, and that of
+`benchmarks/gpu_serve.py` on two. Nothing in the parts was fitted to either.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pointsman.bench.scaling.layouts import Layout, step_us
+from pointsman.bench.scaling.parts import Parts
+from pointsman.bench.scaling.serving import Served, distinct, new_scheduler, serve
+
+ENGINE = "engine_h100.json"
+PROMPT, OUTPUT, BUDGET = 128, 64, 512  # of benchmarks/gpu_engine.py
+
+
+class Compared(NamedTuple):
+    """A figure that was measured, and what the simulation says."""
+
+    what: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+def against_engine(parts: Parts, folder: Path) -> list[Compared]:
+    """Milliseconds of steps of one GPU that holds some of the layers, as measured and as simulated."""
+    speed = json.loads((folder / ENGINE).read_text())["speed"]
+    layers = speed["layers"]
+    time_of = functools.partial(step_us, Layout(1, 1), parts=parts, layers=layers)
+    found = []
+    for row in speed["decode"]:
+        batch = row["batch"]
+        served = together(batch, OUTPUT + batch * PROMPT // BUDGET, time_of)
+        found.append(Compared(f"decoding step of {batch}, {layers} layers", row["step_ms"], step_ms(served)))
+    return found
+
+
+def together(batch: int, output_len: int, time_of: Any) -> Served:
+    """A batch of prompts that are all there from the start."""
+    scheduler = new_scheduler(batch * (PROMPT + output_len + 32), batch, BUDGET)
+    return serve(distinct([(PROMPT, output_len)] * batch), [scheduler], time_of, None)
+
+
+def step_ms(served: Served) -> float:
+    """Of a batch: from the moment the last sequence has its first token to the moment the first one ends, a token of each."""
+    begin = max(outcome.piece_s[0] for outcome in served.outcomes)
+    end = min(outcome.end_s for outcome in served.outcomes)
+    tokens = sum(begin < moment <= end for outcome in served.outcomes for moment in outcome.piece_s)
+    return 1000 * (end - begin) * len(served.outcomes) / tokens
