@@ -31,7 +31,7 @@ HOST_GPUS = 8
 HOST_BYTES_PER_US, HOST_LATENCY_US = 50_000.0, 20.0
 WORKSPACE_BYTES = 3e9
 STEP_SIZES = (1, 2, 4, 8, 16, 32, 64, *range(128, 512, 64), *range(512, 2048, 256))
-DRAWS = 16
+DRAWS = 2048  # tokens whose experts are drawn, or 16 batches where that is more
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,10 @@ def fullest(tokens: int, groups: int) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=4096)
 def _drawn(tokens: int, groups: int) -> tuple[float, float]:
+    """The same of groups, over draws."""
     draws = np.random.default_rng(0)
     in_use, pairs = [], []
-    for _ in range(DRAWS):
+    for _ in range(max(16, DRAWS // tokens)):
         chosen = np.argpartition(draws.random((tokens, EXPERTS), dtype=np.float32), TOP_K, axis=1)[:, :TOP_K]
         counts = np.bincount(chosen.ravel(), minlength=EXPERTS).reshape(groups, -1)
         in_use.append((counts > 0).sum(axis=1).max())

@@ -1,0 +1,158 @@
+"""The simulator against what was measured, against arithmetic where steps all take one time, and against what a layout must keep."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pointsman.bench.scaling import layouts, parts
+from pointsman.bench.scaling.check import against_engine
+from pointsman.bench.scaling.layouts import Layout, Load, fullest, step_us
+from pointsman.bench.scaling.parts import Curve, at_share
+from pointsman.bench.scaling.run import block_ids
+from pointsman.bench.scaling.serving import distinct, new_scheduler, serve
+from pointsman.bench.serving.metrics import most_at_once
+from pointsman.bench.serving.query import Query
+from pointsman.bench.serving.traces import TraceRow
+from pointsman.cli import main
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+STEP_US = 1000.0
+
+
+def test_a_curve_goes_through_its_points_and_on() -> None:
+    curve = Curve.through([(10, 3), (1, 1), (4, 2)])
+    assert [curve(x) for x in (0, 1, 2.5, 4, 7, 10, 16)] == [1, 1, 1.5, 2, 2.5, 3, 4]
+    with pytest.raises(ValueError, match="two points; there are 1"):
+        Curve.through([(1, 1)])
+
+
+def test_a_share_between_two_lies_between_their_times() -> None:
+    table = {1.0: lambda x: 8 * x, 0.5: lambda x: 5 * x, 0.25: lambda x: 4 * x}
+    assert [at_share(table, share, 2.0) for share in (1.0, 0.75, 0.5, 0.25, 0.125)] == [16, 13, 10, 8, 7]
+
+
+def test_the_experts_times_are_those_that_were_measured() -> None:
+    found = parts.read(RESULTS)
+    measured = [row for row in json.loads((RESULTS / "moe_h100.json").read_text())["rows"] if row["runner"] == "routed"]
+    assert len(measured) > 8
+    for row in measured:
+        assert found.experts[1 / row["tp"]](row["experts"], 8 * row["M"]) == pytest.approx(row["us"])
+
+
+def test_steps_that_were_measured_whole_are_met_within_a_tenth() -> None:
+    """The issue's bound; nothing in the parts was fitted to these."""
+    compared = against_engine(parts.read(RESULTS), RESULTS)
+    assert len(compared) == 3
+    for entry in compared:
+        assert abs(entry.error) < 0.1, entry
+
+
+def test_the_fullest_group_by_what_a_hypergeometric_says() -> None:
+    """One token's 8 of 256 experts fall to two groups of 128 as an urn says; the mean of the larger part, to the noise of the draws."""
+    ways = [math.comb(128, k) * math.comb(128, 8 - k) / math.comb(256, 8) for k in range(9)]
+    want = sum(way * max(k, 8 - k) for k, way in enumerate(ways))
+    in_use, pairs = fullest(1, 2)
+    assert in_use == pytest.approx(want, abs=0.1) and pairs == pytest.approx(want, abs=0.1)
+    assert fullest(1, 1) == (pytest.approx(8), 8)
+    for groups in (2, 4, 8):
+        in_use, pairs = fullest(512, groups)
+        assert in_use == pytest.approx(256 / groups, rel=0.01) and 512 * 8 / groups < pairs < 1.2 * 512 * 8 / groups
+
+
+def test_layouts_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="do not divide 6 GPUs"):
+        Layout(6, 4)
+    with pytest.raises(ValueError, match="12 blocks of 128 columns cannot be shared by 16 GPUs"):
+        Layout(16, 8)
+    with pytest.raises(ValueError, match="16 GPUs that share attention are on several hosts"):
+        Layout(16, 16, 16)
+
+
+def test_more_gpus_have_less_to_do_and_more_room() -> None:
+    found, load = parts.read(RESULTS), Load(128, 128, 128 * 1000, 0.0)
+    steps = [step_us(Layout(gpus, gpus), [load], found) for gpus in (1, 2, 4, 8)]
+    for name in ("experts", "linear", "attention"):
+        times = [step[name] for step in steps]
+        assert times == sorted(times, reverse=True) and times[0] > times[-1]
+    assert steps[0]["communication"] == 0 < steps[1]["communication"] < steps[2]["communication"]
+    rooms = [Layout(gpus, gpus).cache_tokens(85e9, 62) for gpus in (4, 8)]
+    assert 0 < rooms[0] < rooms[1] and Layout(2, 2).cache_tokens(85e9, 62) < 0
+    assert Layout(8, 8).width_share == 2 / 12 and Layout(8, 8, 8).width_share == 1
+    assert [layouts.padded(rows) for rows in (1, 3, 129, 512, 9999)] == [1, 4, 192, 512, 9999]
+
+
+def test_a_request_alone_takes_the_steps_of_its_prompt_and_its_answer() -> None:
+    budget, length, output = 100, 250, 7
+    served = serve(distinct([(length, output)]), [new_scheduler(4096, 4, budget)], lambda _: {"all": STEP_US}, 1)
+    (outcome,) = served.outcomes
+    prompt = math.ceil(length / budget)
+    assert outcome.piece_s == pytest.approx([(prompt + token) * STEP_US / 1e6 for token in range(output)])
+    assert served.steps == prompt + output - 1 and served.seconds == outcome.end_s == outcome.piece_s[-1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 20)), min_size=1, max_size=20),
+    concurrency=st.integers(1, 8),
+    groups=st.integers(1, 3),
+    budget=st.integers(8, 64),
+)
+def test_every_request_is_answered_whole(lengths: list[tuple[int, int]], concurrency: int, groups: int, budget: int) -> None:
+    schedulers = [new_scheduler(2048, 8, budget) for _ in range(groups)]
+    rows: list[int] = []
+
+    def time_of(loads: list[Load]) -> dict[str, float]:
+        assert len(loads) == groups and all(load.rows <= budget and load.sampled <= load.rows for load in loads)
+        rows.append(sum(load.rows for load in loads))
+        return {"all": STEP_US}
+
+    served = serve(distinct(lengths), schedulers, time_of, concurrency)
+    for outcome, (_, output) in zip(served.outcomes, lengths, strict=True):
+        assert len(outcome.piece_s) == outcome.counted == output and outcome.piece_s == sorted(outcome.piece_s)
+        assert outcome.sent_s < outcome.piece_s[0] and outcome.end_s == outcome.piece_s[-1]
+    assert most_at_once([(outcome.sent_s, outcome.end_s) for outcome in served.outcomes]) <= concurrency
+    assert sum(rows) == sum(length + output - 1 for length, output in lengths)  # the last token is never fed
+    assert served.seconds == pytest.approx(served.steps * STEP_US / 1e6) == pytest.approx(served.parts_us["all"] / 1e6)
+
+
+def test_a_trace_has_its_own_moments_and_shares_what_began_alike() -> None:
+    rows = [TraceRow(0.0, 1000, 2, (7, 8)), TraceRow(5.0, 1000, 2, (7, 9)), TraceRow(9.0, 1000, 2, (5, 6))]
+    queries = [Query(ids=block_ids(row), input_len=row.input_len, output_len=row.output_len, arrival_s=row.at_s) for row in rows]
+    served = serve(queries, [new_scheduler(8192, 4, 100)], lambda _: {"all": STEP_US}, None)
+    waited = [round((outcome.piece_s[0] - outcome.sent_s) * 1e6 / STEP_US) for outcome in served.outcomes]
+    assert [outcome.sent_s for outcome in served.outcomes] == [0.0, 5.0, 9.0]
+    assert waited == [10, 5, 10]  # 512 of the second's tokens were the first's
+
+
+def test_the_command_prints_a_table_and_a_line_of_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plot = tmp_path / "scaling.png"
+    words = ["--gpus", "2", "4", "--max-concurrency", "1", "8", "--num-prompts", "8", "--random-output-len", "32", "--plot", str(plot)]
+    assert main(["bench", "scaling", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    summary = json.loads(lines[-1])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "2 GPUs: 62 layers do not fit" in lines
+    assert {row["layout"] for row in summary["rows"]} == {"tp4", "tp4+ep2", "tp4+ep4", "dp4+ep4"}
+    assert all(row["requests"] == 8 and row["output_tok_s"] > 0 and row["mean_ttft_ms"] > 0 for row in summary["rows"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpus", "2"], "62 layers fit on none of 2 H100; give more --gpus, or fewer --layers"),
+        (["--dataset-name", "azure"], "--dataset-name azure needs --dataset-path"),
+        (["--dataset-path", "x"], "--dataset-name random has no file"),
+        (["--trace-slowdown", "2"], "--trace-slowdown is for --dataset-name azure or mooncake"),
+        (["--results", "/nowhere"], "/nowhere has no moe_h100.json"),
+        (["--gpus", "0"], "must be from 1 to 1024"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "scaling", *words]) != 0
+    assert says in capsys.readouterr().err
