@@ -34,7 +34,7 @@ from pointsman.kernels.tiles import Shape
 from pointsman.kernels.triton_support import describe, reason_against
 from pointsman.kernels.weight import FP8
 from pointsman.moe.deep_gemm import DeepGemmRunner
-from pointsman.moe.flashinfer import CutlassRunner
+from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner
 from pointsman.moe.fused import FusedRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput
@@ -50,6 +50,8 @@ CHECKED_TOKENS = 4
 # Relative to the norm of the result. Hopper sums FP8 products with some 13 bits within a block of K, which moves some hidden numbers
 # to the next bfloat16 and e4m3: 4e-3 to 6e-3 were seen. In `triton` what passes between kernels is rounded too: 15e-3.
 BOUNDS = {"triton": 0.03, "routed": 0.01, "routed, deterministic": 0.01, "fused": 0.01, "deep_gemm": 0.03, "flashinfer_cutlass": 0.03}
+# FlashInfer's kernels of Blackwell round gate and up to e4m3 besides
+BOUNDS |= dict.fromkeys(("flashinfer_trtllm_routed", "flashinfer_trtllm_routed, BlockMajorK"), 0.06)
 SCORE_ERROR = 1e-5
 
 
@@ -82,13 +84,15 @@ class Block:
 
 
 # what is measured, and what is told when it is made
-CONTENDERS: dict[str, tuple[type[MoERunner] | type[FusedRunner], dict[str, bool]]] = {
+CONTENDERS: dict[str, tuple[type[MoERunner] | type[FusedRunner], dict[str, Any]]] = {
     "triton": (TritonRunner, {}),
     "routed": (RoutedRunner, {}),
     "routed, deterministic": (RoutedRunner, {"deterministic": True}),
     "fused": (FusedRunner, {}),
     "deep_gemm": (DeepGemmRunner, {}),
     "flashinfer_cutlass": (CutlassRunner, {}),
+    "flashinfer_trtllm_routed": (RoutedTrtllmRunner, {}),
+    "flashinfer_trtllm_routed, BlockMajorK": (RoutedTrtllmRunner, {"layout": "BlockMajorK"}),
 }
 
 

@@ -46,7 +46,7 @@ def test_a_name_is_obeyed_or_refused_with_the_alternatives() -> None:
     assert linear_choice("reference", device=CPU, dtype=torch.float32).take() == "reference"
     with pytest.raises(ValueError, match=r"'cpu' cannot serve here: it is made for CPUs; the device is cuda; these can: reference"):
         linear_choice("cpu", device=CUDA, dtype=torch.bfloat16).take()
-    with pytest.raises(ValueError, match=r"'flashinfer' cannot serve here: this version does not have it yet; these can: reference"):
+    with pytest.raises(ValueError, match=r"'flashinfer' cannot serve here: attention is by kernels of our own alone; these can: reference"):
         attention_choice("flashinfer", device=CUDA, dtype=torch.bfloat16, shape=HEADS).take()
     with pytest.raises(ValueError, match=r"unknown thing 'c'; known are auto, a, b"):
         Choice("thing", "c", {"a": None, "b": "no"}).take()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels.device import Device
+from pointsman.kernels.triton_support import describe
 from pointsman.moe import flashinfer as door
 from pointsman.moe import library, trtllm_layout
 from pointsman.moe.capture import RouteStore
@@ -205,6 +206,29 @@ def test_arguments_fit_the_installed_library(version: str, monkeypatch: pytest.M
         chosen = chosen_by_reference(given, spec)
         got = runner(given, spec, ready) if runner.routes_itself else runner(x_TD, chosen, ready)
         assert distance(got, oracle(x_TD, chosen, layer())) < CUTLASS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [None, "BlockMajorK"])
+@pytest.mark.parametrize("kind", [TrtllmRunner, RoutedTrtllmRunner, CutlassRunner])
+def test_on_the_hardware(kind: type, layout: str | None) -> None:
+    """The library itself, where a GPU is one that it has kernels for: what no emulation can tell."""
+    device, spec = torch.device("cuda"), SPECS["minimax"]
+    if (why := kind.unsupported(spec, FORM, describe(device), torch.bfloat16)) is not None:
+        pytest.skip(why)
+    if layout is not None and kind is CutlassRunner:
+        pytest.skip("it has one layout")
+    weights, made = experts(device="cuda"), kind() if layout is None else kind(layout=layout)
+    ready = made.prepare(weights, torch.bfloat16)
+    for num_tokens in 1, 13, 300:
+        x_TD, routes = hidden_rows(num_tokens).to(device), RouteStore(num_tokens, 2, TOP_K, NUM_EXPERTS, device)
+        on_cpu = rows(x_TD.cpu(), spec)
+        given = RouterInput(x_TD, on_cpu.gate_ED.to(device), on_cpu.bias_E.to(device), 1, on_cpu.slots_T.to(device), routes, None)
+        chosen = Routing(*(part.to(device) for part in chosen_by_reference(on_cpu, spec)))
+        got = made(given, spec, ready) if made.routes_itself else made(x_TD, chosen, ready)
+        assert distance(got, oracle(x_TD, chosen, weights)) < (CUTLASS if kind is CutlassRunner else ROUNDED)
+        if made.routes_itself:
+            assert torch.equal(routes.rows_SLK[given.slots_T, 1].sort(-1).values.long(), chosen.ids_TK.sort(-1).values)
 
 
 def test_the_library_shuffles_as_we_do() -> None:
