@@ -214,6 +214,8 @@ def _size(config: EngineConfig, mesh: Mesh, decoder: Decoder, context_length: in
     num_pages = int(mesh.all_gather(torch.tensor([size.num_pages], device=mesh.device)).min())
     size = dataclasses.replace(size, num_pages=num_pages)
     logger.info("cache: %d tokens of %d bytes in pages of %d", size.num_tokens, size.bytes_per_token, size.page_size)
+    if architecture.qk_norm is None and _kv_dtype(config).itemsize == 1:
+        logger.warning("kv_cache_dtype is fp8_e4m3, and %s does not norm its keys: what exceeds 448 is cut", architecture.name)
     return size
 
 

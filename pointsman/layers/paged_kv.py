@@ -2,7 +2,7 @@
 
 Layout, which compiled steps read directly: `k` and `v` are each one contiguous tensor
 [layers, pages, kv_heads, page_size, head_dim], so that the positions of a head within a page lie together. A slot is
-page * page_size + offset. e4m3 has scale 1 and saturates at 448: q and k are normed, so their range is safe.
+page * page_size + offset. e4m3 has scale 1 and saturates at 448: where q and k are normed, their range is safe.
 """
 
 from __future__ import annotations

@@ -96,6 +96,13 @@ def test_where_the_compiled_step_cannot_serve_it_says_why(folders: dict[str, Pat
         assert any("CPU step: torch" in line and reason in line for line in caplog.messages)
 
 
+def test_keys_that_are_not_normed_are_warned_of(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    for name, warned in (("mixtral", True), ("qwen", False)):
+        caplog.clear()
+        with engine(folders[name], "torch", kv_cache_dtype="fp8_e4m3"):
+            assert any("does not norm its keys" in line for line in caplog.messages) == warned
+
+
 def test_what_all_tokens_take_is_not_cut_within_blocks() -> None:
     """GLM-4.5-Air has dense layers 10944 wide and experts 1408 wide: pieces of whole blocks; experts 1400 wide are not."""
     air = dataclasses.replace(ARCHITECTURES["Glm4Moe"], expert_width=1408, shared_width=1408, dense_width=10944)
