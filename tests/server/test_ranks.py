@@ -56,15 +56,6 @@ def test_none_outlives_a_server_that_is_killed(server: Server) -> None:
     wait_gone(processes)
 
 
-def test_none_outlives_an_engine_that_is_killed(server: Server) -> None:
-    rank = rank_of(server)
-    [engine] = [pid for pid in descendants(server.process.pid) if rank in descendants(pid)]
-    os.kill(engine, signal.SIGKILL)
-    code, errors = server.ended()
-    assert code == 1 and "signal 9" in errors
-    wait_gone([rank])
-
-
 def test_a_lost_rank_ends_the_server_and_is_named(server: Server) -> None:
     rank, readers = rank_of(server), [Reader(server, "Ann has", 1900) for _ in range(3)]
     os.kill(rank, signal.SIGKILL)
