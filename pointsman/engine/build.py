@@ -129,11 +129,9 @@ def _load(config: EngineConfig, mesh: Mesh, progress: bool | None) -> tuple[Path
     device = choose_device(config.kernel.device) if mesh.size == 1 else mesh.device
     check_options(config, device)
     assert (mesh.tp, mesh.ep) == (config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size)
-    if mesh.size > 1:
-        logger.warning("each of the %d ranks holds the whole model: layers are not split yet", mesh.size)
     model_path = config.model.model_path or str(tiny.path())
     folder = locate(model_path, revision=config.model.revision, weights=config.model.load_format != "dummy")
-    return folder, load_decoder(config, folder, device, load_format=config.model.load_format, progress=progress)
+    return folder, load_decoder(config, folder, device, mesh=mesh, load_format=config.model.load_format, progress=progress)
 
 
 def _rank(
@@ -190,7 +188,7 @@ def _size(config: EngineConfig, mesh: Mesh, decoder: Decoder, context_length: in
     architecture = decoder.architecture
     keys_and_values = bytes_per_token(
         num_layers=architecture.num_layers,
-        num_kv_heads=architecture.num_kv_heads,
+        num_kv_heads=decoder.attention_shape.num_kv_heads,
         head_dim=architecture.head_dim,
         dtype=_kv_dtype(config),
     )
@@ -262,7 +260,7 @@ def _runner(
     kv = PagedKV.allocate(
         num_layers=architecture.num_layers,
         num_pages=num_pages,
-        num_kv_heads=architecture.num_kv_heads,
+        num_kv_heads=decoder.attention_shape.num_kv_heads,
         page_size=cache.page_size,
         head_dim=architecture.head_dim,
         dtype=_kv_dtype(config),

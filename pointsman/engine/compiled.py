@@ -80,6 +80,8 @@ def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: Rou
 def reason_against(decoder: Decoder) -> str | None:
     """Why the compiled step cannot stand in for this decoder, or None."""
     backends = decoder.backends
+    if not decoder.shard.whole:
+        return f"tensor_parallel_size is {decoder.shard.tp}, and it exchanges nothing with other ranks"
     return unsupported(decoder.architecture, runner=backends.moe.name, linear=backends.linear, dtype=decoder.dtype)
 
 

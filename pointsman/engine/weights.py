@@ -27,7 +27,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from pointsman.config import EngineConfig
-from pointsman.distributed import Group
+from pointsman.distributed import Group, Mesh
 from pointsman.engine.device import return_memory
 from pointsman.engine.model_runner import Step
 from pointsman.engine.storage import CacheStorage
@@ -116,6 +116,7 @@ class Weights:
         self._is_source = True
         self._storage = storage
         self._make_step, self._aside = make_step, aside
+        self._shard, self._mesh = decoder.shard, decoder.mesh
         self.architecture = decoder.architecture
         self.released: tuple[MemoryTag, ...] = ()
         self._revision: Revision | None = None
@@ -135,7 +136,7 @@ class Weights:
         folder = locate(model_path)
         self._check_same(folder, architecture_of(read_json(folder, "config.json")))
         source = Source.of(folder, "auto")
-        decoder = load_decoder(self._config, folder, self._device, load_format=source.load_format, progress=False)
+        decoder = load_decoder(self._config, folder, self._device, mesh=self._mesh, load_format=source.load_format, progress=False)
         return self._ready(Fresh(decoder, None, source, version))
 
     def _ready(self, fresh: Fresh) -> Fresh:
@@ -212,7 +213,7 @@ class Weights:
         """The update that is under way, taken out: it is put back when this part of it has come."""
         revision, self._revision = self._revision, None
         if begin:
-            return Revision(self.architecture)
+            return Revision(self._shard)
         if revision is None:
             raise ValueError("begin is false, but no update has begun, or a part of it was refused; begin it anew")
         return revision
@@ -222,7 +223,7 @@ class Weights:
             self._revision = revision
             return None
         old = None if self._decoder is None else self._decoder.parameters
-        decoder = Decoder(self.architecture, revision.apply(old, self._device), self._backends, self._dtype)
+        decoder = Decoder(self._shard, revision.apply(old, self._device), self._backends, self._dtype, self._mesh)
         return self._ready(Fresh(decoder, None, None, version))
 
     @property
@@ -323,7 +324,9 @@ class Weights:
         decoder = self._decoder
         if again:
             source.check()
-            decoder = load_decoder(self._config, source.folder, self._device, load_format=source.load_format, progress=False)
+            decoder = load_decoder(
+                self._config, source.folder, self._device, mesh=self._mesh, load_format=source.load_format, progress=False
+            )
         restored = "kv_cache" in tags
         if restored:
             self._storage.restore()
@@ -333,8 +336,10 @@ class Weights:
         return self._ready(fresh)
 
 
-def load_decoder(config: EngineConfig, folder: Path, device: torch.device, *, load_format: str, progress: bool | None) -> Decoder:
-    """A model from a folder, as the configuration wants it. Raises ValueError."""
+def load_decoder(
+    config: EngineConfig, folder: Path, device: torch.device, *, mesh: Mesh, load_format: str, progress: bool | None
+) -> Decoder:
+    """A model from a folder, or this rank's part of it, as the configuration wants it. Raises ValueError."""
     return load_model(
         folder,
         dtype=config.model.dtype,
@@ -347,6 +352,7 @@ def load_decoder(config: EngineConfig, folder: Path, device: torch.device, *, lo
         device=device,
         seed=config.model.random_seed,
         progress=progress,
+        mesh=mesh,
     )
 
 

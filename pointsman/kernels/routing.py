@@ -98,7 +98,7 @@ def best_experts(value, expert, real, choice, E_PADDED: tl.constexpr, K: tl.cons
     return ids
 
 
-@triton.jit(do_not_specialize=["num_tokens", "scale", "given_stride", "row_stride", "row_offset"])
+@triton.jit(do_not_specialize=["num_tokens", "scale", "given_stride", "row_stride", "row_offset", "first_own", "num_own"])
 def choose_kernel(
     part_ptr,
     bias_ptr,
@@ -113,6 +113,8 @@ def choose_kernel(
     given_stride,
     row_stride,
     row_offset,
+    first_own,
+    num_own,
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
     K: tl.constexpr,
@@ -126,6 +128,7 @@ def choose_kernel(
     RECORD: tl.constexpr,
     COMPARE: tl.constexpr,
     FIRST: tl.constexpr,
+    OWN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One token: ids[t], weights[t], and the routing row of its slot."""
@@ -160,6 +163,9 @@ def choose_kernel(
         RECORD,
         COMPARE,
         FIRST,
+        first_own,
+        num_own,
+        OWN,
     )
 
 
@@ -192,6 +198,9 @@ def choose_token(
     RECORD: tl.constexpr,
     COMPARE: tl.constexpr,
     FIRST: tl.constexpr,
+    first_own=0,
+    num_own=0,
+    OWN: tl.constexpr = False,
 ):
     """The choice of one token, and its routing row."""
     expert = tl.arange(0, E_PADDED)
@@ -229,6 +238,8 @@ def choose_token(
             tl.store(row_ptrs, ids.to(rows_ptr.dtype.element_ty), mask=(choice < K) & (slot >= 0))
         ids = tl.where(slot < 0, -1, ids)
         weights = tl.where(slot < 0, 0.0, weights)
+    if OWN:
+        ids = tl.where((ids >= first_own) & (ids < first_own + num_own), ids - first_own, -1)
     tl.store(ids_ptr + token.to(tl.int64) * K + choice, ids, mask=choice < K)
     tl.store(weights_ptr + token.to(tl.int64) * K + choice, weights, mask=choice < K)
 
@@ -300,6 +311,7 @@ def choose_experts(
     rows_CLK: Tensor | None = None,
     alike_C: Tensor | None = None,
     layer: int = 0,
+    own: range | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Experts int32 [T, K], best first, and their float32 weights, from router logits in parts.
@@ -310,6 +322,7 @@ def choose_experts(
         slots_T: where each token's routing row goes; a token of a negative slot is padding and gets ids of -1 and weights of 0.
         rows_CLK: uint8 or uint16 routing rows by slot and layer; needs `slots_T`.
         alike_C: int16 by slot, counts the layers in which a given choice is the same set as the free one; layer 0 begins anew.
+        own: ids are told relative to the first of these experts, and -1 for all others; rows have them as they are.
     """
     parts, num_tokens, num_experts = part_STE.shape
     assert slots_T is not None or (rows_CLK is None and alike_C is None)
@@ -330,6 +343,8 @@ def choose_experts(
         0 if given_TK is None else given_TK.stride(0),
         0 if rows_CLK is None else rows_CLK.stride(0),
         0 if rows_CLK is None else layer * rows_CLK.stride(1),
+        0 if own is None else own.start,
+        0 if own is None else len(own),
         E=num_experts,
         E_PADDED=triton.next_power_of_2(num_experts),
         K=top_k,
@@ -343,6 +358,7 @@ def choose_experts(
         RECORD=rows_CLK is not None,
         COMPARE=given_TK is not None and alike_C is not None,
         FIRST=layer == 0,
+        OWN=own is not None,
         PDL=pdl,
         num_warps=1 if num_experts <= 256 else 4,
         **launch_options(pdl),

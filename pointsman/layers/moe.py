@@ -1,5 +1,7 @@
 """One mixture-of-experts layer: a router says which experts, a runner runs them.
 
+Every rank routes over all experts and records the choice; what it runs is its own part, which the sum over ranks completes.
+
 Shape suffixes: T rows, D hidden, E experts, K experts per token.
 """
 
@@ -18,7 +20,12 @@ from pointsman.moe.weights import ExpertWeights
 
 
 class MoE:
-    """The experts of a layer, the `layer`-th that has any; what runs them gets the weights in its own form at first use or by `prepare`."""
+    """The experts of a layer, the `layer`-th that has any; what runs them gets the weights in its own form at first use or by `prepare`.
+
+    Args:
+        weights: of those experts, or of their columns, that this rank has.
+        own: the experts that the weights are of; None for all.
+    """
 
     def __init__(
         self,
@@ -30,11 +37,12 @@ class MoE:
         router: Router,
         runner: AnyRunner,
         dtype: torch.dtype,
+        own: range | None = None,
     ) -> None:
         self.layer = layer
         self.gate_ED, self.bias_E, self.weights = gate_ED, bias_E, weights
         self.spec, self.runner, self._router = spec, runner, router
-        self._dtype = dtype
+        self._dtype, self._own = dtype, own
         self._ready: Any = None
 
     def prepare(self) -> Any:
@@ -49,11 +57,14 @@ class MoE:
 
     def __call__(self, x_TD: Tensor, ctx: StepContext) -> Tensor:
         given_TK = None if ctx.replay_TNK is None else ctx.replay_TNK[:, self.layer]
-        return self.run(RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK))
+        return self.run(RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK, self._own))
 
     def run(self, rows: RouterInput) -> Tensor:
         """Route these rows and run their experts."""
         runner = self.runner
+        if self.weights.down.data.numel() == 0:  # a rank without a block of any expert
+            self._router.run(rows, self.spec)
+            return torch.zeros_like(rows.x_TD)
         if runner.routes_itself:
             return runner(rows, self.spec, self.prepare())
         return runner(rows.x_TD, self._router.run(rows, self.spec), self.prepare())

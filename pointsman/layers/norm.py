@@ -1,4 +1,8 @@
-"""Root-mean-square norm of the hidden state, together with the sum that comes before it."""
+"""Root-mean-square norm of the hidden state, together with the sums that come before it.
+
+Of several ranks each has its own part of what attention or the experts add. The norm that follows sums it over all of them, so that an
+exchange and what is done with it are one operation, of which this is the plain composition.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,25 @@ from typing import Any
 
 from torch import Tensor
 
+from pointsman.distributed import Mesh
 from pointsman.kernels import Glue
 
 
 class RMSNorm:
     """x / sqrt(mean(x^2) + epsilon) * weight, computed in float32."""
 
-    def __init__(self, weight_D: Tensor, epsilon: float, glue: Glue) -> None:
+    def __init__(self, weight_D: Tensor, epsilon: float, glue: Glue, mesh: Mesh) -> None:
         self.weight_D = weight_D
         self.epsilon = epsilon
-        self._glue = glue
+        self._glue, self._mesh = glue, mesh
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, *, quantize: bool = False) -> tuple[Tensor, Any]:
-        """(x + delta, its norm); without a delta x itself. The norm is `Quantized` where that is asked for."""
+        """(x + delta, its norm); without a delta x itself. The norm is `Quantized` where that is asked for.
+
+        Args:
+            x_TD: the same on every rank.
+            delta_TD: this rank's part of a sum over all ranks. It is used up.
+        """
+        if delta_TD is not None:
+            delta_TD = self._mesh.all_reduce(delta_TD)
         return self._glue.norm(x_TD, delta_TD, self.weight_D, self.epsilon, quantize)

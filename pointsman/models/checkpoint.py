@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TEXT_PATTERNS = ("*.json", "*.jinja")
+MOST_READERS = 8
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -46,6 +48,25 @@ class Checkpoint:
                 for name in shard.offset_keys():
                     if name in names:
                         yield name, shard.get_tensor(name)
+
+    def slices(self, names: Container[str], take: Callable[[str, Any], None], *, whole: bool) -> None:
+        """Have `take` read what it wants of the tensors of these names, several files at once.
+
+        Args:
+            whole: it is given tensors; else what reads as much of one as it is sliced for.
+        """
+        with ThreadPoolExecutor(MOST_READERS, thread_name_prefix="reader") as pool:
+            reading = [
+                pool.submit(self._slices, file, names, take, whole) for file in sorted({header.file for header in self.headers.values()})
+            ]
+        for file in reading:
+            file.result()
+
+    def _slices(self, file: str, names: Container[str], take: Callable[[str, Any], None], whole: bool) -> None:
+        with safe_open(self.folder / file, framework="pt") as shard:
+            for name in shard.offset_keys():
+                if name in names:
+                    take(name, shard.get_tensor(name) if whole else shard.get_slice(name))
 
 
 def locate(model_path: str, *, revision: str | None = None, weights: bool = True) -> Path:

@@ -13,8 +13,8 @@ import torch
 from pointsman.kernels import GLUES, AttentionShape, attention_choice, attentions, glue_choice, linear_choice, linears
 from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
-from pointsman.models.architecture import Architecture
 from pointsman.models.decoder import Backends, expert_form
+from pointsman.models.sharding import Shard
 from pointsman.moe.router import router_choice, routers
 from pointsman.moe.runner import make_runner, runner_choice
 
@@ -55,7 +55,7 @@ class Choices:
 
 
 def choices_of(
-    architecture: Architecture,
+    shard: Shard,
     device: Device,
     *,
     dtype: str = "auto",
@@ -73,9 +73,10 @@ def choices_of(
     Raises:
         ValueError: there is no such dtype.
     """
+    architecture = shard.architecture
     compute = resolve_dtype(dtype, device.type)
     spec, invariant = architecture.routing, deterministic and device.type != "cpu"
-    heads = AttentionShape(architecture.num_heads, architecture.num_kv_heads, architecture.head_dim)
+    heads = AttentionShape(len(shard.heads), len(shard.kv_heads), architecture.head_dim)
     return Choices(
         dtype=compute,
         invariant=invariant,
@@ -83,7 +84,7 @@ def choices_of(
         attention=attention_choice(attention_backend, device=device, dtype=compute, shape=heads, invariant=invariant),
         glue=glue_choice(device=device, dtype=compute),
         router=router_choice(spec, device=device, dtype=compute, invariant=invariant),
-        moe=runner_choice(moe_backend, spec, expert_form(architecture), device=device, dtype=compute, deterministic=invariant),
+        moe=runner_choice(moe_backend, spec, expert_form(shard), device=device, dtype=compute, deterministic=invariant),
     )
 
 

@@ -4,6 +4,10 @@ One forward takes the flat rows of a step, decode and prefill alike, and returns
 written layer by layer in torch; a step compiled as one region computes the same from the same `parameters`, and this is its
 oracle.
 
+Of several ranks each runs this over its part of the weights. Between ranks go, in a layer, what attention and what the experts add
+(`layers.norm`) and the sums of squares of a norm over all heads (`layers.attention`); before the layers, the embedding; after them, the
+logits. The hidden state that is normed is the same on all ranks to the last bit, hence so is the choice of experts.
+
 Shape suffixes: T rows, D hidden, R rows whose logits are wanted, V vocabulary.
 """
 
@@ -16,17 +20,20 @@ import torch
 from torch import Tensor
 
 from pointsman import kernels
-from pointsman.layers.attention import Attention, Rotation
+from pointsman.distributed import Mesh
+from pointsman.layers.attention import Attention, NormedTogether, Rotation
 from pointsman.layers.context import Span, StepContext
-from pointsman.layers.linear import Embedding, Linear
+from pointsman.layers.linear import Embedding, Head, Linear
 from pointsman.layers.mlp import MLP
 from pointsman.layers.moe import MoE
 from pointsman.layers.norm import RMSNorm
-from pointsman.models.architecture import Architecture
 from pointsman.models.parameters import LayerParameters, Mlp, Parameters
+from pointsman.models.sharding import Shard
 from pointsman.moe.router import Router
 from pointsman.moe.runner import WAITING_RUNNERS, AnyRunner
 from pointsman.moe.weights import ExpertForm
+
+ALONE = Mesh.single()
 
 
 class Backends:
@@ -39,9 +46,9 @@ class Backends:
 class DecoderLayer:
     """x + attention(norm(x)), then x + experts(norm(x)) and what all tokens take: a dense layer has that alone."""
 
-    def __init__(self, index: int, parameters: LayerParameters, architecture: Architecture, backends: Backends, dtype: torch.dtype) -> None:
-        epsilon = architecture.norm_epsilon
-        self.attention_norm = RMSNorm(parameters.attention_norm_D, epsilon, backends.glue)
+    def __init__(self, index: int, parameters: LayerParameters, shard: Shard, backends: Backends, dtype: torch.dtype, mesh: Mesh) -> None:
+        architecture, epsilon = shard.architecture, shard.architecture.norm_epsilon
+        self.attention_norm = RMSNorm(parameters.attention_norm_D, epsilon, backends.glue, mesh)
         self.attention = Attention(
             index,
             qkv=Linear(parameters.qkv, backends.linear, dtype, parameters.qkv_bias_N),
@@ -52,15 +59,18 @@ class DecoderLayer:
             head_dim=architecture.head_dim,
             implementation=backends.attention,
             glue=backends.glue,
+            together=_norm_together(shard, mesh),
         )
-        self.expert_norm = RMSNorm(parameters.expert_norm_D, epsilon, backends.glue)
+        self.expert_norm = RMSNorm(parameters.expert_norm_D, epsilon, backends.glue, mesh)
         self.moe: MoE | None = None
         if (experts := parameters.experts) is not None:
             assert parameters.gate_ED is not None
             number, spec = architecture.expert_layers.index(index), architecture.routing
-            self.moe = MoE(number, parameters.gate_ED, parameters.bias_E, experts, spec, backends.router, backends.moe, dtype)
+            own = shard.experts if shard.ep > 1 else None
+            self.moe = MoE(number, parameters.gate_ED, parameters.bias_E, experts, spec, backends.router, backends.moe, dtype, own)
         pair = parameters.shared if parameters.dense is None else parameters.dense
-        self.mlp = None if pair is None else _mlp(pair, backends, dtype)
+        # a rank may have no block of a narrow one
+        self.mlp = None if pair is None or not pair.down.data.numel() else _mlp(pair, backends, dtype)
 
     def parts(self) -> Iterator[Linear | MoE]:
         """What has weights in an implementation's form."""
@@ -75,7 +85,9 @@ class DecoderLayer:
         x_TD, normed = self.attention_norm(x_TD, delta_TD, quantize=self.attention.qkv.takes_quantized)
         attended_TD = self.attention(normed, rotation, ctx)
         if self.moe is None:
-            assert self.mlp is not None, "a layer without experts is dense"
+            if self.mlp is None:
+                x_TD, normed = self.expert_norm(x_TD, attended_TD)
+                return x_TD, torch.zeros_like(x_TD)
             x_TD, normed = self.expert_norm(x_TD, attended_TD, quantize=self.mlp.gate_up.takes_quantized)
             return x_TD, self.mlp(normed)
         x_TD, normed = self.expert_norm(x_TD, attended_TD)
@@ -88,23 +100,26 @@ def _mlp(pair: Mlp, backends: Backends, dtype: torch.dtype) -> MLP:
 
 
 class Decoder:
-    """A model that runs steps.
+    """A model that runs steps, or one rank's part of it.
 
     Attributes:
-        architecture: its sizes and numbers.
-        parameters: its weights as the checkpoint has them.
+        architecture: the model's sizes and numbers.
+        shard: the part of it that is here.
+        parameters: the weights of that, as the checkpoint has them.
         dtype: what it computes in; bfloat16 rounds activations between operations.
     """
 
-    def __init__(self, architecture: Architecture, parameters: Parameters, backends: Backends, dtype: torch.dtype) -> None:
-        self.architecture = architecture
+    def __init__(self, shard: Shard, parameters: Parameters, backends: Backends, dtype: torch.dtype, mesh: Mesh = ALONE) -> None:
+        assert (shard.tp, shard.ep, shard.rank) == (mesh.tp, mesh.ep, mesh.rank)
+        self.architecture = architecture = shard.architecture
+        self.shard, self.mesh = shard, mesh
         self.parameters = parameters
         self.backends = backends
         self.dtype = dtype
-        self.embedding = Embedding(parameters.embed_VD, dtype)
-        self.layers = [DecoderLayer(index, layer, architecture, backends, dtype) for index, layer in enumerate(parameters.layers)]
-        self.norm = RMSNorm(parameters.norm_D, architecture.norm_epsilon, backends.glue)
-        self.head = Linear(parameters.head, backends.linear, dtype)
+        self.embedding = Embedding(parameters.embed_VD, dtype, mesh, shard.ranges["vocab"].start)
+        self.layers = [DecoderLayer(index, layer, shard, backends, dtype, mesh) for index, layer in enumerate(parameters.layers)]
+        self.norm = RMSNorm(parameters.norm_D, architecture.norm_epsilon, backends.glue, mesh)
+        self.head = Head(parameters.head, backends.linear, dtype, mesh, shard.vocab_sizes)
 
     @property
     def device(self) -> torch.device:
@@ -127,8 +142,8 @@ class Decoder:
 
     @property
     def attention_shape(self) -> kernels.AttentionShape:
-        sizes = self.architecture
-        return kernels.AttentionShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+        """Of the heads that are here."""
+        return kernels.AttentionShape(len(self.shard.heads), len(self.shard.kv_heads), self.architecture.head_dim)
 
     def plan_attention(self, spans: Sequence[Span], num_rows: int) -> Any:
         """The attention plan of a step whose rows are these runs of lanes' tokens."""
@@ -144,7 +159,8 @@ class Decoder:
         return self.logits(x_TD[rows_R], None if delta_TD is None else delta_TD[rows_R])
 
     def hidden(self, tokens_T: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor | None]:
-        """What the layers make of the rows, in two parts [T, D] yet to be summed; keys, values and routing are stored on the way."""
+        """What the layers make of the rows, in two parts [T, D] yet to be summed, the second of them over the ranks as well; keys, values
+        and routing are stored on the way."""
         rotation = Rotation.at(ctx.positions_T, self.architecture.rotary_dim, self.architecture.rope_theta)
         x_TD, delta_TD = self.embedding(tokens_T), None
         for layer in self.layers:
@@ -154,7 +170,7 @@ class Decoder:
     def logits(self, x_RD: Tensor, delta_RD: Tensor | None) -> Tensor:
         """Float32 logits [R, V] of rows that have been through the layers."""
         _, normed_RD = self.norm(x_RD, delta_RD)
-        return self.head(normed_RD).float()
+        return self.head(normed_RD)
 
 
 def reason_against_capture(device_type: str, attention: kernels.Attention, runner: str) -> str | None:
@@ -168,6 +184,14 @@ def reason_against_capture(device_type: str, attention: kernels.Attention, runne
     return None
 
 
-def expert_form(architecture: Architecture) -> ExpertForm:
-    """What the model's experts are like."""
-    return ExpertForm(architecture.hidden_size, architecture.expert_width, architecture.quantization_block)
+def expert_form(shard: Shard) -> ExpertForm:
+    """What the model's experts are like, as far as they are here."""
+    architecture = shard.architecture
+    return ExpertForm(architecture.hidden_size, shard.sizes["width"], architecture.quantization_block, some=shard.ep > 1)
+
+
+def _norm_together(shard: Shard, mesh: Mesh) -> NormedTogether | None:
+    architecture = shard.architecture
+    if shard.whole or architecture.qk_norm != "all":
+        return None
+    return NormedTogether(architecture.sizes["q"], architecture.sizes["kv"], shard.owns_kv_heads, mesh)

@@ -1,4 +1,4 @@
-"""From a folder or hub id to a decoder that can run.
+"""From a folder or hub id to a decoder that can run: all of a model, or what one of several ranks holds of it.
 
 Tensors are copied one by one from the mapped files into their place in the stacked parameters, so that a second copy of the
 model never exists. Before the first byte is copied the headers are compared with what the architecture calls for; all that is
@@ -15,21 +15,25 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from pointsman.distributed import Mesh
 from pointsman.kernels.triton_support import describe
 from pointsman.kernels.weight import FP8, FP8_MAX, num_blocks
 from pointsman.models import MODELS, architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import Checkpoint, locate, open_checkpoint, read_json
 from pointsman.models.choices import DTYPES, choices_of
-from pointsman.models.decoder import Decoder
+from pointsman.models.decoder import ALONE, Decoder
 from pointsman.models.names import Kind, Place, Row, places
 from pointsman.models.parameters import Parameters, Storage
+from pointsman.models.sharding import Shard
+from pointsman.models.sharding import describe as describe_split
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ def load_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     progress: bool | None = None,
+    mesh: Mesh = ALONE,
 ) -> Decoder:
     """Load a checkpoint; parameters are named as the flags they come from.
 
@@ -63,6 +68,7 @@ def load_model(
         deterministic: choose kernels that give a row the same bits whatever rows are beside it.
         seed: of dummy weights.
         progress: show a bar on stderr; None shows one on a terminal.
+        mesh: the ranks among which the model is split; this one reads its own part and no other.
 
     Raises:
         ValueError: the checkpoint, the config or a choice cannot be served; the message says what would be right.
@@ -71,9 +77,11 @@ def load_model(
     architecture = architecture_of(read_json(folder, "config.json"))
     if quantization == "fp8" and architecture.quantization_block is None:
         raise ValueError(f"quantization is 'fp8', but {folder} is a {architecture.dtype} checkpoint; leave it out, or quantize it first")
-    on = torch.device(device)
+    on, shard = torch.device(device), Shard(architecture, mesh.tp, mesh.ep, mesh.rank)
+    for line in () if shard.whole or mesh.rank else describe_split(architecture, mesh.tp, mesh.ep):
+        logger.info("%s", line)
     choices = choices_of(
-        architecture,
+        shard,
         describe(on),
         dtype=dtype,
         linear_backend=linear_backend,
@@ -83,27 +91,33 @@ def load_model(
     )
     backends = choices.take()
     parameters = (
-        make_parameters(architecture, seed=seed, device=on, progress=progress)
+        make_parameters(shard, seed=seed, device=on, progress=progress)
         if load_format == "dummy"
-        else read_parameters(folder, architecture, device=on, progress=progress)
+        else read_parameters(folder, shard, device=on, progress=progress)
     )
-    return Decoder(architecture, parameters, backends, choices.dtype)
+    return Decoder(shard, parameters, backends, choices.dtype, mesh)
 
 
-def read_parameters(folder: Path, architecture: Architecture, *, device: torch.device, progress: bool | None = None) -> Parameters:
-    """All weights of a checkpoint, checked against the architecture."""
+def read_parameters(folder: Path, shard: Shard, *, device: torch.device, progress: bool | None = None) -> Parameters:
+    """A shard of a checkpoint's weights; all its headers are checked against the architecture."""
+    architecture = shard.architecture
     rows = MODELS[architecture.name].rows
     expected = places(rows, architecture)
     checkpoint = open_checkpoint(folder)
     check_headers(checkpoint, expected, architecture)
-    storage = Storage(rows, architecture, _plain_dtypes(expected, checkpoint), device)
+    storage = Storage(rows, shard, _plain_dtypes(expected, checkpoint), device)
+    wanted = {name: (row, place) for name, (row, place) in expected.items() if storage.holds(row, place)}
     broken: dict[str, Tensor] = {}
-    with loading_bar(progress, len(expected)) as advance:
-        for name, tensor in checkpoint.tensors(expected):
-            view = storage.view(expected[name][1])
-            view.copy_(tensor)
+    with loading_bar(progress, len(wanted)) as advance:
+
+        def take(name: str, tensor: Any) -> None:
+            row, place = wanted[name]
+            view = storage.view(place)
+            view.copy_(storage.cut(row, place, tensor))
             broken[name] = is_broken(view)
             advance()
+
+        checkpoint.slices(wanted, take, whole=shard.whole)
     _raise(folder, [f"{name} has numbers that are NaN or infinite" for name, flag in zip(broken, _flags(broken), strict=True) if flag])
     return storage.parameters()
 
@@ -191,19 +205,23 @@ def loading_bar(progress: bool | None, total: int, what: str = "loading weights"
         yield lambda: bar.advance(task)
 
 
-def make_parameters(architecture: Architecture, *, seed: int, device: torch.device, progress: bool | None = None) -> Parameters:
+def make_parameters(shard: Shard, *, seed: int, device: torch.device, progress: bool | None = None) -> Parameters:
     """Random weights whose router spreads tokens evenly: norms 1, a wide router, no bias, matrices of standard deviation 0.02.
 
     Embeddings have standard deviation 1. With smaller ones what attention adds, which neighbours share, outweighs what tells
     tokens apart, and from the second layer on all of them choose the same experts. Each tensor has its own seed, made of the seed
-    given and its name, so that it is the same whatever else is loaded.
+    given and its name, so that it is the same whatever else is loaded, and a shard has its part of the same.
     """
+    architecture = shard.architecture
     rows = MODELS[architecture.name].rows
-    storage = Storage(rows, architecture, {row.parameter: DTYPES[architecture.dtype] for row in rows}, device)
+    storage = Storage(rows, shard, {row.parameter: DTYPES[architecture.dtype] for row in rows}, device)
     generator = torch.Generator(device)
     named = places(rows, architecture)
     with loading_bar(progress, len(named)) as advance:
         for name, (row, place) in named.items():
+            advance()
+            if not storage.holds(row, place):
+                continue
             view = storage.view(place)
             if place.scale:
                 view.fill_(DUMMY_STD * 4 / FP8_MAX)
@@ -214,8 +232,8 @@ def make_parameters(architecture: Architecture, *, seed: int, device: torch.devi
             else:
                 std = {"gate": DUMMY_ROUTER_STD / math.sqrt(architecture.hidden_size), "embed": 1.0}.get(row.parameter, DUMMY_STD)
                 generator.manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
-                noise = torch.randn(view.shape, generator=generator, device=device)
+                shape, _ = form(row, place, architecture)
+                noise = storage.cut(row, place, torch.randn(shape, generator=generator, device=device))
                 # an e4m3 number of standard deviation 112 leaves four of them to its limit
                 view.copy_(noise.mul_(FP8_MAX / 4).clamp_(-FP8_MAX, FP8_MAX) if view.dtype == FP8 else noise.mul_(std))
-            advance()
     return storage.parameters()

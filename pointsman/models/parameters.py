@@ -1,7 +1,8 @@
 """A model's weights, stacked, in the form the checkpoint has them: FP8 bytes stay bytes beside their scales.
 
-Whoever computes takes from here: the torch layers through their implementations' `prepare`, a compiled step by packing what it
-finds. Norm weights, gate and bias are float32 whatever their file has, because they are computed with in float32.
+Of a model that is split over ranks they are one rank's part, cut out of each tensor as it comes (`sharding`). Whoever computes takes
+from here: the torch layers through their implementations' `prepare`, a compiled step by packing what it finds. Norm weights, gate and
+bias are float32 whatever their file has, because they are computed with in float32.
 
 Shape suffixes: V vocabulary, D hidden, E experts, Q all query channels, W all key channels.
 """
@@ -10,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pointsman.kernels.weight import FP8, Weight, num_blocks, scale_shape
-from pointsman.models.architecture import Architecture
 from pointsman.models.names import Kind, Place, Row
+from pointsman.models.sharding import Shard
 from pointsman.moe.weights import ExpertWeights
 
 
@@ -57,19 +58,18 @@ class Parameters:
 
 
 class Storage:
-    """Empty tensors for all parameters, and the view of them that each place fills."""
+    """Empty tensors for all parameters of a shard, and the view of them that each place fills."""
 
-    def __init__(
-        self, rows: tuple[Row, ...], architecture: Architecture, plain_dtype: Mapping[str, torch.dtype], device: torch.device
-    ) -> None:
-        self._architecture = architecture
+    def __init__(self, rows: tuple[Row, ...], shard: Shard, plain_dtype: Mapping[str, torch.dtype], device: torch.device) -> None:
+        self._shard, self._sizes = shard, shard.sizes
+        architecture = shard.architecture
         self._plain_dtype = plain_dtype
         self._device = device
         self._tensors: dict[tuple[str, int | None], Tensor] = {}
         self._weights: dict[tuple[str, int | None], Weight] = {}
         self._parts: dict[str, tuple[int, ...]] = {}
         for parts in _by_parameter(rows):
-            self._parts[parts[0].parameter] = tuple(architecture.sizes[row.shape[0]] for row in parts)
+            self._parts[parts[0].parameter] = tuple(self._sizes[row.shape[0]] for row in parts)
             for layer in architecture.layers_with(parts[0].where) if parts[0].per_layer else (None,):
                 if parts[0].kind is Kind.FLOAT32:
                     self._tensors[parts[0].parameter, layer] = self._float32(parts)
@@ -77,23 +77,24 @@ class Storage:
                     self._weights[parts[0].parameter, layer] = self._weight(parts)
 
     def _float32(self, rows: list[Row]) -> Tensor:
-        shape = (sum(self._parts[rows[0].parameter]), *(self._architecture.sizes[name] for name in rows[0].shape[1:]))
+        shape = (sum(self._parts[rows[0].parameter]), *(self._sizes[name] for name in rows[0].shape[1:]))
         return torch.empty(shape, dtype=torch.float32, device=self._device)
 
     def _weight(self, rows: list[Row]) -> Weight:
-        sizes, block = self._architecture.sizes, self._architecture.quantization_block
-        stack = (sizes["experts"],) if rows[0].per_expert else ()
-        parts, columns = self._parts[rows[0].parameter], sizes[rows[0].shape[1]]
+        block = self._shard.architecture.quantization_block
+        stack = (len(self._shard.experts),) if rows[0].per_expert else ()
+        parts, columns = self._parts[rows[0].parameter], self._sizes[rows[0].shape[1]]
         shape = (*stack, sum(parts), columns)
         if rows[0].kind is Kind.PLAIN or block is None:
             return Weight(torch.empty(shape, dtype=self._plain_dtype[rows[0].parameter], device=self._device), parts=parts)
+        block = (self._shard.block([row.shape[0] for row in rows], block[0]), self._shard.block(rows[0].shape[1:], block[1]))
         scale = torch.empty((*stack, *scale_shape(parts, columns, block)), dtype=torch.float32, device=self._device)
         return Weight(torch.empty(shape, dtype=FP8, device=self._device), scale, block, parts)
 
     @staticmethod
-    def of(rows: tuple[Row, ...], architecture: Architecture, parameters: Parameters) -> Storage:
+    def of(rows: tuple[Row, ...], shard: Shard, parameters: Parameters) -> Storage:
         """The storage that these parameters are in."""
-        storage = Storage((), architecture, {}, parameters.norm_D.device)
+        storage = Storage((), shard, {}, parameters.norm_D.device)
         storage._weights = {("embed", None): Weight(parameters.embed_VD), ("head", None): parameters.head}
         storage._tensors = {("norm", None): parameters.norm_D}
         for index, layer in enumerate(parameters.layers):
@@ -101,7 +102,7 @@ class Storage:
                 storage._tensors[name, index] = there
             for name, weight in weights_of(layer).items():
                 storage._weights[name, index] = weight
-        storage._parts = {row[0].parameter: tuple(architecture.sizes[part.shape[0]] for part in row) for row in _by_parameter(rows)}
+        storage._parts = {row[0].parameter: tuple(shard.sizes[part.shape[0]] for part in row) for row in _by_parameter(rows)}
         return storage
 
     def plain_dtypes(self) -> dict[str, torch.dtype]:
@@ -110,7 +111,7 @@ class Storage:
 
     def revised(self, changed: Collection[tuple[str, int | None]], dtypes: Mapping[str, torch.dtype]) -> Storage:
         """A storage that shares what does not change. What does is copied, and plain numbers have these types."""
-        other = Storage((), self._architecture, dtypes, self._device)
+        other = Storage((), self._shard, dtypes, self._device)
         other._parts = self._parts
         other._tensors = {key: tensor.clone() if key in changed else tensor for key, tensor in self._tensors.items()}
         for key, weight in self._weights.items():
@@ -121,8 +122,24 @@ class Storage:
             other._weights[key] = weight
         return other
 
+    def holds(self, row: Row, place: Place) -> bool:
+        """Whether the shard has anything of a tensor of the checkpoint."""
+        return (place.expert is None or place.expert in self._shard.experts) and all(self._sizes[name] for name in row.shape)
+
+    def cut(self, row: Row, place: Place, tensor: Any) -> Any:
+        """What the shard has of a tensor of the checkpoint, or of anything that is sliced like one."""
+        if self._shard.whole:
+            return tensor
+        if not place.scale:
+            return tensor[tuple(slice(there.start, there.stop) for there in map(self._shard.ranges.__getitem__, row.shape))]
+        own, block = self._weights[place.parameter, place.layer].block, self._shard.architecture.quantization_block
+        assert block is not None
+        rows, columns = (self._shard.scales(name, step, part) for name, step, part in zip(row.shape, block, own, strict=True))
+        near = tensor[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        return near[[at - rows[0] for at in rows]][:, [at - columns[0] for at in columns]]
+
     def view(self, place: Place) -> Tensor:
-        """The memory that a tensor of the checkpoint fills, in the tensor's shape."""
+        """The memory that the shard's part of a tensor of the checkpoint fills, in that part's shape."""
         heights = list(self._parts[place.parameter])
         if (tensor := self._tensors.get((place.parameter, place.layer))) is None:
             weight = self._weights[place.parameter, place.layer]
@@ -131,13 +148,13 @@ class Storage:
                 assert weight.scale is not None
                 tensor, heights = weight.scale, [num_blocks(part, weight.block[0]) for part in heights]
         if place.expert is not None:
-            tensor = tensor[place.expert]
+            tensor = tensor[place.expert - self._shard.experts.start]
         first = sum(heights[: place.part])
         return tensor[first : first + heights[place.part]]
 
     def parameters(self) -> Parameters:
         """The parameters, once their storage is filled."""
-        layers = tuple(self._layer(index) for index in range(self._architecture.num_layers))
+        layers = tuple(self._layer(index) for index in range(self._shard.architecture.num_layers))
         return Parameters(self._weights["embed", None].data, layers, self._tensors["norm", None], self._weights["head", None])
 
     def _layer(self, index: int) -> LayerParameters:

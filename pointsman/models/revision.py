@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pointsman.kernels.reference import quantize_weight
 from pointsman.models import MODELS
-from pointsman.models.architecture import Architecture
 from pointsman.models.loader import FILE_DTYPES, MOST_LISTED, form, is_broken
 from pointsman.models.names import SCALE_SUFFIX, Kind, places
 from pointsman.models.parameters import Parameters, Storage
+from pointsman.models.sharding import Shard
 
 _NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
@@ -24,11 +24,12 @@ _NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 class Revision:
     """An update of a model's weights that is being collected."""
 
-    def __init__(self, architecture: Architecture) -> None:
-        self._architecture = architecture
+    def __init__(self, shard: Shard) -> None:
+        architecture = shard.architecture
+        self._shard, self._architecture = shard, architecture
         self._rows = MODELS[architecture.name].rows
         self._expected = places(self._rows, architecture)
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}  # whole, whatever part of them is here
 
     def __len__(self) -> int:
         """How many tensors have come; a quantized matrix is two."""
@@ -102,15 +103,17 @@ class Revision:
         _raise([f"{name} came without {partner}" for name in self._tensors if (partner := self._partner(name)) not in self._tensors])
         storage = self._storage(device) if parameters is None else self._revised(parameters)
         for name, tensor in self._tensors.items():
-            storage.view(self._expected[name][1]).copy_(tensor)
+            row, place = self._expected[name]
+            if storage.holds(row, place):
+                storage.view(place).copy_(storage.cut(row, place, tensor))
         return storage.parameters()
 
     def _storage(self, device: torch.device) -> Storage:
         _raise([f"{name} is missing, and the weights before are released" for name in self._expected.keys() - self._tensors.keys()])
-        return Storage(self._rows, self._architecture, self._dtypes({}), device)
+        return Storage(self._rows, self._shard, self._dtypes({}), device)
 
     def _revised(self, parameters: Parameters) -> Storage:
-        live = Storage.of(self._rows, self._architecture, parameters)
+        live = Storage.of(self._rows, self._shard, parameters)
         changed = {(place.parameter, place.layer) for _, place in map(self._expected.__getitem__, self._tensors)}
         return live.revised(changed, self._dtypes(live.plain_dtypes()))
 

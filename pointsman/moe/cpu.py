@@ -43,6 +43,9 @@ class CpuRunner:
         first = 0
         for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
             pairs = slice(first, first + count)
+            first += count
+            if expert < 0:
+                continue
             rows = x_TD if len(x_TD) == 1 else x_TD[token_N[pairs]]
             gate_up = F.linear(rows, weights.gate_up.data[expert])
             y = F.linear(reference.silu_and_mul(gate_up).to(rows.dtype), weights.down.data[expert])
@@ -50,5 +53,4 @@ class CpuRunner:
                 out_TD.addcmul_(y.float(), weight_N1[pairs])
             else:
                 out_TD.index_add_(0, token_N[pairs], y.float() * weight_N1[pairs])
-            first += count
         return out_TD.to(x_TD.dtype)

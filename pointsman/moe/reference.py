@@ -31,7 +31,7 @@ class ReferenceRunner:
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         out_TD = torch.zeros(x_TD.shape, device=x_TD.device)
-        for expert in torch.unique(routing.ids_TK).tolist():
+        for expert in torch.unique(routing.ids_TK[routing.ids_TK >= 0]).tolist():
             token, choice = (routing.ids_TK == expert).nonzero(as_tuple=True)
             y = reference.expert(x_TD[token], weights.gate_up[expert], weights.down[expert])
             out_TD.index_add_(0, token, y * routing.weights_TK[token, choice, None])

@@ -33,6 +33,8 @@ class RouterInput:
         slots_T: where the rows' routing is recorded; below zero where a row is padding.
         routes: None records nothing.
         given_TK: int64 expert ids to use; a row with a negative one chooses freely. None: all do.
+        own: experts that are run here, None for all. The routing counts from the first of them, and has -1 for those of others; the
+            record has every expert as the model counts it.
     """
 
     x_TD: Tensor
@@ -42,6 +44,7 @@ class RouterInput:
     slots_T: Tensor
     routes: RouteStore | None
     given_TK: Tensor | None
+    own: range | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ def _reference(rows: RouterInput, spec: RoutingSpec) -> Routing:
         routing = route(logits_TE, spec, ids_TK=torch.where(forced_T.unsqueeze(-1), rows.given_TK, routing.ids_TK))
     if rows.routes is not None:
         rows.routes.record(rows.layer, rows.slots_T, routing.ids_TK)
-    return routing
+    return routing if rows.own is None else Routing(_own_ids(routing.ids_TK, rows.own), routing.weights_TK)
+
+
+def _own_ids(ids_TK: Tensor, own: range) -> Tensor:
+    return torch.where((ids_TK >= own.start) & (ids_TK < own.stop), ids_TK - own.start, -1)
 
 
 def _triton_unsupported(spec: RoutingSpec, device: Device, dtype: torch.dtype) -> str | None:
@@ -91,6 +98,7 @@ def _triton(deterministic: bool) -> Router:
             rows_CLK=None if rows.routes is None else rows.routes.rows_SLK,
             alike_C=None if rows.routes is None else rows.routes.alike_S,
             layer=rows.layer,
+            own=rows.own,
             pdl=pdl,
         )
         return Routing(ids_TK, weights_TK)

@@ -20,7 +20,7 @@ __all__ = ["Routing", "RoutingSpec", "choose_experts", "route"]
 
 
 class Routing(NamedTuple):
-    """The experts of each token, best first, int64 [T, K], and their float32 weights."""
+    """The experts of each token, best first, int64 [T, K], and their float32 weights. An id of -1 is none, or one of another rank."""
 
     ids_TK: Tensor
     weights_TK: Tensor

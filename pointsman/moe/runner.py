@@ -91,6 +91,10 @@ ROUTED_ALIKE = {"fused": "routed", "flashinfer_trtllm": "flashinfer_trtllm_route
 
 def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
     """Why the runner of this name cannot serve, or None."""
+    if form.some and RUNNERS[name].routes_itself:
+        return "it chooses among all experts inside its kernel; with --ep a rank has some of them"
+    if form.some and name.startswith("flashinfer"):
+        return "with --ep a rank has some of the experts, and this version does not tell the library which"
     return RUNNERS[name].unsupported(spec, form, device, dtype)
 
 

@@ -41,7 +41,7 @@ def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
     kernels = Backends(
         INVARIANT_LINEARS["triton"], INVARIANT_ATTENTIONS["triton"], GLUES["triton"], INVARIANT_ROUTERS["triton"], plain.backends.moe
     )
-    return Decoder(plain.architecture, plain.parameters, kernels, torch.bfloat16)
+    return Decoder(plain.shard, plain.parameters, kernels, torch.bfloat16)
 
 
 def memory(model: Architecture) -> DeviceMemory:

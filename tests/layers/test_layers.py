@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pointsman.distributed import Mesh
 from pointsman.kernels import LINEARS, reference
 from pointsman.kernels.weight import Weight
 from pointsman.layers.context import Span, StepContext
@@ -54,7 +55,7 @@ def test_a_linear_makes_its_form_once_and_keeps_the_checkpoints() -> None:
 
 def test_an_embedding_is_in_the_dtype_of_the_model() -> None:
     table_VD = normal(5, 3).bfloat16()
-    got = Embedding(table_VD, torch.float32)(torch.tensor([4, 0, 4]))
+    got = Embedding(table_VD, torch.float32, Mesh.single())(torch.tensor([4, 0, 4]))
     assert got.dtype == torch.float32 and torch.equal(got, table_VD[[4, 0, 4]].float())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pointsman.models import architecture_of
 from pointsman.models.loader import load_model, make_parameters
 from pointsman.models.parameters import Parameters
+from pointsman.models.sharding import Shard
 from tests.models.checkpoints import Harness, Shape, write
 from tests.models.test_architecture import PUBLISHED
 
@@ -233,7 +234,7 @@ class TestDummy:
         assert len(torch.unique(routes_TNK.sort(-1).values.flatten(1), dim=0)) > 250, "tokens must not share their experts"
 
     def test_weights_have_the_promised_spread(self) -> None:
-        parameters = make_parameters(architecture_of(self.CONFIG), seed=0, device=CPU)
+        parameters = make_parameters(Shard(architecture_of(self.CONFIG)), seed=0, device=CPU)
         layer = parameters.layers[0]
         for weight in (layer.qkv, layer.o, *layer.experts, parameters.head):
             assert abs(float(weight.dequantize(torch.float32).std()) - 0.02) < 0.001
@@ -243,13 +244,13 @@ class TestDummy:
 
     def test_the_seed_decides(self) -> None:
         architecture = architecture_of(self.CONFIG)
-        first, again, other = (make_parameters(architecture, seed=seed, device=CPU).layers[1].experts for seed in (3, 3, 4))
+        first, again, other = (make_parameters(Shard(architecture), seed=seed, device=CPU).layers[1].experts for seed in (3, 3, 4))
         assert same(first.down.data, again.down.data) and not same(first.down.data, other.down.data)
         assert not same(first.down.data[0], first.down.data[1])
 
     def test_full_size_only_needs_the_config(self) -> None:
         # one layer of few experts: the widths are the published ones
         config = PUBLISHED | {"num_hidden_layers": 1, "attn_type_list": [1], "num_local_experts": 8, "vocab_size": 512}
-        parameters = make_parameters(architecture_of(config), seed=0, device=CPU)
+        parameters = make_parameters(Shard(architecture_of(config)), seed=0, device=CPU)
         assert parameters.layers[0].qkv.data.shape == (8192, 3072)
         assert parameters.layers[0].qkv.scale is not None and parameters.layers[0].qkv.scale.shape == (64, 24)

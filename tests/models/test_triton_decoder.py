@@ -46,7 +46,7 @@ def test_a_model_of_kernels_is_the_model(tmp_path: Path, name: str, invariant: b
     want = load_model(folder, dtype="bfloat16", linear_backend="reference", moe_backend="reference")
     linear, attention = (INVARIANT_LINEARS, INVARIANT_ATTENTIONS) if invariant else (LINEARS, ATTENTIONS)
     backends = Backends(linear["triton"], attention["triton"], GLUES["triton"], want.backends.router, want.backends.moe)
-    got = Decoder(want.architecture, want.parameters, backends, torch.bfloat16)
+    got = Decoder(want.shard, want.parameters, backends, torch.bfloat16)
     one, other = (Harness(decoder, dtype=torch.bfloat16, page_size=4) for decoder in (want, got))
     for feed in STEPS:
         slots = torch.cat([one.slots(lane, one.length[lane], len(ids)) for lane, ids in feed.items()])
