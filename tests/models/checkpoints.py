@@ -184,7 +184,7 @@ class Harness:
         self.kv = PagedKV.allocate(
             num_layers=architecture.num_layers,
             num_pages=lanes * pages,
-            num_kv_heads=architecture.num_kv_heads,
+            num_kv_heads=decoder.attention_shape.num_kv_heads,
             page_size=page_size,
             head_dim=architecture.head_dim,
             dtype=dtype,
