@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pointsman import tiny
 from pointsman.config import EngineConfig
 from pointsman.distributed import Mesh
 from pointsman.distributed.rendezvous import listen
@@ -29,6 +30,9 @@ from pointsman.engine.processes import start_processes
 from pointsman.engine.spread_weights import SpreadWeights
 from pointsman.engine.weights import Weights
 from pointsman.engine.workers import RankLost, Workers
+from pointsman.models import architecture_of
+from pointsman.models.checkpoint import locate, read_json
+from pointsman.models.sharding import reason_against
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +82,17 @@ def assemble(config: EngineConfig, *, progress: bool | None = None, on_lost: OnL
 
 
 def _check(config: EngineConfig) -> None:
-    """Refuse sizes that are no layout of any model."""
-    size, groups = config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size
+    """Refuse a layout in which the model cannot be, before anything is started."""
     if (replicas := config.parallel.data_parallel_size) != 1:
         raise ValueError(
             f"data_parallel_size is {replicas}; this version runs one replica: start a server for each, and a balancer before them"
         )
-    if size % groups:
-        raise ValueError(f"expert_parallel_size is {groups}; it must divide tensor_parallel_size, which is {size}")
+    tp, ep = config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size
+    if (tp, ep) == (1, 1):
+        return
+    folder = locate(config.model.model_path or str(tiny.path()), revision=config.model.revision, weights=False)
+    if reason := reason_against(architecture_of(read_json(folder, "config.json")), tp, ep):
+        raise ValueError(reason)
 
 
 def _for_ranks(config: EngineConfig) -> EngineConfig:

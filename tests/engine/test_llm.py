@@ -170,7 +170,7 @@ def test_no_temperature_is_lost_on_infinities(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"tp": 4, "ep": 3}, "expert_parallel_size is 3; it must divide tensor_parallel_size, which is 4"),
+        ({"tp": 4, "ep": 3}, "expert_parallel_size is 3: groups with whole experts are made of the 4 ranks of tensor_parallel_size"),
         ({"ep": 2}, "expert_parallel_size is 2"),
         ({"device": "cuda"}, "device is 'cuda'"),
         ({"moe_runner_backend": "flashinfer_trtllm_routed"}, "needs a CUDA device"),
