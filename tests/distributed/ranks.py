@@ -25,10 +25,7 @@ LIMIT = 120  # seconds after which a rank counts as hanging
 
 def run_ranks(tp: int, ep: int, function: Callable[..., None], *args: Any, timeout: float = 60.0) -> None:
     """Run `function(mesh, *args)` on every rank of a mesh. Raises AssertionError with what the ranks have raised."""
-    # the socket is made here and closed: it cannot be handed to a forkserver's child, and the port stays free for a while
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    started = []
+    port, started = free_port(), []
     for rank in range(tp):
         here, there = _context.Pipe(duplex=False)
         process = _context.Process(target=_rank, args=(there, tp, ep, rank, port, timeout, function, args))
@@ -37,6 +34,13 @@ def run_ranks(tp: int, ep: int, function: Callable[..., None], *args: Any, timeo
         started.append((rank, process, here))
     faults = [_fault(rank, process, here) for rank, process, here in started]
     assert not any(faults), "\n".join(fault for fault in faults if fault)
+
+
+def free_port() -> int:
+    """A port that nobody uses just now: a socket that listens cannot be handed to a forkserver's child."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
 
 
 def _rank(there: Connection, tp: int, ep: int, rank: int, port: int, timeout: float, function: Callable[..., None], args: Any) -> None:

@@ -77,5 +77,5 @@ def test_strangers_are_sent_away() -> None:
 
 def test_a_cluster_without_room_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pointsman.engine.ray.ROOM_SECONDS", 1.0)
-    with pytest.raises(ValueError, match=r"3 ranks need .*'CPU': 1.* each, the first of them on this host; the cluster has .*'CPU': 2"):
-        make(folder, tp=3, distributed_executor_backend="ray")
+    with pytest.raises(ValueError, match=r"4 ranks need .*'CPU': 1.* each, the first of them on this host; the cluster has .*'CPU': 2"):
+        make(folder, tp=4, distributed_executor_backend="ray")

@@ -123,3 +123,15 @@ def test_given_experts_are_weighed_live_recorded_and_compared() -> None:
     assert alike_C[:6].tolist() == [7, 7, 7, 7 + alike, 8, 7]
     choose(logits_TE, spec, bias_E=bias_E, given_TK=given_TK, slots_T=slots_T, alike_C=alike_C, layer=0)
     assert alike_C[:6].tolist() == [7, 7, 7, int(alike), 1, 7]
+
+
+@pytest.mark.parametrize("own", [range(0, 5), range(5, 16), range(7, 8)])
+def test_ids_are_told_as_a_rank_counts_its_experts(own: range) -> None:
+    """Of other ranks' experts nothing is told; weights and rows are as if all were here, and padding stays padding."""
+    spec = RoutingSpec(num_experts=16, top_k=4, score="sigmoid")
+    logits_TE, slots_T = normal(6, 16, seed=3), torch.tensor([3, 0, -1, 9, 1, 2], device=DEVICE)
+    rows = [torch.zeros(SLOTS, LAYERS, 4, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    want_ids, want_weights = choose(logits_TE, spec, slots_T=slots_T, rows_CLK=rows[0], layer=1)
+    ids, weights = choose(logits_TE, spec, slots_T=slots_T, rows_CLK=rows[1], layer=1, own=own)
+    want = [[own.index(expert) if expert in own else -1 for expert in experts] for experts in want_ids.tolist()]
+    assert ids.tolist() == want and torch.equal(weights, want_weights) and torch.equal(*rows)

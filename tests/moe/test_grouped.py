@@ -277,3 +277,15 @@ def test_shipped_tables_are_tiles_in_order() -> None:
                 assert [row["tokens"] for row in rows] == sorted({row["tokens"] for row in rows})
                 for row in rows:
                     assert Tile(**row["up"]).block == Tile(**row["down"]).block
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_choices_of_other_ranks_are_left_out(name: str) -> None:
+    """Some of a token's choices have no expert here, or all: what is here is summed, with the weights as they are."""
+    x_TD, chosen, weights = normal(7, D).bfloat16().to(DEVICE), routing("uniform", 7), experts(True)
+    ids_TK = torch.where(chosen.ids_TK < 2, chosen.ids_TK, -1)
+    ids_TK[3] = -1
+    runner = RUNNERS[name]()
+    got = runner(x_TD, Routing(ids_TK, chosen.weights_TK), runner.prepare(weights, torch.bfloat16))
+    want = ReferenceRunner()(x_TD.float(), Routing(ids_TK.long(), chosen.weights_TK), weights)
+    assert distance(got, want) < BOUND[name] and not got[3].any()

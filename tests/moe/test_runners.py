@@ -88,6 +88,26 @@ def test_all_tokens_on_one_expert(name: str) -> None:
     torch.testing.assert_close(run(name, x_TD, routing, weights).double(), dense_float64(x_TD, routing, weights), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("name", ANYWHERE)
+@pytest.mark.parametrize("num_tokens", [1, 13])
+def test_ranks_with_some_of_the_experts_make_parts_of_the_sum(name: str, num_tokens: int) -> None:
+    (x_TD, routing), weights = problem(num_tokens), experts((16, 8))
+    total = torch.zeros_like(x_TD)
+    for own in (slice(0, 3), slice(3, 7)):
+        some = ExpertWeights(*(Weight(part.data[own], part.scale[own], part.block, part.parts) for part in weights))
+        inside = (routing.ids_TK >= own.start) & (routing.ids_TK < own.stop)
+        total += run(name, x_TD, Routing(torch.where(inside, routing.ids_TK - own.start, -1), routing.weights_TK), some)
+    torch.testing.assert_close(total, run(name, x_TD, routing, weights), atol=1e-6, rtol=0)
+
+
+def test_runners_that_cannot_have_some_of_the_experts_say_so() -> None:
+    some = FORM._replace(some=True)
+    reason = unsupported("fused", SPEC, some, Device(type="cuda", capability=(9, 0), triton=(3, 6)), torch.bfloat16)
+    assert reason == "it chooses among all experts inside its kernel; with --ep a rank has some of them"
+    assert "which" in (unsupported("flashinfer_cutlass", SPEC, some, CUDA, torch.bfloat16) or "")
+    assert unsupported("cpu", SPEC, some, CPU, torch.float32) is None
+
+
 def test_stacking_keeps_the_scales_of_each_expert() -> None:
     weights = experts((32, 20))
     assert weights.gate_up.data.shape == (7, 2 * WIDTH, D) and weights.gate_up.parts == (WIDTH, WIDTH)
