@@ -31,36 +31,7 @@ from pointsman.engine.engine import Engine
 from pointsman.request import Request
 
 RESULTS = Path(__file__).parent / "results"
-MINIMAX_M25 = {
-    "architectures": ["MiniMaxM2ForCausalLM"],
-    "model_type": "minimax_m2",
-    "hidden_size": 3072,
-    "intermediate_size": 1536,
-    "num_attention_heads": 48,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rotary_dim": 64,
-    "rope_theta": 5000000,
-    "max_position_embeddings": 196608,
-    "num_local_experts": 256,
-    "num_experts_per_tok": 8,
-    "scoring_func": "sigmoid",
-    "use_routing_bias": True,
-    "use_qk_norm": True,
-    "qk_norm_type": "per_layer",
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "shared_intermediate_size": 0,
-    "tie_word_embeddings": False,
-    "vocab_size": 200064,
-    "torch_dtype": "bfloat16",
-    "quantization_config": {
-        "quant_method": "fp8",
-        "fmt": "float8_e4m3fn",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-    },
-}
+MINIMAX_M25 = json.loads((Path(__file__).parents[1] / "tests" / "models" / "minimax_m25.json").read_text())
 BATCHES = (1, 16, 128)
 LAYER_BYTES = 3.70e9  # of the model above, a little rounded up
 RESERVED_BYTES = 12e9  # embedding and head, cache, work space

@@ -67,6 +67,12 @@ VERBS = {
     "bench serve": Verb(
         "load on any OpenAI endpoint", "pointsman.bench.serving.options:ServeOptions", "pointsman.bench.serving.run:run", engine=False
     ),
+    "explain": Verb(
+        "whether a model runs, how, and how fast at best",
+        "pointsman.cli.explain.options:ExplainOptions",
+        "pointsman.cli.explain.run:run",
+        positional="checkpoint",
+    ),
     "routes": Verb(
         "load of the experts, of records or of a server",
         "pointsman.cli.routes.options:RoutesOptions",
@@ -120,7 +126,7 @@ def read(words: Sequence[str]) -> Command:
     parser = new_parser(f"pointsman {name}", verb.summary[0].upper() + verb.summary[1:] + ".")
     add_flags(parser, options, verb.positional)
     if verb.engine:
-        add_flags(parser, EngineConfig)
+        add_flags(parser, EngineConfig, without=flags(options))
     values = parse(parser, rest)
     own = {field: values.pop(field) for field in flags(options) if field in values}
     if "model_path" in values:

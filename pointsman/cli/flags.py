@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from pointsman.config import Flag, flags, nearest
@@ -42,10 +42,15 @@ def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type, positional: str | None = None) -> None:
-    """Add every field of a configuration class, grouped by its sections; the field named `positional` is an argument without a name."""
+def add_flags(parser: argparse.ArgumentParser, config: type, positional: str | None = None, without: Container[str] = ()) -> None:
+    """Add every field of a configuration class, grouped by its sections; the field named `positional` is an argument without a name.
+
+    `without` are fields that the verb has a flag of its own for.
+    """
     groups: dict[str, Any] = {}
     for entry in flags(config).values():
+        if entry.name in without:
+            continue
         if entry.name == positional:
             several = _is_list(entry)
             parser.add_argument(entry.name, metavar=entry.name.upper(), nargs="*" if several else "?", help=entry.help)

@@ -26,21 +26,23 @@ from pointsman.config import EngineConfig
 from pointsman.distributed import Mesh
 from pointsman.engine.batch import Lanes
 from pointsman.engine.compiled import choose_step
-from pointsman.engine.device import MEM_FRACTION, check_options, choose_device, device_memory
+from pointsman.engine.device import check_options, choose_device, device_memory
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.device_sampler import DeviceSampler, choose_way
 from pointsman.engine.device_step import DeviceMemory, make_device_step
 from pointsman.engine.grammars import Grammars
-from pointsman.engine.memory import CacheSize, memory_bytes, size_cache, workspace_bytes
+from pointsman.engine.memory import CacheSize, cache_for, context_length_of, kv_dtype_of, memory_bytes
 from pointsman.engine.model_runner import ModelRunner, Step
+from pointsman.engine.plan import Plan, make_plan
 from pointsman.engine.storage import CacheStorage
 from pointsman.engine.tuning import tune_experts
 from pointsman.engine.weights import Weights, load_decoder
-from pointsman.layers.paged_kv import KV_DTYPES, PagedKV, bytes_per_token
+from pointsman.kernels.triton_support import describe
+from pointsman.layers.paged_kv import KV_DTYPES, PagedKV
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import locate, read_json
 from pointsman.models.decoder import Decoder
-from pointsman.models.parameters import Parameters, tensors_of, weights_of
+from pointsman.models.sizes import held
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import DeviceExpertLoad, ExpertLoad
 from pointsman.moe.runner import AnyRunner
@@ -103,6 +105,7 @@ def build(config: EngineConfig, *, mesh: Mesh = ALONE, progress: bool | None = N
     if tokenizer is not None and eos_ids:
         grammars = Grammars(tokenizer, architecture.vocab_size, config.scheduler.max_running_requests)
     constrain = _unconstrained if grammars is None else grammars.constrain
+    logger.info("%s", _plan(config, decoder).short())
     rank = _rank(config, mesh, folder, decoder, eos_ids, constrain, progress)
     return Parts(
         **{field.name: getattr(rank, field.name) for field in dataclasses.fields(Rank)},
@@ -125,6 +128,15 @@ def build_rank(config: EngineConfig, mesh: Mesh, *, progress: bool | None = None
     return _rank(config, mesh, folder, decoder, (), _constrained_elsewhere, progress)
 
 
+def _plan(config: EngineConfig, decoder: Decoder) -> Plan:
+    """What was to be expected, as `pointsman explain` tells it."""
+    device = decoder.device
+    name, total = device.type, memory_bytes()
+    if device.type == "cuda":
+        name, (total, _) = torch.cuda.get_device_name(device), device_memory(device)
+    return make_plan(config, decoder.architecture, describe(device), name=name, memory_bytes=total)
+
+
 def _load(config: EngineConfig, mesh: Mesh, progress: bool | None) -> tuple[Path, Decoder]:
     device = choose_device(config.kernel.device) if mesh.size == 1 else mesh.device
     check_options(config, device)
@@ -143,11 +155,11 @@ def _rank(
     constrain: Callable[[LaneStart], Constraint | None],
     progress: bool | None,
 ) -> Rank:
-    context_length = _context_length(config, decoder.architecture)
+    context_length = context_length_of(config, decoder.architecture)
     if launches_steps(decoder.device):
         decoder.prepare()  # what the kernels keep beside the weights is part of what the cache has to leave
         tune_experts(config, mesh, decoder)
-    cache = _size(config, mesh, decoder, context_length)
+    cache = _size(config, mesh, decoder)
     lanes = Lanes(
         max_lanes=config.scheduler.max_running_requests,
         max_pages=math.ceil(context_length / cache.page_size),
@@ -169,51 +181,18 @@ def _rank(
     )
 
 
-def _context_length(config: EngineConfig, architecture: Architecture) -> int:
-    wanted, most = config.model.context_length, architecture.max_positions
-    if wanted is not None and wanted > most:
-        raise ValueError(f"context_length is {wanted}; the model was made for at most {most} positions")
-    return wanted or most
-
-
-def _kv_dtype(config: EngineConfig) -> torch.dtype:
-    wanted = config.cache.kv_cache_dtype
-    if wanted == "auto":
-        wanted = "float32" if config.model.dtype == "float32" else "bfloat16"
-    return KV_DTYPES[wanted]
-
-
-def _size(config: EngineConfig, mesh: Mesh, decoder: Decoder, context_length: int) -> CacheSize:
+def _size(config: EngineConfig, mesh: Mesh, decoder: Decoder) -> CacheSize:
     """What fits; of several ranks all have as much as the one with the least room."""
-    architecture = decoder.architecture
-    keys_and_values = bytes_per_token(
-        num_layers=architecture.num_layers,
-        num_kv_heads=decoder.attention_shape.num_kv_heads,
-        head_dim=architecture.head_dim,
-        dtype=_kv_dtype(config),
-    )
-    routes = len(architecture.expert_layers) * architecture.top_k * (1 if architecture.num_experts <= 256 else 2)
-    fraction, device = config.cache.mem_fraction_static, decoder.device
-    total, free = memory_bytes(), None
+    total, free, device = memory_bytes(), None, decoder.device
     if device.type == "cuda":
         total, free = device_memory(device)
-        free -= workspace_bytes(architecture, config.scheduler.chunked_prefill_size, config.scheduler.max_running_requests)
-    size = size_cache(
-        bytes_per_token=keys_and_values + routes,
-        weight_bytes=_num_bytes(decoder.parameters),
-        total_bytes=total,
-        free_bytes=free,
-        fraction=MEM_FRACTION[device.type] if fraction is None else fraction,
-        page_size=config.cache.page_size,
-        context_length=context_length,
-        max_running=config.scheduler.max_running_requests,
-        max_total_tokens=config.cache.max_total_tokens,
-    )
+    weights = sum(size.num_bytes for size in held(decoder.parameters).values())
+    size = cache_for(config, decoder.shard, device_type=device.type, weight_bytes=weights, total_bytes=total, free_bytes=free)
     num_pages = int(mesh.all_gather(torch.tensor([size.num_pages], device=mesh.device)).min())
     size = dataclasses.replace(size, num_pages=num_pages)
     logger.info("cache: %d tokens of %d bytes in pages of %d", size.num_tokens, size.bytes_per_token, size.page_size)
-    if architecture.qk_norm is None and _kv_dtype(config).itemsize == 1:
-        logger.warning("kv_cache_dtype is fp8_e4m3, and %s does not norm its keys: what exceeds 448 is cut", architecture.name)
+    if decoder.architecture.qk_norm is None and kv_dtype_of(config).itemsize == 1:
+        logger.warning("kv_cache_dtype is fp8_e4m3, and %s does not norm its keys: what exceeds 448 is cut", decoder.architecture.name)
     return size
 
 
@@ -223,18 +202,8 @@ def _choices(config: EngineConfig, decoder: Decoder) -> dict[str, str]:
         "device": decoder.device.type,
         "moe_runner_backend": decoder.backends.moe.name,
         "dtype": str(decoder.dtype).removeprefix("torch."),
-        "kv_cache_dtype": next(name for name, dtype in KV_DTYPES.items() if dtype == _kv_dtype(config)),
+        "kv_cache_dtype": next(name for name, dtype in KV_DTYPES.items() if dtype == kv_dtype_of(config)),
     }
-
-
-def _num_bytes(parameters: Parameters) -> int:
-    """Memory of the weights as the checkpoint has them."""
-    found = [parameters.embed_VD, parameters.norm_D, parameters.head.data]
-    for layer in parameters.layers:
-        found += tensors_of(layer).values()
-        for weight in weights_of(layer).values():
-            found += [weight.data] if weight.scale is None else [weight.data, weight.scale]
-    return sum(tensor.nbytes for tensor in found)
 
 
 def _scheduler(config: EngineConfig, cache: CacheSize, context_length: int, eos_ids: tuple[int, ...]) -> Scheduler:
@@ -263,7 +232,7 @@ def _runner(
         num_kv_heads=decoder.attention_shape.num_kv_heads,
         page_size=cache.page_size,
         head_dim=architecture.head_dim,
-        dtype=_kv_dtype(config),
+        dtype=kv_dtype_of(config),
         device=decoder.device,
     )
     routes = RouteStore(kv.num_slots, len(architecture.expert_layers), architecture.top_k, architecture.num_experts, decoder.device)

@@ -24,6 +24,7 @@ from pointsman.config import EngineConfig
 from pointsman.engine.batch import Batch, Lanes
 from pointsman.engine.model_runner import Step, TorchStep
 from pointsman.kernels import LINEARS, Linear, reference
+from pointsman.kernels.choice import Choice
 from pointsman.kernels.cpu_pack import Matrix
 from pointsman.kernels.cpu_step import (
     CpuCache,
@@ -42,6 +43,7 @@ from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.architecture import Architecture
 from pointsman.models.decoder import Decoder
 from pointsman.models.parameters import LayerParameters
+from pointsman.models.sharding import Shard
 from pointsman.moe.capture import RouteStore
 
 logger = logging.getLogger(__name__)
@@ -53,12 +55,10 @@ def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: Rou
     Raises:
         ValueError: the compiled step is asked for and cannot serve; the message says why.
     """
-    wanted, reason = config.kernel.cpu_step, reason_against(decoder)
+    backends, wanted = decoder.backends, config.kernel.cpu_step
+    choice = step_choice(wanted, decoder.shard, runner=backends.moe.name, linear=backends.linear, dtype=decoder.dtype)
     torch_step = TorchStep(decoder, kv, routes)
-    if wanted == "compiled" and reason is not None:
-        raise ValueError(f"cpu_step 'compiled' cannot serve here: {reason}; 'torch' can")
-    if wanted == "torch" or reason is not None:
-        logger.info("CPU step: torch (%s)", "asked for" if wanted == "torch" else f"compiled: {reason}")
+    if choice.take() == "torch":
         return torch_step
     weights = _pack(decoder, len_positions=lanes.max_pages * lanes.page_size)
     cache = CpuCache(_array(kv.k), _array(kv.v), _array(routes.rows_SLK), _array(routes.alike_S), lanes.page_table_LP)
@@ -77,22 +77,22 @@ def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: Rou
     return ChangingStep(torch_step, start_compiling(kinds), make)
 
 
-def reason_against(decoder: Decoder) -> str | None:
-    """Why the compiled step cannot stand in for this decoder, or None."""
-    backends = decoder.backends
-    if not decoder.shard.whole:
-        return f"tensor_parallel_size is {decoder.shard.tp}, and it exchanges nothing with other ranks"
-    return unsupported(decoder.architecture, runner=backends.moe.name, linear=backends.linear, dtype=decoder.dtype)
+def step_choice(wanted: str, shard: Shard, *, runner: str, linear: Linear, dtype: torch.dtype) -> Choice:
+    """The choice of the step on a CPU."""
+    return Choice("cpu_step", wanted, {"compiled": unsupported(shard, runner=runner, linear=linear, dtype=dtype), "torch": None})
 
 
-def unsupported(architecture: Architecture, *, runner: str, linear: Linear, dtype: torch.dtype) -> str | None:
+def unsupported(shard: Shard, *, runner: str, linear: Linear, dtype: torch.dtype) -> str | None:
     """Why the compiled step cannot stand in for one of these parts, or None."""
+    if not shard.whole:
+        return f"tensor_parallel_size is {shard.tp}, and it exchanges nothing with other ranks"
     if runner != "cpu":
         return f"the MoE runner is {runner!r}, and it runs experts as 'cpu' does"
     if linear is not LINEARS["cpu"]:
         return "the FP8 linear backend is 'reference', and it multiplies as 'cpu' does"
     if dtype != torch.float32:
         return f"the dtype is {str(dtype).removeprefix('torch.')}, and it computes in float32"
+    architecture = shard.architecture
     spec, block, width = architecture.routing, architecture.quantization_block, architecture.expert_width
     if spec.top_groups < spec.num_groups:
         return f"a token's experts come from {spec.top_groups} of {spec.num_groups} groups, and it chooses among all"

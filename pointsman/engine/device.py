@@ -7,6 +7,7 @@ import ctypes
 import torch
 
 from pointsman.config import EngineConfig
+from pointsman.kernels.device import Device
 
 CPU_OPTIONS = {"cpu_step": "auto", "num_threads": None}
 CUDA_OPTIONS = {
@@ -32,7 +33,7 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def check_options(config: EngineConfig, device: torch.device) -> None:
+def check_options(config: EngineConfig, device: torch.device | Device) -> None:
     """Refuse what has no meaning on the device, or contradicts itself."""
     foreign = CUDA_OPTIONS if device.type == "cpu" else CPU_OPTIONS
     for name, default in foreign.items():

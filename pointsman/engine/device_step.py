@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from pointsman.config import EngineConfig
+from pointsman.config import EngineConfig, KernelConfig
 from pointsman.engine.batch import Batch, Ints, Lanes
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.transfer import Upload, lay_out
+from pointsman.kernels.choice import Choice
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.decoder import Decoder
@@ -203,13 +204,15 @@ def make_device_step(config: EngineConfig, decoder: Decoder, memory: DeviceMemor
     Raises:
         ValueError: graphs are asked for and cannot be; the message says why.
     """
-    kernel, max_tokens = config.kernel, config.scheduler.chunked_prefill_size
+    max_tokens = config.scheduler.chunked_prefill_size
     step = DeviceStep(decoder, memory, sizes=step_sizes(max_tokens))
-    reason = "asked for" if kernel.disable_cuda_graph else decoder.reason_against_capture()
-    if reason is None:
-        step.capture(kernel.cuda_graph_max_bs or max_tokens, progress=progress)
-    elif kernel.enforce_piecewise_cuda_graph or kernel.cuda_graph_max_bs is not None:
-        raise ValueError(f"CUDA graphs are asked for and cannot be: {reason}")
-    else:
-        logger.info("CUDA graphs: none (%s)", reason)
+    if graph_choice(config.kernel, decoder.reason_against_capture()).take() == "graphs":
+        step.capture(config.kernel.cuda_graph_max_bs or max_tokens, progress=progress)
     return step
+
+
+def graph_choice(kernel: KernelConfig, reason: str | None) -> Choice:
+    """The choice whether steps are CUDA graphs, against which there may be a reason."""
+    asked = kernel.enforce_piecewise_cuda_graph or kernel.cuda_graph_max_bs is not None
+    wanted = "eager" if kernel.disable_cuda_graph else "graphs" if asked else "auto"
+    return Choice("step on a GPU", wanted, {"graphs": reason, "eager": None})

@@ -12,7 +12,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from pointsman.config import EngineConfig
+from pointsman.engine.device import MEM_FRACTION
+from pointsman.layers.paged_kv import KV_DTYPES, bytes_per_token
 from pointsman.models.architecture import Architecture
+from pointsman.models.sharding import Shard
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -42,17 +48,70 @@ def memory_bytes() -> int:
     return total
 
 
-def workspace_bytes(architecture: Architecture, max_tokens: int, max_logits: int) -> int:
+def workspace(architecture: Architecture, max_tokens: int, max_logits: int) -> dict[str, int]:
     """What a step of so many rows may hold at once on a device, beside weights and cache: generously, as nothing is gained by less.
 
     The widest moments are the experts' (for each choice its hidden state, gate and up, and output; beside them the pair that all tokens
-    take) and the head's, whose logits are float32 and may be held by two steps. What CUDA itself, its graphs and compiled kernels take
-    comes on top.
+    take) and the head's, whose logits are float32 and may be held by two steps. What CUDA itself takes comes on top.
     """
     choice = 3 * architecture.expert_width + architecture.hidden_size
     pair = 3 * max(architecture.shared_width, architecture.dense_width)
     row = 4 * (architecture.top_k * choice + pair) + 16 * (architecture.hidden_size + architecture.num_heads * architecture.head_dim)
-    return max_tokens * row + 3 * 4 * max_logits * architecture.vocab_size + (1 << 30)
+    logits = 3 * 4 * max_logits * architecture.vocab_size
+    return {"rows of a step": max_tokens * row, "logits": logits, "graphs and compiled kernels": 1 << 30}
+
+
+def token_bytes(shard: Shard, kv_dtype: torch.dtype) -> dict[str, int]:
+    """What a rank's cache holds of a token."""
+    architecture = shard.architecture
+    heads = {"num_layers": architecture.num_layers, "num_kv_heads": len(shard.kv_heads), "head_dim": architecture.head_dim}
+    routes = len(architecture.expert_layers) * architecture.top_k * (1 if architecture.num_experts <= 256 else 2)
+    return {"keys and values": bytes_per_token(**heads, dtype=kv_dtype), "routing rows": routes}
+
+
+def context_length_of(config: EngineConfig, architecture: Architecture) -> int:
+    """Most tokens of prompt and answer. Raises ValueError where the model was not made for so many."""
+    wanted, most = config.model.context_length, architecture.max_positions
+    if wanted is not None and wanted > most:
+        raise ValueError(f"context_length is {wanted}; the model was made for at most {most} positions")
+    return wanted or most
+
+
+def kv_dtype_of(config: EngineConfig) -> torch.dtype:
+    """What keys and values are stored as."""
+    wanted = config.cache.kv_cache_dtype
+    if wanted == "auto":
+        wanted = "float32" if config.model.dtype == "float32" else "bfloat16"
+    return KV_DTYPES[wanted]
+
+
+def cache_for(
+    config: EngineConfig, shard: Shard, *, device_type: str, weight_bytes: int, total_bytes: int, free_bytes: int | None = None
+) -> CacheSize:
+    """The cache of a rank that holds this part of a model.
+
+    Args:
+        total_bytes: memory of the device, or of the machine.
+        free_bytes: what is free of a device's when the weights are there.
+
+    Raises:
+        ValueError: it does not hold one request of full length.
+    """
+    architecture, scheduler = shard.architecture, config.scheduler
+    if free_bytes is not None:
+        free_bytes -= sum(workspace(architecture, scheduler.chunked_prefill_size, scheduler.max_running_requests).values())
+    fraction = config.cache.mem_fraction_static
+    return size_cache(
+        bytes_per_token=sum(token_bytes(shard, kv_dtype_of(config)).values()),
+        weight_bytes=weight_bytes,
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+        fraction=MEM_FRACTION[device_type] if fraction is None else fraction,
+        page_size=config.cache.page_size,
+        context_length=context_length_of(config, architecture),
+        max_running=scheduler.max_running_requests,
+        max_total_tokens=config.cache.max_total_tokens,
+    )
 
 
 def size_cache(

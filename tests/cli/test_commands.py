@@ -52,11 +52,15 @@ def test_every_command_with_an_engine_takes_every_flag_of_it_and_all_have_help(n
 
 
 def test_no_command_has_a_flag_of_the_engine_with_another_meaning():
-    for verb in cli.VERBS.values():
+    engine = flags(EngineConfig)
+    for name, verb in cli.VERBS.items():
         if not verb.engine:
             continue  # `bench serve` has --model and no engine: there it is the name that a server knows it by
-        own = {spelling for entry in flags(cli._load(verb.options)).values() for spelling in entry.names}
-        assert not own & {spelling for entry in flags(EngineConfig).values() for spelling in entry.names}
+        own = {spelling: entry for entry in flags(cli._load(verb.options)).values() for spelling in entry.names}
+        both = own.keys() & {spelling for entry in engine.values() for spelling in entry.names}
+        assert both == ({"--device"} if name == "explain" else set())
+        for spelling in both:  # it knows the engine's devices, and more
+            assert set(own[spelling].choices) > set(engine[own[spelling].name].choices)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from tests.exchange import answers, folders, scored
 
 __all__ = ["answers", "folders", "scored"]
 
-CONFIG = {
-    "architectures": ["MiniMaxM2ForCausalLM"],
-    "model_type": "minimax_m2",
+PUBLISHED = Path(__file__).parents[1] / "models" / "minimax_m25.json"
+CONFIG = json.loads(PUBLISHED.read_text()) | {
     "attn_type_list": [1, 1, 1],
     "hidden_size": 96,
     "intermediate_size": 48,
@@ -27,22 +26,8 @@ CONFIG = {
     "max_position_embeddings": 256,
     "num_local_experts": 10,
     "num_experts_per_tok": 3,
-    "scoring_func": "sigmoid",
-    "use_routing_bias": True,
-    "use_qk_norm": True,
-    "qk_norm_type": "per_layer",
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "shared_intermediate_size": 0,
-    "tie_word_embeddings": False,
     "vocab_size": 288,
-    "torch_dtype": "bfloat16",
-    "quantization_config": {
-        "quant_method": "fp8",
-        "fmt": "float8_e4m3fn",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [32, 48],
-    },
+    "quantization_config": {"quant_method": "fp8", "fmt": "float8_e4m3fn", "activation_scheme": "dynamic", "weight_block_size": [32, 48]},
 }
 EOS = 256
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,48 +16,7 @@ from pointsman.models.architecture import Architecture
 from pointsman.moe.spec import RoutingSpec
 
 # config.json of MiniMax-M2.5
-PUBLISHED: dict[str, Any] = {
-    "architectures": ["MiniMaxM2ForCausalLM"],
-    "attn_type_list": [1] * 62,
-    "auto_map": {
-        "AutoConfig": "configuration_minimax_m2.MiniMaxM2Config",
-        "AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM",
-    },
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 3072,
-    "intermediate_size": 1536,
-    "max_position_embeddings": 196608,
-    "model_type": "minimax_m2",
-    "mtp_transformer_layers": 1,
-    "num_attention_heads": 48,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 62,
-    "num_key_value_heads": 8,
-    "num_local_experts": 256,
-    "num_mtp_modules": 3,
-    "qk_norm_type": "per_layer",
-    "quantization_config": {
-        "activation_scheme": "dynamic",
-        "fmt": "float8_e4m3fn",
-        "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    },
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 5000000,
-    "rotary_dim": 64,
-    "scoring_func": "sigmoid",
-    "shared_intermediate_size": 0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "transformers_version": "4.46.1",
-    "use_cache": True,
-    "use_mtp": True,
-    "use_qk_norm": True,
-    "use_routing_bias": True,
-    "vocab_size": 200064,
-}
+PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "minimax_m25.json").read_text())
 M25 = Architecture(
     name="MiniMaxM2ForCausalLM",
     vocab_size=200064,

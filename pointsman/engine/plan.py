@@ -1,0 +1,197 @@
+"""What an engine would be on a device, decided from descriptions: no weight is read, and the device need not be there.
+
+Every decision is asked of the code that decides it when an engine is built; `build` makes what this tells. What only a device can tell is
+taken from its description: how much of it is free (a context of CUDA is deducted) and how fast it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pointsman import kernels
+from pointsman.config import EngineConfig
+from pointsman.engine import floor
+from pointsman.engine.compiled import step_choice
+from pointsman.engine.device import check_options
+from pointsman.engine.device_models import DeviceModel
+from pointsman.engine.device_sampler import sampler_choice
+from pointsman.engine.device_step import graph_choice
+from pointsman.engine.executor import executor_choice
+from pointsman.engine.floor import Rates, Share
+from pointsman.engine.memory import CacheSize, cache_for, context_length_of, kv_dtype_of, token_bytes, workspace
+from pointsman.kernels.choice import Choice
+from pointsman.kernels.device import Device
+from pointsman.models.architecture import Architecture
+from pointsman.models.choices import Choices, choices_of
+from pointsman.models.decoder import reason_against_capture
+from pointsman.models.sharding import Shard
+from pointsman.models.sizes import PLAIN_KINDS, Size, described
+
+CONTEXT_BYTES = 600 << 20  # what a CUDA context and its libraries are assumed to take; not measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An engine's first rank, which no other exceeds.
+
+    Attributes:
+        weights: what it holds, by kind.
+        token: what its cache holds of a token.
+        beside: memory for neither weights nor cache.
+        cache: None where it does not fit.
+        refusals: why there can be no such engine; nothing where there can.
+    """
+
+    config: EngineConfig
+    shard: Shard
+    device_name: str
+    choices: Choices
+    step: Choice
+    sampler: Choice
+    executor: Choice
+    context_length: int
+    weights: dict[str, Size]
+    token: dict[str, int]
+    beside: dict[str, int]
+    cache: CacheSize | None
+    refusals: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(size.num_bytes for size in self.weights.values())
+
+    @property
+    def all_choices(self) -> dict[str, Choice]:
+        """Every choice by the operation that it is of."""
+        named = {"attention": self.choices.attention, "linears": self.choices.linear, "experts": self.choices.moe}
+        named |= {"router": self.choices.router, "glue": self.choices.glue}
+        return named | {"sampler": self.sampler, "step": self.step, "executor": self.executor}
+
+    def short(self) -> str:
+        """The decisions in a line."""
+        chosen = ", ".join(f"{name} {choice.chosen or 'refused'}" for name, choice in self.all_choices.items())
+        return f"{self.words}: {chosen}; {self.weight_bytes / 2**30:.2f} GiB of weights"
+
+    @property
+    def words(self) -> str:
+        """The model and the ranks."""
+        ranks = f"{self.shard.tp} x {self.device_name}" if self.shard.tp > 1 else self.device_name
+        return f"{self.shard.architecture.name} on {ranks}"
+
+
+def make_plan(config: EngineConfig, architecture: Architecture, device: Device, *, name: str, memory_bytes: int) -> Plan:
+    """Decide everything.
+
+    Args:
+        name: what the device is called.
+        memory_bytes: all that it has.
+
+    Raises:
+        ValueError: an option has no meaning on the device, or the model cannot be split as asked.
+    """
+    kernel = config.kernel
+    check_options(config, device)
+    if config.model.quantization == "fp8" and architecture.quantization_block is None:
+        raise ValueError(f"quantization is 'fp8', but the checkpoint is a {architecture.dtype} one; leave it out, or quantize it first")
+    shard = Shard(architecture, config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size)
+    choices = choices_of(
+        shard,
+        device,
+        dtype=config.model.dtype,
+        linear_backend=kernel.fp8_gemm_backend,
+        attention_backend=kernel.attention_backend,
+        moe_backend=kernel.moe_runner_backend,
+        deterministic=kernel.enable_deterministic_inference,
+    )
+    on_device = device.type == "cuda"
+    weights, beside = described(shard), {}
+    num_bytes = sum(size.num_bytes for size in weights.values())
+    free = None
+    if on_device:
+        beside = {"context of CUDA": CONTEXT_BYTES}
+        beside |= workspace(architecture, config.scheduler.chunked_prefill_size, config.scheduler.max_running_requests)
+        free = memory_bytes - CONTEXT_BYTES - num_bytes
+    cache, refusals = None, [choice.refusal for choice in choices.all()]
+    step = _step(config, shard, choices, device.type)
+    refusals.append(None if None in (choices.moe.chosen, choices.linear.chosen, choices.attention.chosen) else step.refusal)
+    try:
+        cache = cache_for(config, shard, device_type=device.type, weight_bytes=num_bytes, total_bytes=memory_bytes, free_bytes=free)
+    except ValueError as error:
+        refusals.append(str(error))
+    return Plan(
+        config=config,
+        shard=shard,
+        device_name=name,
+        choices=choices,
+        step=step,
+        sampler=sampler_choice(device.type),
+        executor=executor_choice(overlap=not config.scheduler.disable_overlap_schedule, on_device=on_device),
+        context_length=context_length_of(config, architecture),
+        weights=weights,
+        token=token_bytes(shard, kv_dtype_of(config)),
+        beside=beside,
+        cache=cache,
+        refusals=tuple(reason for reason in refusals if reason is not None),
+    )
+
+
+def plan_on(config: EngineConfig, architecture: Architecture, model: DeviceModel) -> Plan:
+    """The same for a device out of the table."""
+    return make_plan(config, architecture, model.device, name=model.name, memory_bytes=int(model.memory.value))
+
+
+def _step(config: EngineConfig, shard: Shard, choices: Choices, device_type: str) -> Choice:
+    runner = choices.moe.chosen or choices.moe.wanted
+    if device_type == "cuda":
+        attention = kernels.attentions(invariant=choices.invariant).get(choices.attention.chosen or "")
+        reason = "there is no attention" if attention is None else reason_against_capture(device_type, attention, runner)
+        return graph_choice(config.kernel, reason)
+    linear = kernels.LINEARS[choices.linear.chosen or "reference"]
+    return step_choice(config.kernel.cpu_step, shard, runner=runner, linear=linear, dtype=choices.dtype)
+
+
+def share_of(plan: Plan) -> Share:
+    """What a step of this plan reads and multiplies on its first rank."""
+    architecture, tp = plan.shard.architecture, plan.shard.tp
+    quantized = architecture.quantization_block is not None
+    plain = plan.choices.dtype.itemsize
+    number = 1 + 4 / architecture.quantization_block[1] if architecture.quantization_block is not None else plain
+    return Share(
+        weights=plan.weights,
+        plain_kinds=PLAIN_KINDS if quantized else frozenset(plan.weights),
+        num_experts=architecture.num_experts,
+        top_k=architecture.top_k,
+        num_layers=architecture.num_layers,
+        expert_layers=len(architecture.expert_layers),
+        expert_row=2 * architecture.expert_width * number,
+        token_row=architecture.hidden_size * (number + plain),
+        hidden_bytes=architecture.hidden_size * plain,
+        cache_token=plan.token["keys and values"],
+        query_channels=architecture.num_layers * architecture.num_heads * architecture.head_dim,
+        reductions=(2, int(architecture.qk_norm == "all")) if tp > 1 else (0, 0),
+    )
+
+
+def rates_of(plan: Plan, model: DeviceModel) -> Rates:
+    """What bounds a step of this plan. Products are FP8 where weights are and the device has them."""
+    fp8 = model.fp8 if plan.shard.architecture.quantization_block is not None else None
+    return Rates(
+        read=model.read.value,
+        matrices=(fp8 or model.plain).value,
+        plain=model.plain.value,
+        num_ranks=plan.shard.tp,
+        link=float("inf") if model.link is None else model.link.value,
+        reduce_seconds=0.0 if model.reduce_seconds is None else model.reduce_seconds.value,
+    )
+
+
+def decode_floors(plan: Plan, model: DeviceModel, batches: tuple[int, ...], context: int) -> list[floor.Floor]:
+    """The least time of a step in which so many sequences of so many tokens decode."""
+    share, rates = share_of(plan), rates_of(plan, model)
+    return [floor.decode_floor(share, rates, batch=batch, context=context) for batch in batches]
+
+
+def prefill_floor(plan: Plan, model: DeviceModel, context: int) -> float:
+    """The least seconds to the first token of a prompt alone."""
+    steps = floor.prefill_floors(share_of(plan), rates_of(plan, model), length=context, chunk=plan.config.scheduler.chunked_prefill_size)
+    return sum(step.total_seconds for step in steps)

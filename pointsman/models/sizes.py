@@ -1,0 +1,79 @@
+"""How much memory a model's weights take, by kind: as a rank will hold them, told from the table of names, and as one does hold them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from pointsman.kernels.weight import Weight, num_blocks
+from pointsman.models import MODELS
+from pointsman.models.choices import DTYPES
+from pointsman.models.names import Kind, Row
+from pointsman.models.parameters import Parameters, tensors_of, weights_of
+from pointsman.models.sharding import Shard
+
+# what a layer's parameters are for
+KINDS = {"qkv": "attention", "o": "attention", "qkv_bias": "attention", "gate": "router", "bias": "router", "embed": "embedding"}
+KINDS |= {"gate_up": "experts", "down": "experts", "head": "head"}
+KINDS |= {
+    "shared_gate_up": "shared experts",
+    "shared_down": "shared experts",
+    "dense_gate_up": "dense layers",
+    "dense_down": "dense layers",
+}
+KINDS |= {"attention_norm": "norms", "expert_norm": "norms", "q_norm": "norms", "k_norm": "norms", "norm": "norms"}
+PLAIN_KINDS = frozenset({"router", "head", "norms", "embedding"})
+
+
+class Size(NamedTuple):
+    """What there is of one kind of weights: bytes with their scales, and numbers without."""
+
+    num_bytes: int
+    num_elements: int
+
+
+def described(shard: Shard) -> dict[str, Size]:
+    """The sizes of what a rank holds, by kind; plain weights have the dtype that config.json names.
+
+    Scales are counted for whole blocks. Where a rank's columns begin within one it has some more of them.
+    """
+    architecture = shard.architecture
+    sizes: dict[str, Size] = {}
+    for row in MODELS[architecture.name].rows:
+        count = len(architecture.layers_with(row.where)) if row.per_layer else 1
+        count *= len(shard.experts) if row.per_expert else 1
+        if not count:
+            continue
+        lengths = [shard.sizes[name] for name in row.shape]
+        _add(sizes, row.parameter, count * _num_bytes(row, lengths, shard), count * math.prod(lengths))
+    return sizes
+
+
+def _num_bytes(row: Row, lengths: list[int], shard: Shard) -> int:
+    architecture, numbers = shard.architecture, math.prod(lengths)
+    if row.kind is Kind.FLOAT32:
+        return 4 * numbers
+    block = architecture.quantization_block
+    if row.kind is Kind.PLAIN or block is None:
+        return numbers * DTYPES[architecture.dtype].itemsize
+    return numbers + 4 * math.prod(num_blocks(length, step) for length, step in zip(lengths, block, strict=True))
+
+
+def held(parameters: Parameters) -> dict[str, Size]:
+    """The sizes of weights that are there, by kind."""
+    sizes: dict[str, Size] = {}
+    weights: list[tuple[str, Weight]] = [("embed", Weight(parameters.embed_VD)), ("head", parameters.head)]
+    tensors = [("norm", parameters.norm_D)]
+    for layer in parameters.layers:
+        weights += weights_of(layer).items()
+        tensors += tensors_of(layer).items()
+    for name, weight in weights:
+        _add(sizes, name, weight.data.nbytes + (0 if weight.scale is None else weight.scale.nbytes), weight.data.numel())
+    for name, tensor in tensors:
+        _add(sizes, name, tensor.nbytes, tensor.numel())
+    return sizes
+
+
+def _add(sizes: dict[str, Size], parameter: str, num_bytes: int, num_elements: int) -> None:
+    before = sizes.get(KINDS[parameter], Size(0, 0))
+    sizes[KINDS[parameter]] = Size(before.num_bytes + num_bytes, before.num_elements + num_elements)
