@@ -223,7 +223,7 @@ def attention_choice(wanted: str, *, device: Device, dtype: torch.dtype, shape: 
     """The choice of what attends."""
     table = attentions(invariant=invariant)
     reasons = {name: table[name].unsupported(device, dtype, shape) if name in table else VARIES for name in ATTENTIONS}
-    reasons["flashinfer"] = "it needs a CUDA device" if device.type != "cuda" else "attention is by kernels of our own alone"
+    reasons["flashinfer"] = "attention is by kernels of our own alone, on any device"
     return Choice("attention backend", wanted, reasons)
 
 

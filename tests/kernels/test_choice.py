@@ -38,7 +38,7 @@ def test_auto_takes_the_first_that_can_and_logs_it(caplog: pytest.LogCaptureFixt
         "FP8 linear backend: cpu (auto; triton: it needs a CUDA device of compute capability 8.9 or later; the device is cpu)",
         f"FP8 linear backend: reference (auto; triton: {NONE}; cpu: it is made for CPUs; the device is cuda)",
         "attention backend: reference (auto; triton: it needs a CUDA device of compute capability 8.9 or later; the device is cpu; "
-        "flashinfer: it needs a CUDA device)",
+        "flashinfer: attention is by kernels of our own alone, on any device)",
     ]
 
 
@@ -46,7 +46,9 @@ def test_a_name_is_obeyed_or_refused_with_the_alternatives() -> None:
     assert linear_choice("reference", device=CPU, dtype=torch.float32).take() == "reference"
     with pytest.raises(ValueError, match=r"'cpu' cannot serve here: it is made for CPUs; the device is cuda; these can: reference"):
         linear_choice("cpu", device=CUDA, dtype=torch.bfloat16).take()
-    with pytest.raises(ValueError, match=r"'flashinfer' cannot serve here: attention is by kernels of our own alone; these can: reference"):
+    with pytest.raises(
+        ValueError, match=r"'flashinfer' cannot serve here: attention is by kernels of our own alone, on any device; these can: reference"
+    ):
         attention_choice("flashinfer", device=CUDA, dtype=torch.bfloat16, shape=HEADS).take()
     with pytest.raises(ValueError, match=r"unknown thing 'c'; known are auto, a, b"):
         Choice("thing", "c", {"a": None, "b": "no"}).take()
