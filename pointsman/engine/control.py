@@ -6,11 +6,12 @@ Everything here happens between two steps, in the thread that drives the engine;
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import get_args
 
 from torch import Tensor
 
+from pointsman.distributed import Group
 from pointsman.engine.engine import Engine
 from pointsman.engine.weights import Fresh
 from pointsman.request import MemoryTag, PauseMode
@@ -116,6 +117,41 @@ class Control:
             ValueError: the tensors cannot be used; nothing has changed, and an update that was under way in parts is given up.
         """
         fresh = self._engine.weights.from_tensors(tensors, begin=begin, final=final, quantize=quantize, version=weight_version)
+        if fresh is None:
+            return self._engine.weight_version
+        return self.install(fresh, flush_cache=flush_cache, abort_all_requests=abort_all_requests)
+
+    def join_group(
+        self, *, master_address: str, master_port: int, rank: int, world_size: int, name: str, backend: str, timeout: float
+    ) -> None:
+        """Meet the trainer, who is rank 0 and may be late by `timeout` seconds. Raises ValueError where that fails."""
+        where = {"master_address": master_address, "master_port": master_port, "rank": rank, "world_size": world_size}
+        weights = self._engine.weights
+        weights.join_group(Group(**where, name=name, backend=backend, timeout=timeout, device=weights.device))  # type: ignore[arg-type]
+
+    def leave_group(self, name: str) -> None:
+        """Raises ValueError where the engine is in no such group."""
+        self._engine.weights.leave_group(name)
+
+    def update_weights_from_group(
+        self,
+        announced: Sequence[tuple[str, str, tuple[int, ...]]],
+        *,
+        group_name: str,
+        begin: bool = True,
+        final: bool = True,
+        quantize: bool = False,
+        flush_cache: bool = True,
+        abort_all_requests: bool = False,
+        weight_version: str | None = None,
+    ) -> str:
+        """Replace weights by what rank 0 of the group broadcasts, in this order; see `Weights.from_group`.
+
+        Raises:
+            ValueError: as for tensors, or they do not come in time; then the group is left, too.
+        """
+        part = {"begin": begin, "final": final, "quantize": quantize}
+        fresh = self._engine.weights.from_group(announced, group_name=group_name, version=weight_version, **part)
         if fresh is None:
             return self._engine.weight_version
         return self.install(fresh, flush_cache=flush_cache, abort_all_requests=abort_all_requests)

@@ -34,6 +34,7 @@ from pointsman.request import (
 from pointsman.text import chat_prompt
 
 Prompt = str | Sequence[int]
+GROUP_NAME = "weight_update_group"
 
 
 class LLM:
@@ -166,15 +167,71 @@ class LLM:
         self,
         tensors: Mapping[str, Tensor],
         *,
+        begin: bool = True,
+        final: bool = True,
         quantize: bool = False,
         flush_cache: bool = True,
         abort_all_requests: bool = False,
         weight_version: str | None = None,
     ) -> str:
         """Replace the weights of these names, or change nothing and raise ValueError; see `Control`. Returns the version in force."""
-        return self._control.update_weights_from_tensor(
-            tensors, quantize=quantize, flush_cache=flush_cache, abort_all_requests=abort_all_requests, weight_version=weight_version
-        )
+        how = {"begin": begin, "final": final, "quantize": quantize, "flush_cache": flush_cache, "abort_all_requests": abort_all_requests}
+        return self._control.update_weights_from_tensor(tensors, weight_version=weight_version, **how)
+
+    def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int,
+        *,
+        world_size: int = 2,
+        rank_offset: int = 1,
+        group_name: str = GROUP_NAME,
+        backend: str = "nccl",
+        timeout: float = 60.0,
+    ) -> None:
+        """Join a trainer's process group, in which it is rank 0 and this engine `rank_offset`; waits for all of them.
+
+        Args:
+            timeout: seconds that joining, and the broadcasts of one update, may take.
+
+        Raises:
+            ValueError: they do not come together, or the engine is in a group already.
+        """
+        where = {"master_address": master_address, "master_port": master_port, "rank": rank_offset, "world_size": world_size}
+        self._control.join_group(**where, name=group_name, backend=backend, timeout=timeout)  # type: ignore[arg-type]
+
+    def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        *,
+        group_name: str = GROUP_NAME,
+        begin: bool = True,
+        final: bool = True,
+        quantize: bool = False,
+        flush_cache: bool = True,
+        abort_all_requests: bool = False,
+        weight_version: str | None = None,
+    ) -> str:
+        """Replace weights by what rank 0 of the group broadcasts, or change nothing and raise ValueError; see `Control`.
+
+        Args:
+            names, dtypes, shapes: of each tensor, in the order of the broadcasts; types as torch or safetensors call them.
+
+        Returns:
+            The version in force.
+        """
+        if not len(names) == len(dtypes) == len(shapes) > 0:
+            raise ValueError(f"{len(names)} names, {len(dtypes)} dtypes, {len(shapes)} shapes; there must be one of each for every tensor")
+        types = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        announced = list(zip(names, types, map(tuple, shapes), strict=True))
+        how = {"begin": begin, "final": final, "quantize": quantize, "flush_cache": flush_cache, "abort_all_requests": abort_all_requests}
+        return self._control.update_weights_from_group(announced, group_name=group_name, weight_version=weight_version, **how)
+
+    def destroy_weights_update_group(self, group_name: str = GROUP_NAME) -> None:
+        """Leave it. Raises ValueError where the engine is in no such group."""
+        self._control.leave_group(group_name)
 
     def close(self) -> None:
         """End the engine's threads."""
