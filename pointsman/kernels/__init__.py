@@ -62,12 +62,17 @@ class Linear:
 
 @dataclass(frozen=True)
 class Glue:
-    """A way to do what stands between the matrices of a layer."""
+    """A way to do what stands between the matrices of a layer.
+
+    Attributes:
+        takes_mailbox: `norm` and `qkv_post` take one more argument, a `mailbox.Mailbox`, and then sum over ranks.
+    """
 
     unsupported: Callable[[Device, torch.dtype], str | None]
-    norm: Callable[[Tensor, Tensor | None, Tensor, float, bool], tuple[Tensor, Any]]
-    qkv_post: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    norm: Callable[..., tuple[Tensor, Any]]
+    qkv_post: Callable[..., Tensor]
     activate: Callable[[Tensor, bool], Any]
+    takes_mailbox: bool = False
 
 
 class AttentionShape(NamedTuple):
@@ -193,7 +198,7 @@ ATTENTIONS: dict[str, Attention] = {
     "reference": Attention(_anywhere, _spans, reference.attention),
 }
 GLUES: dict[str, Glue] = {
-    "triton": Glue(_triton_unsupported, _later("norm_quant", "norm"), _later("qkv_post", "qkv_post"), _later("gated", "activate")),
+    "triton": Glue(_triton_unsupported, _later("norm_quant", "norm"), _later("qkv_post", "qkv_post"), _later("gated", "activate"), True),
     "reference": Glue(_anywhere, _reference_norm, reference.qkv_post, _reference_activate),
 }
 # What a row gets does not depend on the rows beside it, not even in the last bit.

@@ -4,14 +4,15 @@ The rows of a step are flat; which sequence a row belongs to, and where its keys
 and values are stored before attending, so a row reads itself from the cache, rounded as every later row will see it.
 
 Of several ranks each has some of the heads, and makes its part of the output. A norm over all heads at once needs the squares of all: their
-float32 sums are exchanged, two numbers a row, and nothing is rounded on the way.
+float32 sums are exchanged, two numbers a row, and nothing is rounded on the way. Where there are mailboxes, and every rank has as many
+heads, the kernel that norms and rotates exchanges them itself.
 
 Shape suffixes: T rows, D hidden, Q query heads, H key/value heads, C channels of a head, R half the rotary channels.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,11 @@ from pointsman.kernels import Attention as Implementation
 from pointsman.kernels import Glue, reference
 from pointsman.layers.context import StepContext
 from pointsman.layers.linear import Linear
+from pointsman.layers.mailboxes import mailboxes_of
 from pointsman.layers.paged_kv import PagedKV
+
+if TYPE_CHECKING:
+    from pointsman.kernels.mailbox import Mailbox
 
 BLOCK = 128
 
@@ -45,12 +50,19 @@ class NormedTogether(NamedTuple):
     Attributes:
         q_width, k_width: channels of all query heads and of all key heads.
         counts_keys: whether this rank's key heads count in the sum; each of them does on one rank.
+        even: every rank has as many heads, and each key head is on as many ranks.
     """
 
     q_width: int
     k_width: int
     counts_keys: bool
+    even: bool
     mesh: Mesh
+
+    def squares(self, num_rows: int) -> Mailbox | None:
+        """Where the kernel that norms so many rows exchanges the sums of their squares itself; None: it cannot."""
+        found = mailboxes_of(self.mesh) if self.even else None
+        return None if found is None or 2 * num_rows > found.squares.num_rows else found.squares
 
     def __call__(self, qkv_TN: Tensor, q_weight_Q: Tensor, k_weight_W: Tensor, epsilon: float) -> Tensor:
         """The rows of q, k and v side by side with q and k normed, as `reference.rms_norm` does it, but for the order of the sum."""
@@ -92,10 +104,12 @@ class Attention:
         """Rows in x's dtype; x may be `Quantized` where the joined projection takes it."""
         k_pages, v_pages = ctx.kv.k[self.layer], ctx.kv.v[self.layer]
         qkv_TN, q_weight, k_weight = self.qkv(x_TD), self.q_weight, self.k_weight
-        if self._together is not None:
+        mailbox = None if self._together is None or not self._glue.takes_mailbox else self._together.squares(len(qkv_TN))
+        if self._together is not None and mailbox is None:
             assert q_weight is not None and k_weight is not None
             qkv_TN, q_weight, k_weight = self._together(qkv_TN, q_weight, k_weight, self.epsilon), None, None
-        q_TQC = self._glue.qkv_post(qkv_TN, q_weight, k_weight, self.epsilon, *rotation, k_pages, v_pages, ctx.slots_T)
+        summing = () if mailbox is None else (mailbox,)
+        q_TQC = self._glue.qkv_post(qkv_TN, q_weight, k_weight, self.epsilon, *rotation, k_pages, v_pages, ctx.slots_T, *summing)
         cache = (k_pages, v_pages, ctx.attention_plan, ctx.positions_T, ctx.page_table_LP)
         if self._run_quantize is not None:
             return self.o(self._run_quantize(q_TQC, *cache, self._scale))

@@ -1,7 +1,7 @@
 """Root-mean-square norm of the hidden state, together with the sums that come before it.
 
 Of several ranks each has its own part of what attention or the experts add. The norm that follows sums it over all of them, so that an
-exchange and what is done with it are one operation, of which this is the plain composition.
+exchange and what is done with it are one operation: one kernel where there are mailboxes for so many rows, else one after the other.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pointsman.distributed import Mesh
 from pointsman.kernels import Glue
+from pointsman.layers.mailboxes import mailboxes_of
 
 
 class RMSNorm:
@@ -21,6 +22,7 @@ class RMSNorm:
         self.weight_D = weight_D
         self.epsilon = epsilon
         self._glue, self._mesh = glue, mesh
+        self._mailboxes = mailboxes_of(mesh) if glue.takes_mailbox else None
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, *, quantize: bool = False) -> tuple[Tensor, Any]:
         """(x + delta, its norm); without a delta x itself. The norm is `Quantized` where that is asked for.
@@ -29,6 +31,8 @@ class RMSNorm:
             x_TD: the same on every rank.
             delta_TD: this rank's part of a sum over all ranks. It is used up.
         """
+        if delta_TD is not None and self._mailboxes is not None and self._mailboxes.rows.takes(delta_TD):
+            return self._glue.norm(x_TD, delta_TD, self.weight_D, self.epsilon, quantize, self._mailboxes.rows)
         if delta_TD is not None:
             delta_TD = self._mesh.all_reduce(delta_TD)
         return self._glue.norm(x_TD, delta_TD, self.weight_D, self.epsilon, quantize)

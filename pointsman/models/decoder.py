@@ -194,4 +194,6 @@ def _norm_together(shard: Shard, mesh: Mesh) -> NormedTogether | None:
     architecture = shard.architecture
     if shard.whole or architecture.qk_norm != "all":
         return None
-    return NormedTogether(architecture.sizes["q"], architecture.sizes["kv"], shard.owns_kv_heads, mesh)
+    heads, kv_heads = architecture.num_heads, architecture.num_kv_heads
+    even = heads % shard.tp == 0 and (kv_heads % shard.tp == 0 or shard.tp % kv_heads == 0)
+    return NormedTogether(architecture.sizes["q"], architecture.sizes["kv"], shard.owns_kv_heads, even, mesh)

@@ -25,6 +25,7 @@ from torch import Tensor
 from pointsman.distributed import Mesh
 from pointsman.kernels.triton_support import describe
 from pointsman.kernels.weight import FP8, FP8_MAX, num_blocks
+from pointsman.layers.mailboxes import with_mailboxes
 from pointsman.models import MODELS, architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import Checkpoint, locate, open_checkpoint, read_json
@@ -90,6 +91,8 @@ def load_model(
         deterministic=deterministic,
     )
     backends = choices.take()
+    if backends.glue.takes_mailbox:
+        mesh = with_mailboxes(mesh, architecture.hidden_size)
     parameters = (
         make_parameters(shard, seed=seed, device=on, progress=progress)
         if load_format == "dummy"
