@@ -293,6 +293,7 @@ def run(
     (num_tokens, hidden), top_k = x_TD.shape, ids_TK.shape[1]
     num_experts, _, width = down.data.shape
     assert 0 < num_tokens <= MOST_TOKENS and gate_up.scale is not None and down.scale is not None
+    assert gate is None or len(gate.gate_ED) == num_experts, "it chooses among the experts that it has"
     cut = cut or Cut()
     device, used = x_TD.device, min(num_tokens * top_k, num_experts)
     out_TD = torch.empty_like(x_TD)
