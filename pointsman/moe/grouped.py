@@ -34,7 +34,7 @@ from pointsman.moe.weights import ExpertForm, ExpertWeights
 BLOCK = 128
 MOST_EXPERTS = 1024  # what one program counts
 EXACT_TOKENS = 1024  # in larger batches a choice's output would be a third of all that moves, and is rounded to bfloat16
-FEW_TOKENS = 0  # up to here one kernel does it all
+FEW_TOKENS = 0  # up to here one kernel does it all; it has not run on a GPU yet
 WIDE_ROWS = float("inf")  # rows of an expert from which on wide tiles multiply; they have not run on a GPU yet
 WIDE_TRITON = (3, 6)  # whose Gluon can specialize warps on Hopper
 FIXED_TOKENS = 512  # the batch for which deterministic cuts are made
