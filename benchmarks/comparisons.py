@@ -114,5 +114,35 @@ def agreement(result: Result) -> str:
     )
 
 
+def scaling(result: Result) -> str:
+    """The tables of docs/scaling.md."""
+    loads = sorted({row["load"] for row in result["rows"]})
+    figures = {(row["gpus"], row["layout"], row["load"]): row for row in result["rows"]}
+    most = {(gpus, load): max(row["output_tok_s"] for row in result["rows"] if (row["gpus"], row["load"]) == (gpus, load))
+            for gpus, _, load in figures}  # fmt: skip
+
+    def cell(gpus: int, layout: str, load: float) -> str:
+        row = figures.get((gpus, layout, load))
+        if row is None:
+            return ""
+        rate = f"{row['output_tok_s']:,.0f}"
+        return f"{f'**{rate}**' if row['output_tok_s'] == most[gpus, load] else rate} ({row['mean_tpot_ms']:.1f})"
+
+    rows = [
+        (f"{gpus}", layout, *(cell(gpus, layout, load) for load in loads))
+        for gpus, layout in dict.fromkeys((row["gpus"], row["layout"]) for row in result["rows"])
+    ]
+    compared = [
+        (entry["what"], f"{entry['measured']:.2f}", f"{entry['predicted']:.2f}", f"{100 * entry['error']:+.1f} %")
+        for entry in result["compared"]
+    ]
+    return (
+        table(("a step on one H100, in ms", "measured", "simulated", "error"), compared)
+        + "\nOutput tokens a second, and in brackets mean milliseconds a token of a request, by requests at once:\n\n"
+        + table(("GPUs", "layout", *(f"{load:g}" for load in loads)), rows)
+        + f"\n{result['device']}. Not measured: {', '.join(result['assumed']) or 'nothing'}.\n"
+    )
+
+
 PARTS = {"cpu": cpu, "bookkeeping": bookkeeping_part, "load_client": load_client, "accuracy": accuracy, "agreement": agreement}
 PLOTS = {"cpu.svg": cpu_plot, "bookkeeping.svg": lambda results: bookkeeping.figure(results["bookkeeping"]["rows"])}
