@@ -42,6 +42,7 @@ from pointsman.layers.paged_kv import KV_DTYPES, PagedKV
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import locate, read_json
 from pointsman.models.decoder import Decoder
+from pointsman.models.sharding import describe_split
 from pointsman.models.sizes import held
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import DeviceExpertLoad, ExpertLoad
@@ -198,7 +199,9 @@ def _size(config: EngineConfig, mesh: Mesh, decoder: Decoder) -> CacheSize:
 
 def _choices(config: EngineConfig, decoder: Decoder) -> dict[str, str]:
     """What became of the wishes, by the names of their flags."""
-    return {
+    shard = decoder.shard
+    split = {} if shard.whole else {"tensor_parallel_size": "; ".join(describe_split(shard.architecture, shard.tp, shard.ep))}
+    return split | {
         "device": decoder.device.type,
         "moe_runner_backend": decoder.backends.moe.name,
         "dtype": str(decoder.dtype).removeprefix("torch."),

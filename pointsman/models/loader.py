@@ -33,8 +33,7 @@ from pointsman.models.choices import DTYPES, choices_of
 from pointsman.models.decoder import ALONE, Decoder
 from pointsman.models.names import Kind, Place, Row, places
 from pointsman.models.parameters import Parameters, Storage
-from pointsman.models.sharding import Shard
-from pointsman.models.sharding import describe as describe_split
+from pointsman.models.sharding import Shard, describe_split
 
 logger = logging.getLogger(__name__)
 

@@ -157,7 +157,7 @@ def _splits_heads(architecture: Architecture, tp: int) -> bool:
     return architecture.num_heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0) and tp <= architecture.vocab_size
 
 
-def describe(architecture: Architecture, tp: int, ep: int) -> list[str]:
+def describe_split(architecture: Architecture, tp: int, ep: int) -> list[str]:
     """How a model is split, in a line for each kind of layer. Raises ValueError where it cannot be."""
     return list(_lines([Shard(architecture, tp, ep, rank) for rank in range(tp)]))
 

@@ -86,6 +86,9 @@ def drive(mesh: Mesh, folder: str, port: int, overlap: bool, want: list[Answer])
         engine.assemble = assemble
         llm = LLM(folder, progress=False, **options)
         assert llm.engine.step_name == "eager"
+        assert llm.engine.choices["tensor_parallel_size"].startswith(
+            "attention: 3 of 6 query heads and 1 of 2 key/value heads a rank; experts: "
+        )
         got = ask(llm)
         assert [tokens for tokens, _, _ in got] == [tokens for tokens, _, _ in want]
         assert [agreement for _, _, agreement in got] == [agreement for _, _, agreement in want]

@@ -20,7 +20,7 @@ from pointsman.models.decoder import Decoder
 from pointsman.models.loader import load_model
 from pointsman.models.parameters import Parameters
 from pointsman.models.revision import Revision
-from pointsman.models.sharding import Shard, deal, deal_width, describe, reason_against
+from pointsman.models.sharding import Shard, deal, deal_width, describe_split, reason_against
 from tests.models.checkpoints import Shape
 from tests.models.test_architecture import PUBLISHED
 
@@ -62,12 +62,12 @@ def test_the_flagship_over_eight_ranks() -> None:
     shards = [Shard(MINIMAX, 8, 1, rank) for rank in range(8)]
     assert [shard.sizes["width"] // 128 for shard in shards] == [2, 2, 2, 2, 1, 1, 1, 1]
     assert {len(shard.heads) for shard in shards} == {6} and {len(shard.kv_heads) for shard in shards} == {1}
-    assert describe(MINIMAX, 8, 1) == [
+    assert describe_split(MINIMAX, 8, 1) == [
         "attention: 6 of 48 query heads and 1 of 8 key/value heads a rank",
         "experts: 256+256+256+256+128+128+128+128 of 1536 columns of each a rank, whole blocks of 128",
         "vocabulary: 25008 of 200064 rows a rank",
     ]
-    assert describe(MINIMAX, 16, 4)[:2] == [
+    assert describe_split(MINIMAX, 16, 4)[:2] == [
         "attention: 3 of 48 query heads and 1 of 8 key/value heads a rank, each of these on 2 ranks",
         "experts: 64 of 256 whole experts in 4 groups of 4 ranks, 384 of 1536 columns of each a rank, whole blocks of 128",
     ]
@@ -222,4 +222,4 @@ def test_narrow_experts_leave_ranks_without_a_block() -> None:
     """Which is said."""
     narrow: Architecture = dataclasses.replace(MINIMAX, expert_width=256)
     assert [Shard(narrow, 4, 1, rank).sizes["width"] for rank in range(4)] == [128, 128, 0, 0]
-    assert describe(narrow, 4, 1)[-1] == "ranks without a block of any expert: 2, 3; --ep 4 would give each whole ones"
+    assert describe_split(narrow, 4, 1)[-1] == "ranks without a block of any expert: 2, 3; --ep 4 would give each whole ones"

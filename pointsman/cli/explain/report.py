@@ -14,7 +14,7 @@ from pointsman.engine.device_models import DeviceModel, Figure
 from pointsman.engine.floor import Floor
 from pointsman.engine.memory import kv_dtype_of
 from pointsman.engine.plan import Plan
-from pointsman.models.sharding import describe
+from pointsman.models.sharding import describe_split
 
 UNITS = {
     "memory": "memory, bytes",
@@ -60,7 +60,7 @@ class Report:
     def sharding(self) -> list[str]:
         """What a rank holds, in lines."""
         shard = self.plan.shard
-        return describe(shard.architecture, shard.tp, shard.ep)
+        return describe_split(shard.architecture, shard.tp, shard.ep)
 
     def as_object(self) -> dict[str, Any]:
         """All of it, in bytes, seconds and tokens a second."""
