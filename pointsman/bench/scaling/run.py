@@ -199,6 +199,8 @@ def draw(rows: Sequence[Row], options: ScalingOptions) -> bytes:
     for gpus in sorted({row["gpus"] for row in rows}):
         names = dict.fromkeys(str(row["layout"]) for row in rows if row["gpus"] == gpus)
         lines: dict[str, Sequence[float | None]] = {name: [figures.get((gpus, name, load)) for load in loads] for name in names}
-        panels.append(Panel(title=f"{gpus} GPUs: output tokens a second", lines=lines, low=0.0))
+        panels.append(Panel(title=f"{gpus} GPUs", lines=lines, low=0.0))
     what = "requests at once" if options.dataset_name == "random" else "moments of the trace, times"
-    return curves(f"MiniMax-M2.5 on {options.gpu.upper()}, simulated from measured parts", panels, what, [f"{load:g}" for load in loads])
+    return curves(
+        f"Output tokens a second, MiniMax-M2.5 on {options.gpu.upper()}, simulated", panels, what, [f"{load:g}" for load in loads]
+    )
