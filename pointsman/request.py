@@ -278,6 +278,8 @@ class CompletionOutput:
 
     Attributes:
         routed_experts: a numpy array [prompt + output - 1 - start, layers, top_k], when asked for.
+        routed_experts_missing: half-open ranges of its rows that are not known, because the choice was aborted before; what stands in
+            them means nothing.
         routing_agreement: of a replay, the share of (token, layer) choices that free routing would have made alike: the same set of
             experts, given the forced routing of all layers and tokens before. None where no position was forced.
         weight_version: of the weights that were in force at its end.
@@ -291,6 +293,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     routed_experts: Any = None
+    routed_experts_missing: list[tuple[int, int]] = field(default_factory=list)
     routing_agreement: float | None = None
     weight_version: str = ""
     weight_versions: list[tuple[int, int, str]] = field(default_factory=list)

@@ -31,6 +31,7 @@ from pointsman.request import (
     RequestOutput,
     SamplingParams,
 )
+from pointsman.routed_experts import RoutedExperts
 from pointsman.text import chat_prompt
 
 Prompt = str | Sequence[int]
@@ -237,6 +238,28 @@ class LLM:
         """End the engine's threads."""
         self._engine.close()
 
+    def record(self, choice: CompletionOutput | ChoiceDelta, *, start: int = 0) -> RoutedExperts:
+        """The routing record of a finished choice: its rows with what is missing of them and which weights chose.
+
+        `pointsman.routed_experts.encode` and the adapters take it, and so does a replay.
+
+        Args:
+            start: the `routed_experts_start` that was asked for.
+
+        Raises:
+            ValueError: it was not asked to return its rows.
+        """
+        if choice.routed_experts is None:
+            raise ValueError("this choice has no rows; ask with return_routed_experts=True, and give its last piece where it streams")
+        return RoutedExperts(
+            rows_RLK=choice.routed_experts,
+            num_experts=self._engine.architecture.num_experts,
+            start=start,
+            layers=self._engine.architecture.expert_layers,
+            missing=tuple(choice.routed_experts_missing),
+            weight_versions=tuple(choice.weight_versions),
+        )
+
     def _check_running(self) -> None:
         if not self._engine.halted or self._engine.has_work:
             return
@@ -326,7 +349,8 @@ def merge(result: RequestOutput, delta: ChoiceDelta) -> None:
         result.num_cached_tokens = delta.num_cached_tokens
     if delta.finish_reason is not None:
         output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
-        output.routed_experts, output.routing_agreement = delta.routed_experts, delta.routing_agreement
+        output.routed_experts, output.routed_experts_missing = delta.routed_experts, delta.routed_experts_missing
+        output.routing_agreement = delta.routing_agreement
         output.weight_version, output.weight_versions = delta.weight_version, delta.weight_versions
         result.finished = all(choice.finish_reason is not None for choice in result.outputs)
 

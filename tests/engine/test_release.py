@@ -8,12 +8,14 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pointsman import LLM, FinishReason
 from pointsman.engine.control import Control
-from pointsman.request import MemoryTag, Request
+from pointsman.request import ChoiceDelta, MemoryTag, Request
+from pointsman.routed_experts import decode_record, encode
 from tests.exchange import PARAMS, PROMPT, SHAPE, Answer, answer, make
 from tests.models.checkpoints import Shape
 
@@ -158,6 +160,28 @@ def test_what_was_sent_back_to_the_queue_goes_on(llm: LLM, answers: dict[str, li
     assert [token for delta in deltas for token in delta.token_ids] == answers["compiled"][0].token_ids
     assert [entry for delta in deltas for entry in delta.logprobs or ()] == answers["compiled"][0].logprobs
     assert deltas[-1].routed_experts.tolist() == answers["compiled"][0].routed_experts
+
+
+def test_a_record_tells_what_is_missing_and_which_weights_chose(llm: LLM) -> None:
+    """Two steps of eight tokens are computed of the prompt; the others are never known. It is a replay, too."""
+    small = make(llm.engine.folder, chunked_prefill_size=8, disable_overlap_schedule=True)
+    record = small.record(next(_aborted(small, steps=2)))
+    assert record.missing == ((16, len(PROMPT) - 1),) and record.weight_versions == ((0, 16, "0"),)
+    assert decode_record(encode(record)).missing == record.missing
+    full = llm.generate(list(PROMPT), PARAMS)[0].outputs[0]
+    assert np.array_equal(record.rows_RLK[:16], full.routed_experts[:16])
+    again = llm.generate(list(PROMPT), PARAMS, replay_routed_experts=llm.record(full))[0].outputs[0]
+    assert again.routing_agreement == 1.0 and llm.record(again).missing == () == tuple(again.routed_experts_missing)
+    with pytest.raises(ValueError, match="this choice has no rows; ask with return_routed_experts=True"):
+        llm.record(llm.generate(list(PROMPT), PARAMS.replace(return_routed_experts=False))[0].outputs[0])
+    small.close()
+
+
+def _aborted(llm: LLM, *, steps: int) -> Iterator[ChoiceDelta]:
+    llm.engine.add(Request(rid="a", prompt_token_ids=PROMPT, sampling=PARAMS))
+    for _ in range(steps):
+        llm.engine.step()
+    yield from llm.engine.abort("a")[-1:]
 
 
 def test_sent_back_and_aborted_while_memory_is_released(llm: LLM, answers: dict[str, list[Answer]]) -> None:
