@@ -114,6 +114,51 @@ def agreement(result: Result) -> str:
     )
 
 
+def served(result: Result) -> str:
+    """The serving benchmark on two GPUs, and where its steps' time goes."""
+    rows = [
+        (
+            run["layout"],
+            f"{row['concurrency']}",
+            f"{row['requests']} x {row['input_len']}/{row['output_len']}",
+            "yes" if row["capture"] else "no",
+            f"{row['output_tok_s']:,.0f}",
+            *(" / ".join(f"{row[f'{figure}_{name}_ms']:,.1f}" for figure in ("mean", "median", "p99")) for name in ("ttft", "tpot", "itl")),
+        )
+        for run in result.values()
+        for row in run["rows"]
+    ]
+    run = next(iter(result.values()))
+    profiles = run["profile"]
+    head = ("part", *(f"{batch}: us (floor)" for batch in profiles))
+    parts = [
+        (entry["part"], *(f"{found['parts'][index]['us']:,.0f} ({found['parts'][index]['floor_us']:,.0f})" for found in profiles.values()))
+        for index, entry in enumerate(next(iter(profiles.values()))["parts"])
+    ]
+    parts.append(("step", *(f"{found['step_us']:,.0f} ({found['floor_us']:,.0f})" for found in profiles.values())))
+    ready = ", ".join(f"{name} {entry['ready_s']:.1f} s" for name, entry in result.items())
+    times = ("TTFT mean / median / P99 ms", "TPOT", "ITL")
+    return (
+        table(("layout", "at once", "requests", "routing returned", "output tok/s", *times), rows)
+        + f"\nFrom the command to ready: {ready}. Where the time of a decode step goes on each GPU, {run['layout']}, by sequences "
+        + "at once; kernels that begin early count their waiting too:\n\n"
+        + table(head, parts)
+        + f"\n{run['gpu']}, two; {run['layers']} layers; torch {run['torch']}; commit {run['commit']}.\n"
+    )
+
+
+def summed(result: Result) -> str:
+    """Sums over two GPUs beside NCCL's."""
+    names = ("nccl", "mailbox", "nccl, then norm", "norm with mailbox", "qkv_post and nccl", "qkv_post with mailbox")
+    rows = [(f"{row['rows']:,}", f"{row['bytes'] / 1e6:.2f}", *(f"{row[name]:.1f}" for name in names)) for row in result["rows"]]
+    checked = f"{result['sums']['compared']:,} results compared, {result['sums']['wrong_numbers']:.0f} numbers other than the sum by rank"
+    return (
+        table(("rows", "MB", *names), rows)
+        + f"\nMicroseconds in a CUDA graph, the slower rank's. {checked}.\n"
+        + f"{result['gpu']}, two; torch {result['torch']}; commit {result['commit']}.\n"
+    )
+
+
 def scaling(result: Result) -> str:
     """The tables of docs/scaling.md."""
     loads = sorted({row["load"] for row in result["rows"]})
@@ -133,11 +178,11 @@ def scaling(result: Result) -> str:
         for gpus, layout in dict.fromkeys((row["gpus"], row["layout"]) for row in result["rows"])
     ]
     compared = [
-        (entry["what"], f"{entry['measured']:.2f}", f"{entry['predicted']:.2f}", f"{100 * entry['error']:+.1f} %")
+        (f"{entry['what']}, {entry['unit']}", f"{entry['measured']:,.2f}", f"{entry['predicted']:,.2f}", f"{100 * entry['error']:+.1f} %")
         for entry in result["compared"]
     ]
     return (
-        table(("a step on one H100, in ms", "measured", "simulated", "error"), compared)
+        table(("on H100", "measured", "simulated", "error"), compared)
         + "\nOutput tokens a second, and in brackets mean milliseconds a token of a request, by requests at once:\n\n"
         + table(("GPUs", "layout", *(f"{load:g}" for load in loads)), rows)
         + f"\n{result['device']}. Not measured: {', '.join(result['assumed']) or 'nothing'}.\n"

@@ -39,7 +39,7 @@ COMPARISONS = {
     "load_client": "python -m benchmarks.load_client",
     "accuracy": "pointsman eval table",
     "agreement": "pointsman eval agreement",
-    "scaling": "pointsman bench scaling --gpu h200 --gpus 2 4 8 16 --max-concurrency 1 16 128 512 --chunked-prefill-size 1024",
+    "scaling": "pointsman bench scaling --gpu h200 --gpus 2 4 8 16 --chunked-prefill-size 1024",
 }
 EVALS = (("word problems", "arithmetic"), ("tool calls", "tools"))
 PLACE = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
@@ -192,7 +192,9 @@ def documents(results: Results) -> dict[Path, str]:
     tables = {ROOT / "README.md": summary(first), ROOT / "docs" / "performance.md": details(first) + more}
     tables[ROOT / "docs" / "structured-output.md"] = structured(first)
     if "scaling" in results:
-        tables[ROOT / "docs" / "scaling.md"] = comparisons.scaling(results["scaling"])
+        served, summed = (json.loads((RESULTS / f"{name}_2xh100.json").read_text()) for name in ("serve", "allreduce"))
+        measured = f"### Two GPUs, measured\n\n{comparisons.served(served)}\n### Sums over them\n\n{comparisons.summed(summed)}"
+        tables[ROOT / "docs" / "scaling.md"] = f"{measured}\n### Simulated\n\n{comparisons.scaling(results['scaling'])}"
     texts = {path: PLACE.sub(lambda place, text=text: place[1] + text + place[2], path.read_text()) for path, text in tables.items()}
     return texts | {ROOT / "docs" / name: draw(results) for name, draw in comparisons.PLOTS.items() if name.removesuffix(".svg") in results}
 

@@ -149,9 +149,7 @@ class ScalingOptions:
     dataset_name: str = flag("random", "what is asked", choices=("random", "azure", "mooncake"))
     dataset_path: str | None = flag(None, "file of azure or mooncake")
     num_prompts: int | None = flag(None, "requests (default: random: 4 for each that runs at once; of a trace: 500)", low=1, high=1_000_000)
-    max_concurrency: tuple[int, ...] = flag(
-        (1, 16, 128, 512), "random: requests that run at once, one or several numbers", low=1, high=65536
-    )
+    max_concurrency: tuple[int, ...] = flag((1, 16, 128), "random: requests that run at once, one or several numbers", low=1, high=65536)
     random_input_len: int = flag(1024, "most tokens of a random prompt", low=1, high=131072)
     random_output_len: int = flag(1024, "most tokens of its answer", low=2, high=65536)
     random_range_ratio: float = flag(0.8, "lengths are drawn evenly from this share of the most, to the most", low=0, high=1)

@@ -15,7 +15,6 @@ from typing import Protocol
 
 import torch
 
-from pointsman.engine.ending import end_without
 from pointsman.engine.model_runner import ModelRunner, Pending
 from pointsman.engine.orders import Run
 from pointsman.engine.workers import RankLost, Workers
@@ -113,8 +112,6 @@ class Leading:
     def close(self) -> None:
         self._workers.close()  # first: a step that waits for a rank which is gone ends by that
         self._here.close()
-        if isinstance(self._here, Launching) and self._workers.lost.done():
-            end_without(torch.cuda.synchronize, "the device")
 
 
 class _Led:

@@ -7,20 +7,26 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 from pointsman.bench.scaling.layouts import Layout, step_us
 from pointsman.bench.scaling.parts import Parts
 from pointsman.bench.scaling.serving import Served, distinct, new_scheduler, serve
+from pointsman.bench.serving.datasets import random_lengths
+from pointsman.bench.serving.metrics import summarize
 
-ENGINE = "engine_h100.json"
+ENGINE, SERVED = "engine_h100.json", "serve_2xh100.json"
 PROMPT, OUTPUT, BUDGET = 128, 64, 512  # of benchmarks/gpu_engine.py
+RATIO, CONTEXT_ROOM = 0.8, 1536  # of benchmarks/gpu_serve.py
+LAYOUTS = {"tp2": Layout(2, 2), "tp2+ep2": Layout(2, 2, 2)}
 
 
 class Compared(NamedTuple):
-    """A figure that was measured, and what the simulation says."""
+    """A figure that was measured, in `unit`, and what the simulation says."""
 
     what: str
+    unit: str
     measured: float
     predicted: float
 
@@ -38,7 +44,25 @@ def against_engine(parts: Parts, folder: Path) -> list[Compared]:
     for row in speed["decode"]:
         batch = row["batch"]
         served = together(batch, OUTPUT + batch * PROMPT // BUDGET, time_of)
-        found.append(Compared(f"decoding step of {batch}, {layers} layers", row["step_ms"], step_ms(served)))
+        found.append(Compared(f"one GPU, {layers} layers: step of {batch}", "ms", row["step_ms"], step_ms(served)))
+    return found
+
+
+def against_serving(parts: Parts, folder: Path) -> list[Compared]:
+    """The serving benchmark on two GPUs: tokens a second, and the median gap between two tokens; nothing where it was not measured."""
+    found: list[Compared] = []
+    runs = json.loads((folder / SERVED).read_text()) if (folder / SERVED).is_file() else {}
+    for layout, run in runs.items():
+        time_of = functools.partial(step_us, LAYOUTS[layout], parts=parts, layers=run["layers"])
+        most = max(row["concurrency"] for row in run["rows"])
+        for row in (row for row in run["rows"] if not row["capture"]):
+            lengths = random_lengths(Random(row["concurrency"]), row["requests"], row["input_len"], row["output_len"], RATIO)
+            scheduler = new_scheduler(most * CONTEXT_ROOM, most, BUDGET)
+            served = serve(distinct(lengths), [scheduler], time_of, row["concurrency"])
+            figures = summarize(served.outcomes, served.seconds)
+            what = f"{layout}, {run['layers']} layers, {row['concurrency']} at once"
+            found.append(Compared(f"{what}: throughput", "tok/s", row["output_tok_s"], figures["output_throughput"]))
+            found.append(Compared(f"{what}: median gap", "ms", row["median_itl_ms"], figures["median_itl_ms"]))
     return found
 
 

@@ -70,7 +70,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Sums:
-    """What a sum over two GPUs adds to the kernel that it is joined with, by rows; and its bandwidth in bytes a microsecond."""
+    """What a sum over two GPUs adds to the kernel that it is joined with, by rows; and the bytes a microsecond of a sum on its own."""
 
     rows: Curve
     squares: Curve
@@ -82,7 +82,7 @@ class Parts:
     """Curves in microseconds, by rows unless said otherwise. Where several GPUs share a part, its key is the share of one.
 
     Attributes:
-        read_bandwidth: bytes a second that this GPU reads at most.
+        read_bandwidth, copy_bandwidth: bytes a second that this GPU reads at most, and that it reads and writes when it copies.
         decode: attention of rows that decode, by bytes of the cache that it reads.
         prefill: attention of a prompt's chunk, by pairs of a row and a position that it attends to, over all heads.
         rest: what a step does outside of its layers besides the head, by rows that sample.
@@ -91,6 +91,7 @@ class Parts:
 
     device: str
     read_bandwidth: float
+    copy_bandwidth: float
     experts: dict[float, Experts]
     qkv: dict[float, Curve]
     out: dict[float, Curve]
@@ -111,6 +112,7 @@ class Parts:
             self,
             device=device,
             read_bandwidth=bandwidth,
+            copy_bandwidth=self.copy_bandwidth * bandwidth / self.read_bandwidth,
             experts={share: replace(one, each=one.each - saved * share * EXPERT_BYTES) for share, one in self.experts.items()},
             decode=Curve(tuple((x, y - saved * x) for x, y in self.decode.points)),
             head=Curve(tuple((x, y - saved * 3072 * 200_064 * 2) for x, y in self.head.points)),
@@ -138,6 +140,7 @@ def read(folder: Path) -> Parts:
     return Parts(
         device=moe["device"],
         read_bandwidth=1e9 * moe["read_gb_s"],
+        copy_bandwidth=1e9 * moe["copy_gb_s"],
         experts=_experts(moe["rows"] + shared),
         qkv=linear["qkv"],
         out=linear["o"],
@@ -209,7 +212,7 @@ def _rest(profile: dict[str, Any]) -> Curve:
 def _sums(rows: list[dict[str, Any]]) -> Sums:
     few, many = rows[0], rows[-1]
     added = [(row["rows"], row["norm with mailbox"] - row["norm alone"]) for row in rows]
-    bandwidth = ROW_BYTES * (many["rows"] - few["rows"]) / (added[-1][1] - added[0][1])
+    bandwidth = ROW_BYTES * (many["rows"] - few["rows"]) / (many["mailbox"] - few["mailbox"])
     return Sums(
         Curve.through(added),
         Curve.through((row["rows"], row["qkv_post with mailbox"] - row["qkv_post alone"]) for row in rows),

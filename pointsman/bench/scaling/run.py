@@ -14,7 +14,7 @@ from typing import Any
 
 import pointsman
 from pointsman.bench.options import ScalingOptions
-from pointsman.bench.scaling.check import Compared, against_engine
+from pointsman.bench.scaling.check import Compared, against_engine, against_serving
 from pointsman.bench.scaling.layouts import HOST_GPUS, Layout, step_us
 from pointsman.bench.scaling.parts import Parts, read
 from pointsman.bench.scaling.serving import distinct, new_scheduler, serve
@@ -36,7 +36,10 @@ def run(engine: dict[str, Any], options: ScalingOptions) -> int:
     logging.basicConfig(level=options.log_level.upper())
     folder = Path(options.results) if options.results else Path(pointsman.__file__).parents[1] / "benchmarks" / "results"
     parts = read(folder)
-    compared = against_engine(parts, folder)
+    if not any(fitting(gpus, options) for gpus in options.gpus):
+        which = f"{', '.join(map(str, options.gpus))} {options.gpu.upper()}"
+        raise ValueError(f"{options.layers} layers fit on none of {which}; give more --gpus, or fewer --layers")
+    compared = against_engine(parts, folder) + against_serving(parts, folder)
     print(comparison(compared))
     for part in parts.assumed:
         print(f"not measured: {part}")
@@ -50,9 +53,6 @@ def run(engine: dict[str, Any], options: ScalingOptions) -> int:
         for row in found:
             print(line(row) if rows else f"{heading()}\n{line(row)}", flush=True)
             rows.append(row)
-    if not rows:
-        which = f"{', '.join(map(str, options.gpus))} {options.gpu.upper()}"
-        raise ValueError(f"{options.layers} layers fit on none of {which}; give more --gpus, or fewer --layers")
     print(best(rows))
     if options.plot is not None:
         Path(options.plot).write_bytes(draw(rows, options))
@@ -154,8 +154,11 @@ def block_ids(row: TraceRow) -> tuple[int, ...]:
 
 def comparison(compared: Sequence[Compared]) -> str:
     """Measured and simulated, for people."""
-    lines = [f"{'measured on one GPU, and simulated':<40}{'ms':>10}{'ms':>10}{'error':>9}"]
-    lines += [f"{entry.what:<40}{entry.measured:>10.2f}{entry.predicted:>10.2f}{100 * entry.error:>+8.1f}%" for entry in compared]
+    lines = [f"{'':<48}{'measured':>10}{'simulated':>11}{'error':>9}"]
+    lines += [
+        f"{f'{entry.what}, {entry.unit}':<48}{entry.measured:>10,.2f}{entry.predicted:>11,.2f}{100 * entry.error:>+8.1f}%"
+        for entry in compared
+    ]
     return "\n".join([*lines, ""])
 
 
