@@ -20,6 +20,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -287,9 +288,7 @@ class Weights:
         return self._group
 
     def _check_same(self, folder: Path, found: Architecture) -> None:
-        names = [field.name for field in dataclasses.fields(Architecture) if field.name not in FREE_FIELDS]
-        pairs = [(name, getattr(found, name), getattr(self.architecture, name)) for name in names]
-        if others := [f"{name} is {new!r} where the model that serves has {old!r}" for name, new, old in pairs if new != old]:
+        if others := list(_differences(found, self.architecture, FREE_FIELDS)):
             raise ValueError(f"{folder} is another model's checkpoint: {'; '.join(others)}")
 
     def enter(self, fresh: Fresh, version: str) -> None:
@@ -360,3 +359,13 @@ def check_version(version: str | None) -> None:
     """Raises ValueError where it cannot be the name of weights."""
     if version is not None and not (isinstance(version, str) and 0 < len(version) <= MAX_VERSION_LENGTH):
         raise ValueError(f"weight_version is {version!r:.80}; it must be a string of 1 to {MAX_VERSION_LENGTH} characters")
+
+
+def _differences(found: Any, served: Any, free: Collection[str] = ()) -> Iterator[str]:
+    """Which fields of two descriptions differ, parts by their own fields."""
+    for name in (field.name for field in dataclasses.fields(found) if field.name not in free):
+        new, old = getattr(found, name), getattr(served, name)
+        if dataclasses.is_dataclass(new) and type(new) is type(old):
+            yield from _differences(new, old)
+        elif new != old:
+            yield f"{name} is {new!r} where the model that serves has {old!r}"

@@ -238,10 +238,10 @@ class Cut:
     """
 
     programs: int = 2
-    warps: int = 8
+    warps: int = 4
     columns: int = 128
     up_stages: int = 3
-    down_stages: int = 4
+    down_stages: int = 5
     up_ahead: int = 2
     down_ahead: int = 6
 

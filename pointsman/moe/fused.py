@@ -1,6 +1,6 @@
 """The experts with routing inside: runner `fused`.
 
-Up to `MOST_TOKENS` tokens of block FP8 go through one kernel from the router's input to the sum (`kernels.fused_experts`); more, or plain
+Up to `FEW_TOKENS` tokens of block FP8 go through one kernel from the router's input to the sum (`kernels.fused_experts`); more, or plain
 weights, through the kernels of the router and of `routed` one after the other. What was chosen is written on the way, so it is recorded
 as under every other runner; it cannot be given.
 """
@@ -18,6 +18,8 @@ from pointsman.moe.router import ROUTERS, RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
+FEW_TOKENS = 4  # from 8 on the chain was faster on an H100: the weights are as many, and one kernel waits for the slowest part thrice
+
 
 class FusedRunner:
     """Gate, choice, up, down and sum of few tokens in one kernel; of many, in a chain."""
@@ -26,8 +28,8 @@ class FusedRunner:
     routes_itself: ClassVar[Literal[True]] = True
     replays: ClassVar[bool] = False
 
-    def __init__(self, *, cut: Any = None) -> None:
-        self._few, self._chain = FewTokens(cut), RoutedRunner(few_tokens=0)
+    def __init__(self, *, few_tokens: int = FEW_TOKENS, cut: Any = None) -> None:
+        self._few_tokens, self._few, self._chain = few_tokens, FewTokens(cut), RoutedRunner(few_tokens=0)
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
@@ -43,7 +45,7 @@ class FusedRunner:
         """The weighted sum [T, D] and what was chosen."""
         assert rows.given_TK is None, "experts are given to a runner that chooses them"
         num_tokens, device = len(rows.x_TD), rows.x_TD.device
-        if not weights.quantized or not 0 < num_tokens <= self._few.kernel.MOST_TOKENS:
+        if not weights.quantized or not 0 < num_tokens <= self._few_tokens:
             routing = ROUTERS["triton"].run(rows, spec)
             return self._chain(rows.x_TD, routing, weights), routing
         ids_TK = torch.empty(num_tokens, spec.top_k, dtype=torch.int32, device=device)

@@ -170,7 +170,8 @@ def test_no_temperature_is_lost_on_infinities(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"tp": 4, "ep": 3}, "expert_parallel_size is 3: groups with whole experts are made of the 4 ranks of tensor_parallel_size"),
+        ({"tp": 4}, "tensor_parallel_size is 4: 6 query heads and 2 key/value heads"),
+        ({"tp": 2, "ep": 3}, "expert_parallel_size is 3: groups with whole experts are made of the 2 ranks of tensor_parallel_size"),
         ({"ep": 2}, "expert_parallel_size is 2"),
         ({"device": "cuda"}, "device is 'cuda'"),
         ({"moe_runner_backend": "flashinfer_trtllm_routed"}, "needs a CUDA device"),

@@ -55,7 +55,7 @@ def store() -> RouteStore:
 @pytest.mark.parametrize("num_tokens", [1, 3, 9, MOST_TOKENS, MOST_TOKENS + 1])
 def test_it_routes_records_and_computes_as_the_reference(num_tokens: int, score: str) -> None:
     weights, spec, routes, want_routes = experts(True), SPECS[score], store(), store()
-    runner = FusedRunner()
+    runner = FusedRunner(few_tokens=MOST_TOKENS)
     mine = rows(num_tokens, routes, biased=score == "sigmoid")
     got_TD, chosen = runner.route_and_run(mine, spec, runner.prepare(weights, torch.bfloat16))
     live_T = mine.slots_T >= 0
@@ -73,9 +73,9 @@ def test_it_routes_records_and_computes_as_the_reference(num_tokens: int, score:
 def test_plain_weights_and_no_tokens_take_the_chain() -> None:
     weights, spec = experts(False), SPECS["sigmoid"]
     mine = rows(2, None)
-    got_TD, chosen = FusedRunner().route_and_run(mine, spec, weights)
+    got_TD, chosen = FusedRunner(few_tokens=MOST_TOKENS).route_and_run(mine, spec, weights)
     assert distance(got_TD, oracle(mine.x_TD, chosen, weights)) < 0.0025
-    none_TD, _ = FusedRunner().route_and_run(rows(0, None), spec, experts(True))
+    none_TD, _ = FusedRunner(few_tokens=MOST_TOKENS).route_and_run(rows(0, None), spec, experts(True))
     assert none_TD.shape == (0, D)
 
 
@@ -83,7 +83,7 @@ def test_plain_weights_and_no_tokens_take_the_chain() -> None:
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter has no CUDA graphs")
 def test_a_graph_can_be_replayed() -> None:
     weights, spec = experts(True), SPECS["sigmoid"]
-    runner, mine = FusedRunner(), rows(4, None)
+    runner, mine = FusedRunner(few_tokens=MOST_TOKENS), rows(4, None)
     want_TD, _ = runner.route_and_run(mine, spec, weights)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
