@@ -21,6 +21,7 @@ from torch import Tensor
 from pointsman.distributed.rendezvous import BACKENDS, first_line, meet, reason_against
 
 POLL_SECONDS = 0.001
+WATCHDOG = timedelta(seconds=60)
 
 
 class Group:
@@ -89,7 +90,8 @@ class Group:
     def _broadcast(self, tensors: Sequence[Tensor]) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        options.timeout = self.timeout
+        # with NCCL `_wait` keeps the limit: where torch's watchdog does, it writes reports first, and for many seconds
+        options.timeout = self.timeout + (WATCHDOG if self.backend == "nccl" else timedelta())
         flat = [tensor.view(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
         try:
             if self.backend == "nccl":
