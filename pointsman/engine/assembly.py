@@ -23,6 +23,7 @@ from pointsman.distributed import Mesh
 from pointsman.distributed.rendezvous import listen
 from pointsman.engine.build import Parts, build
 from pointsman.engine.device import choose_device
+from pointsman.engine.ending import end_without
 from pointsman.engine.executor import Executor, Leading, choose_executor
 from pointsman.engine.orders import Join
 from pointsman.engine.places import LOOPBACK, Places
@@ -74,6 +75,8 @@ def assemble(config: EngineConfig, *, progress: bool | None = None, on_lost: OnL
     except BaseException as error:
         cause = workers.cause(error) if isinstance(error, Exception) and not isinstance(error, ValueError | RankLost) else error
         workers.close()
+        if workers.lost.done() and choose_device(config.kernel.device).type == "cuda":
+            end_without(torch.cuda.synchronize, "the device")
         if cause is not error:
             raise cause from error
         raise

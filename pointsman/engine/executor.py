@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from pointsman.engine.ending import end_without
 from pointsman.engine.model_runner import ModelRunner, Pending
 from pointsman.engine.orders import Run
 from pointsman.engine.workers import RankLost, Workers
@@ -112,6 +113,8 @@ class Leading:
     def close(self) -> None:
         self._workers.close()  # first: a step that waits for a rank which is gone ends by that
         self._here.close()
+        if isinstance(self._here, Launching) and self._workers.lost.done():
+            end_without(torch.cuda.synchronize, "the device")
 
 
 class _Led:

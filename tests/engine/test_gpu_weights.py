@@ -30,7 +30,7 @@ from tests.models.checkpoints import Shape, write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SMALL = Shape(block=(128, 128), layers=3, hidden=512, heads=8, kv_heads=2, head_dim=128, rotary_dim=64, experts=32, top_k=4, width=256)
-OPTIONS: dict[str, Any] = {"cuda_graph_max_bs": 32, "chunked_prefill_size": 256, "max_total_tokens": 1 << 16, "max_running_requests": 32}
+OPTIONS: dict[str, Any] = {"cuda_graph_max_bs": 16, "chunked_prefill_size": 128, "max_total_tokens": 1 << 16, "max_running_requests": 32}
 PROMPTS = [[(7 * index * index + 3 * length) % 97 for index in range(length)] for length in (5, 29, 64, 200)]
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, logprobs=0, return_routed_experts=True, ignore_eos=True)
 TRAINER = """
@@ -38,6 +38,8 @@ import sys, torch
 from safetensors.torch import load_file
 from pointsman.distributed import Group
 torch.cuda.set_device(1)
+torch.zeros(1, device="cuda")
+print("here", flush=True)
 group = Group(master_address="127.0.0.1", master_port=int(sys.argv[1]), rank=0, world_size=2, name="weights", backend="nccl", timeout=40)
 group.join()
 tensors = {name: tensor.cuda() for name, tensor in sorted(load_file(sys.argv[2]).items())}
@@ -249,9 +251,12 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def trainer(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that has started, imports and all, and is about to join at the port."""
     command = [sys.executable, "-c", TRAINER, str(port), str(folder / "model.safetensors")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
         yield process
     finally:
         process.kill()
@@ -266,7 +271,7 @@ def announced(tensors: dict[str, Tensor]) -> tuple[list[str], list[str], list[li
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_from_a_trainer_on_another_gpu(llm: LLM, folders: list[Path], fresh: list[Any]) -> None:
-    """Over NCCL; the second time nothing comes, and the engine gives up on it."""
+    """Over NCCL."""
     tensors, port = tensors_of(folders[1]), free_port()
     with trainer(folders[1], port) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -284,7 +289,13 @@ def test_from_a_trainer_on_another_gpu(llm: LLM, folders: list[Path], fresh: lis
             llm.update_weights_from_disk(str(folders[0]), weight_version="0")
         llm.destroy_weights_update_group("weights")
     told(test="nccl", seconds=seconds, tensors=len(tensors), bytes=sum(tensor.nbytes for tensor in tensors.values()))
-    port = free_port()
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_trainer_that_is_killed(llm: LLM, folders: list[Path], fresh: list[Any]) -> None:
+    """Nothing comes, and the engine gives up on it. The time limit is short, and begins when the trainer has started."""
+    tensors, port = tensors_of(folders[1]), free_port()
     with trainer(folders[1], port) as process:
         assert process.stdout is not None
         llm.init_weights_update_group("127.0.0.1", port, group_name="weights", timeout=6)
