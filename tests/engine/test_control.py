@@ -45,7 +45,7 @@ def test_after_an_update_an_engine_is_as_a_fresh_one(
         assert answer(llm, SCORED) == scored[step][which]
         output = llm.generate(list(PROMPT), PARAMS)[0].outputs[0]
         assert output.weight_versions == [(0, len(PROMPT) + 13, str(version))] and output.weight_version == str(version)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # those of engines that other tests left may end meanwhile
     llm.close()
 
 
