@@ -1,7 +1,7 @@
 """What routes a layer's rows: gate, choice or replay, weights, and the record, by one of two implementations.
 
 The reference is the functions of `kernels.reference` and `moe.routing` one after the other, and runs anywhere. `triton` is two kernels,
-which also write the routing row and count what a replay agrees with; rows that pad a step get no expert.
+which also write the routing row and count what a replay agrees with. Rows that pad a step get no expert from either.
 
 Shape suffixes: T rows, D hidden, E experts, K experts per token.
 """
@@ -66,6 +66,9 @@ def _reference(rows: RouterInput, spec: RoutingSpec) -> Routing:
         routing = route(logits_TE, spec, ids_TK=torch.where(forced_T.unsqueeze(-1), rows.given_TK, routing.ids_TK))
     if rows.routes is not None:
         rows.routes.record(rows.layer, rows.slots_T, routing.ids_TK)
+    # what pads a step has no expert: it would be one more row of the expert's products, and those round by how many rows they have
+    live_T1 = (rows.slots_T >= 0).unsqueeze(-1)
+    routing = Routing(torch.where(live_T1, routing.ids_TK, -1), torch.where(live_T1, routing.weights_TK, 0.0))
     return routing if rows.own is None else Routing(_own_ids(routing.ids_TK, rows.own), routing.weights_TK)
 
 

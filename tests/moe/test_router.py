@@ -54,6 +54,9 @@ def test_kernels_route_record_and_replay_as_the_reference(table: dict, replays: 
         assert torch.equal(mine.ids_TK[:4].long(), theirs.ids_TK[:4])
         torch.testing.assert_close(mine.weights_TK[:4], theirs.weights_TK[:4], rtol=1e-5, atol=1e-6)
         assert (mine.ids_TK[4] == -1).all() and (mine.weights_TK[4] == 0).all()
+    for mine, theirs in zip(routed(ROUTERS["reference"], padded_T, given_TLK)[0], want, strict=True):
+        assert torch.equal(mine.ids_TK[:4], theirs.ids_TK[:4]) and torch.equal(mine.weights_TK[:4], theirs.weights_TK[:4])
+        assert (mine.ids_TK[4] == -1).all() and (mine.weights_TK[4] == 0).all()
     want_routes.rows_SLK[5] = 255
     assert torch.equal(got_routes.rows_SLK, want_routes.rows_SLK)
     if replays:
