@@ -36,16 +36,17 @@ def llm(folders: list[Path]) -> Iterator[LLM]:
 def test_after_an_update_an_engine_is_as_a_fresh_one(
     folders: list[Path], scored: dict[str, list[Answer]], step: str, disable_overlap_schedule: bool
 ) -> None:
+    others = set(threading.enumerate())  # of engines that other tests have left, which may end meanwhile
     llm = make(folders[0], cpu_step=step, disable_overlap_schedule=disable_overlap_schedule)
     assert answer(llm, SCORED) == scored[step][0]
-    before = threading.active_count()
+    before = set(threading.enumerate()) - others
     assert llm.weight_version == "0"
     for version, which in enumerate((1, 2, 2, 0), 1):
         assert llm.update_weights_from_disk(str(folders[which])) == str(version) == llm.weight_version
         assert answer(llm, SCORED) == scored[step][which]
         output = llm.generate(list(PROMPT), PARAMS)[0].outputs[0]
         assert output.weight_versions == [(0, len(PROMPT) + 13, str(version))] and output.weight_version == str(version)
-    assert threading.active_count() <= before  # those of engines that other tests left may end meanwhile
+    assert set(threading.enumerate()) - others == before
     llm.close()
 
 

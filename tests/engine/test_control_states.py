@@ -209,6 +209,11 @@ class Machine(RuleBasedStateMachine):
         self.seen["updates in place of a return"] += "weights" in self.released
         self.released.discard("weights")
 
+    @precondition(lambda self: "weights" in self.released)
+    @rule(which=st.integers(0, NUM_CHECKPOINTS - 1), from_disk=st.booleans(), flush_cache=st.booleans())
+    def update_in_place_of_a_return(self, which: int, from_disk: bool, flush_cache: bool) -> None:
+        self.update(which, from_disk, flush_cache, False)
+
     @precondition(lambda self: not self.engine.halted)
     @rule(which=st.integers(0, NUM_CHECKPOINTS - 1), count=st.sampled_from([3, 1, 7]), flush_cache=st.booleans())
     def update_amid(self, which: int, count: int, flush_cache: bool) -> None:
@@ -303,6 +308,5 @@ def test_in_any_order(llm: LLM, checkpoints: Checkpoints) -> None:
             max_examples=40, stateful_step_count=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
         ),
     )
-    # an update in place of a return comes by luck of the draws; tests/engine/test_release.py has it by name
-    wanted = ("mixed", "alike", "releases while some wait", "returns to what was before", "sent back")
+    wanted = ("mixed", "alike", "updates in place of a return", "releases while some wait", "returns to what was before", "sent back")
     assert all(seen[name] for name in wanted), seen
