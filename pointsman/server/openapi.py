@@ -137,5 +137,5 @@ def _forms(routes: Sequence[Route]) -> dict[str, Any]:
         for name, values in NO_EFFECT.get(form, {}).items():
             if name not in properties:
                 properties[name] = {"enum": list(values), "description": "not supported; these values change nothing"}
-    token = {"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}
-    return schemas | {"PromptTokens": {"type": "array", "items": token, "minItems": 1}}
+    tokens = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}}
+    return schemas | {"Tokens": tokens, "PromptTokens": tokens | {"minItems": 1}}

@@ -11,9 +11,11 @@ from pointsman.server import bounds
 from pointsman.server.errors import ApiError
 from pointsman.server.output import Reasoning, parse_output, parse_tool_calls
 from pointsman.server.prompts import ServedModel
-from pointsman.server.protocol import TOKEN_LISTS, Messages, TemplateVariables, check_conversation
+from pointsman.server.protocol import Messages, TemplateVariables, check_conversation
 from pointsman.server.tools import ToolChoice, Tools, check_tools
 
+_TOKENS = {"$ref": "#/components/schemas/Tokens"}  # none at all is the empty text
+_TOKEN_LISTS = {"anyOf": [_TOKENS, {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": bounds.MAX_PROMPTS}]}
 _Texts = Annotated[list[str], Meta(min_length=1, max_length=bounds.MAX_PROMPTS)]
 
 
@@ -33,7 +35,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Tokens, or several lists of them."""
 
-    tokens: Annotated[list[Any], Meta(extra_json_schema=TOKEN_LISTS)]
+    tokens: Annotated[list[Any], Meta(extra_json_schema=_TOKEN_LISTS)]
     model: str | None = None
     skip_special_tokens: bool | None = None
 
