@@ -7,18 +7,49 @@ as under every other runner; it cannot be given.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from pointsman.kernels.device import Device
-from pointsman.moe.grouped import FewTokens, RoutedRunner
+from pointsman.kernels.triton_support import chains
+from pointsman.moe.grouped import RoutedRunner
 from pointsman.moe.router import ROUTERS, RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertForm, ExpertWeights
 
 FEW_TOKENS = 4  # from 8 on the chain was faster on an H100: the weights are as many, and one kernel waits for the slowest part thrice
+
+
+class FewTokens:
+    """The one kernel for few tokens, with what it counts by."""
+
+    def __init__(self, cut: Any = None) -> None:
+        self.kernel: Any = importlib.import_module("pointsman.kernels.fused_experts")
+        self._cut = cut
+        self._counter: Tensor | None = None
+
+    def __call__(self, x_TD: Tensor, weights: ExpertWeights, ids_TK: Tensor, weights_TK: Tensor, gate: Any = None) -> Tensor:
+        """The weighted sum; the experts are given, or with a gate chosen and written there."""
+        if self._counter is None:
+            self._counter = self.kernel.counters(x_TD.device)
+        on_gpu = x_TD.device.type == "cuda"
+        out_TD: Tensor = self.kernel.run(
+            x_TD,
+            weights.gate_up,
+            weights.down,
+            ids_TK,
+            weights_TK,
+            self._counter,
+            gate=gate,
+            processors=torch.cuda.get_device_properties(x_TD.device).multi_processor_count if on_gpu else 1,
+            cut=self._cut,
+            together=on_gpu,
+            pdl=chains(x_TD.device),
+        )
+        return out_TD
 
 
 class FusedRunner:
@@ -29,7 +60,7 @@ class FusedRunner:
     replays: ClassVar[bool] = False
 
     def __init__(self, *, few_tokens: int = FEW_TOKENS, cut: Any = None) -> None:
-        self._few_tokens, self._few, self._chain = few_tokens, FewTokens(cut), RoutedRunner(few_tokens=0)
+        self._few_tokens, self._few, self._chain = few_tokens, FewTokens(cut), RoutedRunner()
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:

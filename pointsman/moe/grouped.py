@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ from pointsman.moe.weights import ExpertForm, ExpertWeights
 BLOCK = 128
 MOST_EXPERTS = 1024  # what one program counts
 EXACT_TOKENS = 1024  # in larger batches a choice's output would be a third of all that moves, and is rounded to bfloat16
-FEW_TOKENS = 0  # up to here one kernel does it all: on an H100 it was no faster than the chain at any number of tokens
 WIDE_ROWS = 128.0  # rows of an expert from which on wide tiles multiply: on an H100 they win from 4,096 tokens of 8 of 256 experts on
 WIDE_TRITON = (3, 6)  # whose Gluon can specialize warps on Hopper
 FIXED_TOKENS = 512  # the batch for which deterministic cuts are made
@@ -81,35 +80,6 @@ class _Grouped:
         return for_wide_products(table(num_tokens)) if free else table(FIXED_TOKENS)
 
 
-class FewTokens:
-    """The one kernel for few tokens, with what it counts by."""
-
-    def __init__(self, cut: Any = None) -> None:
-        self.kernel: Any = importlib.import_module("pointsman.kernels.fused_experts")
-        self._cut = cut
-        self._counter: Tensor | None = None
-
-    def __call__(self, x_TD: Tensor, weights: ExpertWeights, ids_TK: Tensor, weights_TK: Tensor, gate: Any = None) -> Tensor:
-        """The weighted sum; the experts are given, or with a gate chosen and written there."""
-        if self._counter is None:
-            self._counter = self.kernel.counters(x_TD.device)
-        on_gpu = x_TD.device.type == "cuda"
-        out_TD: Tensor = self.kernel.run(
-            x_TD,
-            weights.gate_up,
-            weights.down,
-            ids_TK,
-            weights_TK,
-            self._counter,
-            gate=gate,
-            processors=torch.cuda.get_device_properties(x_TD.device).multi_processor_count if on_gpu else 1,
-            cut=self._cut,
-            together=on_gpu,
-            pdl=chains(x_TD.device),
-        )
-        return out_TD
-
-
 @functools.cache
 def tile_table(runner: str, shape: Shape, device: torch.device) -> TileTable:
     """A runner's cuts of this shape on this device."""
@@ -145,7 +115,7 @@ class TritonRunner(_Grouped):
 
 
 class RoutedRunner(_Grouped):
-    """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics, or one for few tokens."""
+    """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics."""
 
     name: ClassVar[str] = "routed"
 
@@ -155,11 +125,9 @@ class RoutedRunner(_Grouped):
         deterministic: bool = False,
         tiles: Tiles | None = None,
         wide_rows: float = WIDE_ROWS,
-        few_tokens: int = FEW_TOKENS,
-        cut: Any = None,
     ) -> None:
         super().__init__(deterministic=deterministic, tiles=tiles)
-        self._wide_rows, self._few_tokens, self._few = wide_rows, few_tokens if tiles is None else 0, FewTokens(cut)
+        self._wide_rows = wide_rows
 
     @staticmethod
     def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
@@ -170,8 +138,6 @@ class RoutedRunner(_Grouped):
         num_tokens, top_k = ids_TK.shape
         if num_tokens == 0:
             return torch.empty_like(x_TD)
-        if weights.quantized and num_tokens <= self._few_tokens:
-            return self._few(x_TD, weights, ids_TK, weights_TK)
         if self._is_wide(num_tokens * top_k / weights.num_experts, weights):
             return self._many(x_TD, routing, weights)
         num_pairs, tiles, gemm, pdl = num_tokens * top_k, self._tiles(num_tokens, top_k, weights), self._gemm, chains(x_TD.device)

@@ -18,6 +18,7 @@ from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.tiles import Shape, Tile, Tiles, load_tables, rule
 from pointsman.kernels.weight import Weight
 from pointsman.moe import grouped
+from pointsman.moe.fused import FewTokens
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.routing import Routing, RoutingSpec
@@ -191,7 +192,7 @@ def test_cuts_for_wgmma_have_the_same_bits() -> None:
 def test_few_tokens_in_one_kernel_have_the_bits_of_the_others(kind: str, num_tokens: int) -> None:
     x_TD, chosen, weights = normal(num_tokens, D).bfloat16().to(DEVICE), routing(kind, num_tokens), experts(True)
     want = RoutedRunner(tiles=wide(quantize=True), deterministic=True)(x_TD, chosen, weights)
-    assert torch.equal(RoutedRunner(few_tokens=16, deterministic=True)(x_TD, chosen, weights), want)
+    assert torch.equal(FewTokens()(x_TD, weights, *chosen), want)
 
 
 @pytest.mark.gpu
