@@ -26,11 +26,14 @@ from pointsman import LLM, RequestOutput, SamplingParams
 from pointsman.bench.accuracy import ARITHMETIC, held_out
 from pointsman.bench.bandwidth import BLOCK, read
 from pointsman.bench.latency import time_batch
+from pointsman.bench.scaling.layouts import ATTENTION_BYTES, EXPERT_BYTES, EXPERTS, HIDDEN, KV_BYTES, TOP_K, VOCABULARY
 from pointsman.bench.subject import machine
 from pointsman.engine.engine import Engine
+from pointsman.moe.spec import experts_hit
 from pointsman.request import Request
 
 RESULTS = Path(__file__).parent / "results"
+SCALED = 1 + 4 / 128**2  # a byte of FP8 with its share of a scale
 MINIMAX_M25 = json.loads((Path(__file__).parents[1] / "tests" / "models" / "minimax_m25.json").read_text())
 BATCHES = (1, 16, 128)
 LAYER_BYTES = 3.70e9  # of the model above, a little rounded up
@@ -179,13 +182,15 @@ def measure_bandwidth() -> float:
     return 5 * x.nbytes / (events[0].elapsed_time(events[1]) / 1000)
 
 
-def step_bytes(batch: int, layers: int, context: int) -> float:
-    """What a decode step of the cut model must read: each expert that one of the tokens chose, once."""
-    hidden, width, experts, top_k, qkv, heads = 3072, 1536, 256, 8, 8192, 6144
-    distinct = experts * (1 - (1 - top_k / experts) ** batch)
-    expert = 3 * hidden * width * (1 + 4 / 128**2)
-    layer = distinct * expert + hidden * (qkv + heads) * (1 + 4 / 128**2) + experts * hidden * 4 + batch * context * 2 * 8 * 128
-    return layers * layer + 200064 * hidden * 2
+def step_reads(batch: int, layers: int, context: int) -> dict[str, float]:
+    """Bytes that a decode step of the cut model must read, by part: each expert that one of the tokens chose, once."""
+    layer = {
+        "experts": experts_hit(EXPERTS, TOP_K, batch) * EXPERT_BYTES * SCALED,
+        "router": EXPERTS * HIDDEN * 4,
+        "linear": ATTENTION_BYTES * SCALED,
+        "attention": batch * context * KV_BYTES,
+    }
+    return {part: layers * number for part, number in layer.items()} | {"head": VOCABULARY * HIDDEN * 2}
 
 
 def prompts_of(engine: Engine, batch: int, length: int, seed: int) -> list[tuple[int, ...]]:
@@ -200,7 +205,7 @@ def decode(engine: Engine, batch: int, layers: int, bandwidth: float, output_len
     extra = batch * length // 512
     timing = time_batch(engine, prompts_of(engine, batch, length, 1), output_len + extra)
     step = batch / timing.decode_rate
-    floor = step_bytes(batch, layers, length + extra + output_len // 2) / bandwidth
+    floor = sum(step_reads(batch, layers, length + extra + output_len // 2).values()) / bandwidth
     row = {"batch": batch, "step_ms": 1000 * step, "floor_ms": 1000 * floor, "share": floor / step, "prefill_s": timing.prefill_s}
     print(json.dumps(row), flush=True)
     return row

@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_engine import MINIMAX_M25, measure_bandwidth, profile
+from benchmarks.gpu_engine import MINIMAX_M25, SCALED, measure_bandwidth, profile, step_reads
 from pointsman import LLM, SamplingParams
+from pointsman.bench.scaling.layouts import ATTENTION_BYTES, EXPERT_BYTES, EXPERTS, HIDDEN, KV_BYTES, TOP_K, VOCABULARY
 from pointsman.bench.serving.datasets import random_lengths
 from pointsman.bench.serving.metrics import summarize
 from pointsman.bench.serving.query import Outcome, Query
@@ -39,8 +40,6 @@ from pointsman.request import Request
 
 RESULTS = Path(__file__).parent / "results"
 INPUT, OUTPUT, RATIO = 1024, 1024, 0.8
-EXPERTS, TOP_K, HIDDEN, WIDTH, QKV, OUT, KV, VOCABULARY = 256, 8, 3072, 1536, 8192, 6144, 2 * 8 * 128, 200_064
-SCALED = 1 + 4 / 128**2  # a byte of FP8 with its share of a scale
 LINK = 450e9  # bytes a second that NVLink carries one way, by its data sheet
 CONTEXT_ROOM = 1536  # tokens of cache for each sequence that runs at once
 SMALL = {
@@ -74,8 +73,8 @@ def age() -> float:
 def layers_that_fit(gpus: int, most_at_once: int) -> int:
     """Of a device with the memory of this one."""
     _, total = torch.cuda.mem_get_info()
-    layer = (3 * EXPERTS * HIDDEN * WIDTH + HIDDEN * (QKV + OUT)) * SCALED / gpus + 4 * EXPERTS * HIDDEN
-    layer += most_at_once * CONTEXT_ROOM * (KV / gpus + TOP_K)
+    layer = (EXPERTS * EXPERT_BYTES + ATTENTION_BYTES) * SCALED / gpus + 4 * EXPERTS * HIDDEN
+    layer += most_at_once * CONTEXT_ROOM * (KV_BYTES / gpus + TOP_K)
     outside = 2 * VOCABULARY * HIDDEN * 2 + 5e9
     return min(62, int((0.92 * total - outside) / layer))
 
@@ -142,17 +141,11 @@ def row_of(engine: Engine, args: argparse.Namespace, concurrency: int, count: in
 
 def floors(layers: int, gpus: int, batch: int, context: int, bandwidth: float) -> dict[str, float]:
     """Microseconds that each part of a decode step takes at least on each of so many GPUs, when experts are used evenly."""
-    in_use = EXPERTS * (1 - (1 - TOP_K / EXPERTS) ** batch)
-    read = {
-        "experts": in_use * 3 * HIDDEN * WIDTH * SCALED / gpus,
-        "router": EXPERTS * HIDDEN * 4,
-        "linear": HIDDEN * (QKV + OUT) * SCALED / gpus,
-        "attention": batch * context * KV / gpus,
+    found = {
+        part: 1e6 * number / bandwidth / (1 if part == "router" else gpus) for part, number in step_reads(batch, layers, context).items()
     }
-    found = {name: layers * 1e6 * size / bandwidth for name, size in read.items()}
     crossing = 2 * batch * HIDDEN * 2 + 2 * batch * 4
     found["norm and sums"] = layers * 1e6 * crossing / LINK if gpus > 1 else 0.0
-    found["head"] = 1e6 * VOCABULARY * HIDDEN * 2 / gpus / bandwidth
     return found
 
 

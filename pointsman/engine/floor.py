@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pointsman.models.sizes import Size
+from pointsman.moe.spec import experts_hit
 
 LINKS = "links"
 EXPERTS = "experts"
@@ -92,11 +93,6 @@ class Floor:
     @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.total_seconds
-
-
-def experts_hit(num_experts: int, top_k: int, num_tokens: int) -> float:
-    """How many experts of a layer so many tokens choose under uniform routing, in expectation."""
-    return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
 
 
 def decode_floor(share: Share, rates: Rates, *, batch: int, context: int) -> Floor:

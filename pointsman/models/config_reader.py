@@ -29,14 +29,26 @@ NEVER_QUANTIZED = frozenset({"gate", "e_score_correction_bias", "lm_head", "embe
 
 
 class ConfigReader:
-    """Reads keys of a config, remembers which, and collects what is wrong with them."""
+    """Reads keys of a config, remembers which, and collects what is wrong with them.
 
-    def __init__(self, config: Mapping[str, Any], harmless: frozenset[str] = HARMLESS, prefix: str = "") -> None:
+    Args:
+        fixed: keys with the values that the model is written for, as for `only`.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        fixed: Mapping[str, tuple[Any, ...]] | None = None,
+        harmless: frozenset[str] = HARMLESS,
+        prefix: str = "",
+    ) -> None:
         self.config = config
         self.problems: list[str] = []
         self._harmless = harmless
         self._prefix = prefix
         self._read: set[str] = set()
+        for key, right in (fixed or {}).items():
+            self.only(key, *right)
 
     def refuse(self, key: str, right: str) -> None:
         """Note that a key's value cannot be served, and what would be right."""
@@ -97,7 +109,7 @@ class ConfigReader:
         if not isinstance(value, Mapping):
             self.refuse(key, "it must be an object")
             return None
-        return ConfigReader(value, harmless, f"{self._prefix}{key}.")
+        return ConfigReader(value, harmless=harmless, prefix=f"{self._prefix}{key}.")
 
     def join(self, section: ConfigReader) -> None:
         """Take over the problems of a section, its unknown keys included."""

@@ -46,9 +46,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     Raises:
         ValueError: it asks for something else than this model computes; the message names every such key.
     """
-    reader = ConfigReader(config)
-    for key, right in FIXED.items():
-        reader.only(key, *right)
+    reader = ConfigReader(config, FIXED)
     sizes = read_sizes(reader)
     rotary_dim, rope_theta = read_rotary(reader, sizes["head_dim"], DEFAULT_THETA, DEFAULT_ROTARY_FACTOR)
     num_dense = reader.whole("first_k_dense_replace", low=0, high=sizes["num_layers"] - 1, default=1)

@@ -49,9 +49,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     Raises:
         ValueError: it asks for something else than this model computes; the message names every such key.
     """
-    reader = ConfigReader(config)
-    for key, right in FIXED.items():
-        reader.only(key, *right)
+    reader = ConfigReader(config, FIXED)
     sizes = read_sizes(reader, head_dim=reader.whole("head_dim"))
     reader.only("attn_type_list", [1] * sizes["num_layers"])
     num_experts = reader.whole("num_local_experts", "num_experts", high=MOST_EXPERTS)

@@ -42,9 +42,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     Raises:
         ValueError: it asks for something else than this model computes; the message names every such key.
     """
-    reader = ConfigReader(config)
-    for key, right in FIXED.items():
-        reader.only(key, *right)
+    reader = ConfigReader(config, FIXED)
     for key in UNUSED:
         reader.get(key)
     sizes = read_sizes(reader)

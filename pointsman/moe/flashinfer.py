@@ -40,7 +40,6 @@ MINIMUM = "0.6.8"  # the first that writes into a given output, tunes pre-routed
 MORE_EXPERTS = "0.6.16"  # before, a choice among more than 256 experts could read where it must not
 BLACKWELL = ((10, 0), (10, 3))
 HOPPER = ((9, 0),)
-MOST_IDS = 1 << 15  # an expert's number has 16 bits with a sign
 MOST_ROUTED_TOP_K = 32
 TUNED_RUNNERS = frozenset({"flashinfer_trtllm", "flashinfer_trtllm_routed"})
 CHAINED_TOKENS = 4096  # larger launches that begin while the kernel before runs were seen to hang

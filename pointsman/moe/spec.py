@@ -34,3 +34,8 @@ class RoutingSpec:
             raise ValueError(f"{self.num_experts} experts cannot be limited to {self.top_groups} of {self.num_groups} groups")
         if self.top_k > self.num_experts // self.num_groups * self.top_groups:
             raise ValueError(f"{self.top_groups} of {self.num_groups} groups have fewer than {self.top_k} experts")
+
+
+def experts_hit(num_experts: int, top_k: int, num_tokens: int) -> float:
+    """How many experts of a layer so many tokens choose under uniform routing, in expectation."""
+    return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)

@@ -20,6 +20,7 @@ from pointsman.bench.serving.metrics import most_at_once
 from pointsman.bench.serving.query import Query
 from pointsman.bench.serving.traces import TraceRow
 from pointsman.cli import main
+from pointsman.engine.device_step import step_sizes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 STEP_US = 1000.0
@@ -168,3 +169,7 @@ def test_the_command_prints_a_table_and_a_line_of_json(capsys: pytest.CaptureFix
 def test_what_cannot_be_simulated_is_refused(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "scaling", *words]) != 0
     assert says in capsys.readouterr().err
+
+
+def test_steps_are_padded_as_those_of_an_engine() -> None:
+    assert step_sizes(2048)[:-1] == layouts.STEP_SIZES

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from pointsman.config import EngineConfig, engine_config
 from pointsman.engine.device_models import MODELS
-from pointsman.engine.floor import CACHE, EXPERTS, LINKS, Rates, decode_floor, experts_hit, prefill_floors
+from pointsman.engine.floor import CACHE, EXPERTS, LINKS, Rates, decode_floor, prefill_floors
 from pointsman.engine.plan import Plan, plan_on, share_of
 from pointsman.models import architecture_of
+from pointsman.moe.spec import experts_hit
 from tests.models.test_architecture import PUBLISHED
 
 M25 = architecture_of(PUBLISHED)

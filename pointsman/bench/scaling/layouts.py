@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pointsman.bench.scaling.parts import ROW_BYTES, Parts, at_share
+from pointsman.moe.spec import experts_hit
 
 LAYERS, EXPERTS, TOP_K, KV_HEADS, HIDDEN, WIDTH_BLOCKS = 62, 256, 8, 8, 3072, 12
 HEAD_DIM, HEADS, VOCABULARY = 128, 48, 200_064
@@ -94,7 +95,7 @@ class Load(NamedTuple):
 def fullest(tokens: int, groups: int) -> tuple[float, float]:
     """Of groups of experts under even routing: the most experts in use, and the most pairs, on average over draws."""
     if groups == 1:
-        return EXPERTS * (1 - (1 - TOP_K / EXPERTS) ** tokens), float(TOP_K * tokens)
+        return experts_hit(EXPERTS, TOP_K, tokens), float(TOP_K * tokens)
     near = tokens >> (shift := max(0, tokens.bit_length() - 6)) << shift  # within 3 %
     in_use, pairs = _drawn(near, groups)
     return in_use, pairs * tokens / near
