@@ -24,6 +24,7 @@ then all its tokens are known; where it comes to that, `plan` answers None until
 from __future__ import annotations
 
 import heapq
+import itertools
 from bisect import insort
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -248,6 +249,8 @@ class Scheduler:
         hit: list[int] = []
         if self._radix is not None and not sequence.wants_prompt_rows:
             hit = self._radix.match(sequence.keys[: len(sequence.tokens) - 1], sequence.request.cache_salt)
+            if sequence.num_preemptions:  # another's pages of the same tokens are not what its own tokens were drawn from
+                hit = [page for page, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(hit, sequence.pages, strict=False))]
             self._pool.share(hit)
         num_new = self._pages_for(len(sequence.tokens)) - len(hit)
         if self._num_available < num_new + margin:

@@ -3,6 +3,7 @@ that fails is no change. What is under way when the weights change is compared w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -332,3 +333,20 @@ def test_an_abort_while_it_waits_to_compute_again(llm: LLM, folders: list[Path])
         num_kept = len(PROMPT) + len(tokens([delta for delta in deltas if delta.weight_version == version])) - 1
         assert deltas[-1].weight_versions[0] == (0, num_kept, version) and deltas[-1].routed_experts_missing == []
         drive(engine)
+
+
+def test_who_comes_back_goes_on_from_its_own_pages(folders: list[Path]) -> None:
+    """Another answer's pages of the same tokens, under weights called otherwise, are no prefix for what this one has drawn."""
+    with contextlib.closing(make(folders[0])) as llm:
+        llm.generate(list(PROMPT), PARAMS)
+        llm.update_weights_from_disk(str(folders[0]), flush_cache=False, weight_version="new")
+        llm.engine.add(Request(rid="a", prompt_token_ids=PROMPT, sampling=PARAMS))
+        deltas = [delta for _ in range(9) for delta in llm.engine.step()]
+        control = Control(llm.engine)
+        control.pause("retract")
+        control.resume()
+        while llm.engine.has_work:
+            deltas += llm.engine.step()
+        assert llm.engine.num_preemptions == 1 and all(delta.weight_version == "new" for delta in deltas)
+        first_drawn_at = len(PROMPT) - 1
+        assert deltas[-1].weight_versions == [(0, first_drawn_at, "0"), (first_drawn_at, len(PROMPT) + PARAMS.max_tokens - 1, "new")]
