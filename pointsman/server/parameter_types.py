@@ -7,7 +7,7 @@ lengths and patterns mean nothing here.
 What a text stands for, the first that applies (docs/parsing.md has the cases):
 
 1. one of the strings that the schema lists, exactly: that string;
-2. the JSON literal of a kind that is accepted, blanks around it left out: the literal as it is written;
+2. the JSON literal of a kind that is accepted, blanks around it left out unless it is null beside a string: the literal as it is written;
 3. where no string is accepted, a slip: `True`, `FALSE`, `None`, and for an integer `5.0` or `1e3`: what was meant;
 4. otherwise the text itself as a string, which is all that can be done with a value that does not fit: nothing is lost.
 
@@ -198,7 +198,8 @@ def json_value(text: str, accepted: ValueType) -> str:
     bare = text.strip(BLANKS)
     if accepted.words and text in accepted.words:
         return json_string(text)
-    literal = _literal(bare, accepted.kinds)
+    # a string or null is sent as it comes, so that blanks before or behind make it a string
+    literal = _literal(text if accepted.streams else bare, accepted.kinds)
     if literal is None and "string" not in accepted.kinds:
         literal = _slip(bare, accepted.kinds)
     if literal is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pointsman.server.parameter_types import BLANKS, TEXT, Parameters, ValueType, json_string, json_value
+from pointsman.server.parameter_types import TEXT, Parameters, ValueType, json_string, json_value
 
 
 class Toolbox:
@@ -59,7 +59,7 @@ class Arguments:
         if self._quoted:
             return json_string(text)[1:-1]
         self._held.append(text)
-        if not self._type.streams or "null".startswith("".join(self._held).strip(BLANKS)):
+        if not self._type.streams or "null".startswith("".join(self._held)):
             return ""
         self._quoted = True
         return json_string(self._taken())[:-1]

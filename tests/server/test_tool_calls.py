@@ -50,7 +50,7 @@ def pieces(name: str, *texts: str) -> list[str]:
 
 def test_what_is_sent_when() -> None:
     assert pieces("text", "a\n", '"b') == ['{"text": "', "a\\n", '\\"b', '"', "}"]
-    assert pieces("maybe", "\n", "null", "\n") == ['{"maybe": ', "", "", "", "null", "}"]
+    assert pieces("maybe", "null", "\n") == ['{"maybe": ', "", '"null\\n', '"', "}"]
     assert pieces("maybe", "n", "ul", "lify", "!") == ['{"maybe": ', "", "", '"nullify', "!", '"', "}"]
     assert pieces("maybe", "nul", "l") == ['{"maybe": ', "", "", "null", "}"]
     assert pieces("count", "1", "2") == ['{"count": ', "", "", "12", "}"]
