@@ -1,9 +1,9 @@
 """Weights under which a layout adds nothing otherwise than one rank does: tokens and experts are then equal, and no rounding excuses them.
 
-Of what the ranks add, one rank's part alone is not zero. Each channel of the hidden state belongs to a rank: only that rank's heads write to
-it, and of the experts only those that are that rank's in both layouts, by its columns. Heads of the second rank have keys and queries
-of zero, so that the sum of their squares is the first rank's. Whatever differs then is a fault. Log-probabilities are those of logits
-that are multiplied for half of the vocabulary at a time, which a library may do in another order.
+Of what the ranks add, one rank's part alone is not zero. Each channel of the hidden state belongs to a rank: only that rank's heads write
+to it, and of the experts only those that are that rank's in both layouts, by its columns. Heads of the second rank have keys and
+queries of zero, so that the sum of their squares is the first rank's. Whatever differs then is a fault. Log-probabilities are those of
+logits that are multiplied for half of the vocabulary at a time, which a library may do in another order.
 """
 
 from __future__ import annotations
