@@ -136,24 +136,11 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Start-up, step times and the profile of the cut model."""
     _, total = torch.cuda.mem_get_info()
     layers = args.layers or int((total - RESERVED_BYTES) / LAYER_BYTES)
-    config = MINIMAX_M25 | {"num_hidden_layers": layers, "attn_type_list": [1] * layers}
     bandwidth = measure_bandwidth()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
         begin = time.perf_counter()
-        llm = LLM(
-            folder,
-            load_format="dummy",
-            served_model_name="minimax-m2.5-shape",
-            device="cuda",
-            progress=False,
-            kv_cache_dtype="fp8_e4m3",
-            max_running_requests=max(BATCHES),
-            max_total_tokens=max(BATCHES) * 512,
-            context_length=4096,
-            moe_runner_backend=args.runner,
-            disable_cuda_graph=args.eager,
-        )
+        options = {"moe_runner_backend": args.runner, "disable_cuda_graph": args.eager}
+        llm = cut_model(folder, layers, max_running_requests=max(BATCHES), **options)
         start_up = time.perf_counter() - begin
     found: dict[str, Any] = {"layers": layers, "start_up_s": start_up, "read_bandwidth": bandwidth}
     print(json.dumps(found), flush=True)
@@ -167,6 +154,24 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             found["profile"][batch] = profile(llm.engine, batch)
             keep(args, found)
     return found
+
+
+def cut_model(folder: str, layers: int, *, max_running_requests: int, **options: Any) -> LLM:
+    """A model of MiniMax-M2.5's shape with so many layers and dummy weights; its config is written into the folder."""
+    config = MINIMAX_M25 | {"num_hidden_layers": layers, "attn_type_list": [1] * layers}
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+    return LLM(
+        folder,
+        load_format="dummy",
+        served_model_name="minimax-m2.5-shape",
+        device="cuda",
+        progress=False,
+        kv_cache_dtype="fp8_e4m3",
+        max_running_requests=max_running_requests,
+        max_total_tokens=max_running_requests * 512,
+        context_length=4096,
+        **options,
+    )
 
 
 def measure_bandwidth() -> float:

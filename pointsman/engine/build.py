@@ -37,6 +37,7 @@ from pointsman.engine.plan import Plan, make_plan
 from pointsman.engine.storage import CacheStorage
 from pointsman.engine.tuning import tune_experts
 from pointsman.engine.weights import Weights, load_decoder
+from pointsman.kernels.apart import apart
 from pointsman.kernels.triton_support import describe
 from pointsman.layers.paged_kv import KV_DTYPES, PagedKV
 from pointsman.models.architecture import Architecture
@@ -229,16 +230,17 @@ def _runner(
     architecture = decoder.architecture
     launches = launches_steps(decoder.device)
     num_pages = cache.num_pages + (1 if launches else 0)  # the last is that of rows which pad a step
-    kv = PagedKV.allocate(
-        num_layers=architecture.num_layers,
-        num_pages=num_pages,
-        num_kv_heads=decoder.attention_shape.num_kv_heads,
-        page_size=cache.page_size,
-        head_dim=architecture.head_dim,
-        dtype=kv_dtype_of(config),
-        device=decoder.device,
-    )
-    routes = RouteStore(kv.num_slots, len(architecture.expert_layers), architecture.top_k, architecture.num_experts, decoder.device)
+    with apart(decoder.device):
+        kv = PagedKV.allocate(
+            num_layers=architecture.num_layers,
+            num_pages=num_pages,
+            num_kv_heads=decoder.attention_shape.num_kv_heads,
+            page_size=cache.page_size,
+            head_dim=architecture.head_dim,
+            dtype=kv_dtype_of(config),
+            device=decoder.device,
+        )
+        routes = RouteStore(kv.num_slots, len(architecture.expert_layers), architecture.top_k, architecture.num_experts, decoder.device)
     storage = CacheStorage(kv, routes)
     if launches:
         tables = DeviceLanes(lanes.max_lanes, lanes.max_pages, decoder.device)

@@ -6,6 +6,7 @@ What is freed are the tensors. Whoever took their addresses (a compiled step, a 
 
 from __future__ import annotations
 
+from pointsman.kernels.apart import apart
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.moe.capture import RouteStore
 
@@ -34,5 +35,6 @@ class CacheStorage:
             raise
 
     def _resize(self, num_pages: int) -> None:
-        self._kv.resize(num_pages)
-        self._routes.resize(self._kv.num_slots)
+        with apart(self._kv.k.device):
+            self._kv.resize(num_pages)
+            self._routes.resize(self._kv.num_slots)

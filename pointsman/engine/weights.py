@@ -145,8 +145,7 @@ class Weights:
         if self._aside:
             return self.complete(fresh)
         if fresh.decoder is not None:
-            own = torch.cuda.device_of(fresh.decoder.parameters.norm_D)  # type: ignore[no-untyped-call]
-            with self._or_released(fresh), own:  # a thread begins with the first device
+            with self._or_released(fresh):
                 fresh.decoder.prepare()
         return fresh
 

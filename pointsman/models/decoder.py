@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pointsman import kernels
 from pointsman.distributed import Mesh
+from pointsman.kernels.apart import apart
 from pointsman.layers.attention import Attention, NormedTogether, Rotation
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.linear import Embedding, Head, Linear
@@ -127,8 +128,9 @@ class Decoder:
 
     def prepare(self) -> None:
         """Make every implementation's own form of its weights now rather than at first use."""
-        for part in self._parts():
-            part.prepare()
+        with apart(self.device):
+            for part in self._parts():
+                part.prepare()
 
     def release(self) -> None:
         """Drop those forms, when another step serves in this one's place."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pointsman.kernels.apart import apart
 from pointsman.kernels.weight import FP8, Weight, num_blocks, scale_shape
 from pointsman.models.names import Kind, Place, Row
 from pointsman.models.sharding import Shard
@@ -68,13 +69,14 @@ class Storage:
         self._tensors: dict[tuple[str, int | None], Tensor] = {}
         self._weights: dict[tuple[str, int | None], Weight] = {}
         self._parts: dict[str, tuple[int, ...]] = {}
-        for parts in _by_parameter(rows):
-            self._parts[parts[0].parameter] = tuple(self._sizes[row.shape[0]] for row in parts)
-            for layer in architecture.layers_with(parts[0].where) if parts[0].per_layer else (None,):
-                if parts[0].kind is Kind.FLOAT32:
-                    self._tensors[parts[0].parameter, layer] = self._float32(parts)
-                else:
-                    self._weights[parts[0].parameter, layer] = self._weight(parts)
+        with apart(device):
+            for parts in _by_parameter(rows):
+                self._parts[parts[0].parameter] = tuple(self._sizes[row.shape[0]] for row in parts)
+                for layer in architecture.layers_with(parts[0].where) if parts[0].per_layer else (None,):
+                    if parts[0].kind is Kind.FLOAT32:
+                        self._tensors[parts[0].parameter, layer] = self._float32(parts)
+                    else:
+                        self._weights[parts[0].parameter, layer] = self._weight(parts)
 
     def _float32(self, rows: list[Row]) -> Tensor:
         shape = (sum(self._parts[rows[0].parameter]), *(self._sizes[name] for name in rows[0].shape[1:]))
@@ -113,13 +115,14 @@ class Storage:
         """A storage that shares what does not change. What does is copied, and plain numbers have these types."""
         other = Storage((), self._shard, dtypes, self._device)
         other._parts = self._parts
-        other._tensors = {key: tensor.clone() if key in changed else tensor for key, tensor in self._tensors.items()}
-        for key, weight in self._weights.items():
-            dtype = weight.data.dtype if weight.quantized else dtypes[key[0]]
-            if key in changed or dtype != weight.data.dtype:
-                scale = None if weight.scale is None else weight.scale.clone()
-                weight = Weight(weight.data.to(dtype, copy=True), scale, weight.block, weight.parts)
-            other._weights[key] = weight
+        with apart(self._device):
+            other._tensors = {key: tensor.clone() if key in changed else tensor for key, tensor in self._tensors.items()}
+            for key, weight in self._weights.items():
+                dtype = weight.data.dtype if weight.quantized else dtypes[key[0]]
+                if key in changed or dtype != weight.data.dtype:
+                    scale = None if weight.scale is None else weight.scale.clone()
+                    weight = Weight(weight.data.to(dtype, copy=True), scale, weight.block, weight.parts)
+                other._weights[key] = weight
         return other
 
     def holds(self, row: Row, place: Place) -> bool:

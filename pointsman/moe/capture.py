@@ -65,7 +65,7 @@ class RouteStore:
             host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
             host.copy_(found, non_blocking=True)
         self._side.synchronize()
-        return host
+        return torch.from_numpy(host.numpy().copy())  # who keeps an answer shall not keep pinned memory
 
     def ids(self, slots_T: Tensor) -> Tensor:
         """The experts of these slots as int64 [T, L, K], where they are stored."""

@@ -1,0 +1,160 @@
+"""What it costs to have routing returned, in so small a share that a machine's own noise would hide it.
+
+    python -m benchmarks.capture                      on a CPU: the bundled checkpoint, 32 answers at once
+    python -m benchmarks.capture --device cuda        a model of MiniMax-M2.5's shape, cut to some layers, 128 answers at once
+    python -m benchmarks.capture --save               keep the result, and write it into docs/routing.md
+
+One process answers the same requests over and over, in blocks of four runs: without, with, with, without, so that a drift within a block
+falls out. A block gives one ratio of times, and the cost is the median over all blocks, with the interval that holds 95 of 100 medians
+of blocks drawn anew from these. Blocks of `nothing` stand between, in which no run asks for anything: their interval must hold 0, and its
+width is what could be seen at all. Answers end at different steps, as they do where nobody waits for the last.
+
+Cut to few layers a model's step takes less while what the host does beside it stays, so that the cost is no less than in the whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_engine import cut_model, prompts_of
+from pointsman import LLM, SamplingParams
+from pointsman.bench.subject import machine, settle
+
+RESULTS = Path(__file__).parent / "results"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "routing.md"
+PLACE = re.compile(r"(<!-- capture -->\n).*?(<!-- end of capture -->\n)", re.DOTALL)
+KINDS = {"nothing": "nothing, against itself", "return": "rows returned", "replay": "its own record replayed"}
+PROMPT = 48
+DRAWS = 10_000
+
+
+def median_and_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """The median, and between what 95 of 100 medians of as many drawn from them with replacement lie."""
+    draws = random.Random(0)
+    medians = sorted(statistics.median(draws.choices(ratios, k=len(ratios))) for _ in range(DRAWS))
+    return statistics.median(ratios), medians[DRAWS // 40], medians[-DRAWS // 40]
+
+
+@contextlib.contextmanager
+def model(args: argparse.Namespace) -> Iterator[LLM]:
+    if args.device == "cpu":
+        with contextlib.closing(LLM(device="cpu", progress=False)) as llm:
+            settle(llm.engine)
+            yield llm
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(cut_model(folder, args.layers, max_running_requests=args.batch)) as llm,
+    ):
+        yield llm
+
+
+class Runs:
+    """The same requests, with routing asked for or not."""
+
+    def __init__(self, llm: LLM, batch: int, output_len: int, *, replays: bool) -> None:
+        self._llm = llm
+        self._prompts = [list(prompt) for prompt in prompts_of(llm.engine, batch, PROMPT, 0)]
+        lengths = [output_len // 2 + index * output_len // batch for index in range(batch)]
+        random.Random(0).shuffle(lengths)
+        self.num_tokens = sum(lengths)
+        self._plain = [SamplingParams(max_tokens=length, temperature=1.0, seed=0, ignore_eos=True) for length in lengths]
+        self._asking = [params.replace(return_routed_experts=True) for params in self._plain]
+        results = llm.generate(self._prompts, self._asking)
+        for result, length in zip(results, lengths, strict=True):
+            output = result.outputs[0]
+            assert len(output.routed_experts) == PROMPT + length - 1 and not output.routed_experts_missing
+        self._records = [result.outputs[0].routed_experts for result in results] if replays else None
+
+    def seconds(self, kind: str) -> float:
+        params, replay = (self._asking if kind == "return" else self._plain), (self._records if kind == "replay" else None)
+        self._llm.engine.flush_cache()
+        gc.collect()
+        begin = time.perf_counter()
+        results = self._llm.generate(self._prompts, params, replay_routed_experts=replay)
+        seconds = time.perf_counter() - begin
+        assert sum(len(result.outputs[0].token_ids) for result in results) == self.num_tokens
+        return seconds
+
+
+def measure(runs: Runs, kinds: Sequence[str], until: Callable[[int], bool]) -> dict[str, Any]:
+    """Costs by kind, as shares of the time without."""
+    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+    plain: list[float] = []
+    for kind in ("nothing", *kinds):
+        runs.seconds(kind)
+    while until(len(plain)):
+        for kind in kinds:
+            first, with_1, with_2, last = (runs.seconds(each) for each in ("nothing", kind, kind, "nothing"))
+            ratios[kind].append((with_1 + with_2) / (first + last))
+            plain += [first, last]
+    figures: dict[str, Any] = {"tokens": runs.num_tokens, "tokens_per_s": round(runs.num_tokens / statistics.median(plain))}
+    for kind in kinds:
+        middle, low, high = (round(value - 1, 5) for value in median_and_interval(ratios[kind]))
+        figures[kind] = {"cost": middle, "interval": [low, high], "blocks": len(ratios[kind])}
+        print(f"{KINDS[kind]}: {100 * middle:.2f} % ({100 * low:.2f} to {100 * high:.2f}), {len(ratios[kind])} blocks", file=sys.stderr)
+    return figures
+
+
+def document(results: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/routing.md."""
+    lines = ["| | tokens/s without | " + " | ".join(KINDS.values()) + " |", "|---|---:|" + "---:|" * len(KINDS)]
+    notes = []
+    for result in results:
+        cells = [_cell(result["costs"].get(kind)) for kind in KINDS]
+        lines.append(f"| {result['what']} | {result['costs']['tokens_per_s']:,} | {' | '.join(cells)} |")
+        where = f"{result.get('gpu', result['cpu'])}, torch {result['torch']}, commit {result['commit']}"
+        notes.append(f"{result['what']}: {where}, {result['costs']['return']['blocks']} blocks of each kind")
+    return "\n".join(lines) + f"\n\n{'; '.join(notes)}.\n"
+
+
+def _cell(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    low, high = figure["interval"]
+    return f"{100 * figure['cost']:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="default: all on a CPU, nothing and return on a GPU")
+    parser.add_argument("--layers", type=int, default=12, help="of the cut model")
+    parser.add_argument("--batch", type=int, help="answers at once (default: 32 on a CPU, 128 on a GPU)")
+    parser.add_argument("--output-len", type=int, help="of an answer, in the mean (default: 64 on a CPU, 128 on a GPU)")
+    parser.add_argument("--seconds", type=float, default=240.0, help="begin blocks for so long")
+    parser.add_argument("--save", action="store_true", help="keep the result, and write the table into docs/routing.md")
+    args = parser.parse_args(words)
+    on_cpu = args.device == "cpu"
+    args.batch, args.output_len = args.batch or (32 if on_cpu else 128), args.output_len or (64 if on_cpu else 128)
+    kinds = args.kinds or (list(KINDS) if on_cpu else ["nothing", "return"])
+    name = "the bundled checkpoint" if on_cpu else f"MiniMax-M2.5's shape, {args.layers} layers"
+    with model(args) as llm:
+        runs = Runs(llm, args.batch, args.output_len, replays="replay" in kinds)
+        end = time.monotonic() + args.seconds
+        costs = measure(runs, kinds, lambda count: count == 0 or time.monotonic() < end)
+        line = {"bench": "capture", "what": f"{name}, {args.batch} answers at once", "costs": costs} | machine(llm.engine)
+    if args.save:
+        card = "cpu" if on_cpu else torch.cuda.get_device_name().split()[1].lower()
+        (RESULTS / f"capture_{card}.json").write_text(json.dumps(line, indent=1) + "\n")
+        kept = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("capture_*.json"))]
+        DOCUMENT.write_text(PLACE.sub(lambda found: found[1] + document(kept) + found[2], DOCUMENT.read_text()))
+    print(json.dumps(line, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()
