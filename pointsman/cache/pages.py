@@ -1,6 +1,7 @@
 """The pages of the cache: which are free, and how many hold each of the others.
 
-A page is a number. Several sequences may read one page, and the prefix tree keeps pages that no sequence reads any more, so a
+A page is a number, and from one time that it is taken to the next it has one generation: the same number of another generation was
+written anew. Several sequences may read one page, and the prefix tree keeps pages that no sequence reads any more, so a
 page has a count of its holders and is free when the last one releases it. Whoever must know when a page passes between one
 holder and several (the tree: a page that it alone holds can be evicted) is told at that moment. The tree would otherwise
 have to search for such pages, and with a hundred thousand cached pages it cannot afford to.
@@ -32,6 +33,7 @@ class PagePool:
             raise ValueError(f"num_pages is {num_pages}; the cache needs at least one page")
         self.num_pages = num_pages
         self._counts = [0] * num_pages
+        self._generations = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._watcher: Watcher | None = None
 
@@ -42,6 +44,10 @@ class PagePool:
     def count(self, page: int) -> int:
         """How many hold the page."""
         return self._counts[page]
+
+    def dated(self, pages: Iterable[int]) -> list[tuple[int, int]]:
+        """The pages, each with its generation: how often it has been taken."""
+        return [(page, self._generations[page]) for page in pages]
 
     def watch(self, watcher: Watcher) -> None:
         assert self._watcher is None, "the pool has a watcher already"
@@ -59,6 +65,7 @@ class PagePool:
         for page in pages:
             assert self._counts[page] == 0
             self._counts[page] = 1
+            self._generations[page] += 1
         return pages
 
     def share(self, pages: Iterable[int]) -> None:

@@ -24,11 +24,10 @@ then all its tokens are known; where it comes to that, `plan` answers None until
 from __future__ import annotations
 
 import heapq
-import itertools
 from bisect import insort
 from collections import deque
 from collections.abc import Collection, Iterator
-from itertools import chain
+from itertools import chain, takewhile
 
 from pointsman.cache.pages import PagePool
 from pointsman.cache.radix import RadixCache
@@ -250,7 +249,8 @@ class Scheduler:
         if self._radix is not None and not sequence.wants_prompt_rows:
             hit = self._radix.match(sequence.keys[: len(sequence.tokens) - 1], sequence.request.cache_salt)
             if sequence.num_preemptions:  # another's pages of the same tokens are not what its own tokens were drawn from
-                hit = [page for page, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(hit, sequence.pages, strict=False))]
+                pairs = zip(self._pool.dated(hit), sequence.left, strict=False)
+                hit = [page for (page, _), _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
             self._pool.share(hit)
         num_new = self._pages_for(len(sequence.tokens)) - len(hit)
         if self._num_available < num_new + margin:
@@ -366,6 +366,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         assert not sequence.num_pending
+        sequence.left = self._pool.dated(sequence.pages)
         self._leave(sequence)
         sequence.num_preemptions += 1
         self._queue.join(sequence)

@@ -30,6 +30,7 @@ class Sequence:
         lane: where it runs; None while it waits and after it ends.
         num_prompt_rows: rows of prompt log-probabilities handed out so far.
         num_wanted: pages that it lacked when it was last refused a start; 0 before.
+        left: the pages that it had when it was last preempted, each with its generation.
         num_found: of its positions, how many were in the prefix cache when it last started.
         kept: the experts that its first positions used before it was preempted; it recomputes those positions under them.
         kept_versions: (first, after the last, number of the weights) of the rows that are kept.
@@ -56,6 +57,7 @@ class Sequence:
     cacheable: bool = True
     num_prompt_rows: int = 0
     num_wanted: int = 0
+    left: list[tuple[int, int]] = field(default_factory=list)
     num_found: int = 0
     kept: Replay | None = None
     kept_versions: list[tuple[int, int, int]] = field(default_factory=list)

@@ -28,6 +28,7 @@ def test_pool_counts_as_a_dictionary_does(num_pages: int, actions: list[tuple[st
     pool, log = PagePool(num_pages), Log()
     pool.watch(log)
     counts: dict[int, int] = {}
+    taken: list[int] = []
     for action, number in actions:
         expected: list[tuple[str, int]] = []
         if action == "allocate":
@@ -35,6 +36,7 @@ def test_pool_counts_as_a_dictionary_does(num_pages: int, actions: list[tuple[st
             assert (pages is None) == (number > num_pages - len(counts))
             assert pages is None or (len(set(pages)) == number and not set(pages) & set(counts))
             counts |= dict.fromkeys(pages or (), 1)
+            taken += pages or ()
         elif counts:
             page = sorted(counts)[number % len(counts)]
             if action == "share":
@@ -50,6 +52,7 @@ def test_pool_counts_as_a_dictionary_does(num_pages: int, actions: list[tuple[st
         log.events.clear()
         assert pool.num_free == num_pages - len(counts)
         assert [pool.count(page) for page in range(num_pages)] == [counts.get(page, 0) for page in range(num_pages)]
+        assert pool.dated(range(num_pages)) == [(page, taken.count(page)) for page in range(num_pages)]
 
 
 def test_free_pages_are_nobodys() -> None:

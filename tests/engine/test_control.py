@@ -350,3 +350,37 @@ def test_who_comes_back_goes_on_from_its_own_pages(folders: list[Path]) -> None:
         assert llm.engine.num_preemptions == 1 and all(delta.weight_version == "new" for delta in deltas)
         first_drawn_at = len(PROMPT) - 1
         assert deltas[-1].weight_versions == [(0, first_drawn_at, "0"), (first_drawn_at, len(PROMPT) + PARAMS.max_tokens - 1, "new")]
+
+
+def test_who_comes_back_knows_its_pages_from_those_written_anew(folders: list[Path]) -> None:
+    """Others evict its pages under other weights, and one computes the same tokens into pages of the same numbers. Its rows are those that
+    its tokens were drawn under, and what it computes again is compared with an engine that was never disturbed."""
+    with contextlib.closing(make(folders[0], max_total_tokens=48, disable_overlap_schedule=True)) as llm:
+        engine, control = llm.engine, Control(llm.engine)
+        engine.add(Request(rid="a", prompt_token_ids=PROMPT, sampling=PARAMS, priority=-1))
+        deltas = [delta for _ in range(9) for delta in engine.step()]
+        old = tokens(deltas)
+        control.pause("retract")
+        [waiting] = engine.scheduler.sequences
+        control.update_weights_from_disk(str(folders[1]), flush_cache=False)
+        last = PARAMS.replace(max_tokens=0, logprobs=None)
+        same = (*PROMPT, *old[:-1])
+        for index, prompt in enumerate(((5,) * 48, (*same, *(9,) * (48 - len(same))))):
+            engine.add(Request(rid=f"{index}", prompt_token_ids=prompt, sampling=last))
+        control.resume()
+        pages = list(waiting.pages)
+        found: list[int] = []
+        while waiting.lane is None:
+            radix = engine.scheduler._radix
+            assert radix is not None
+            found = radix.match(same, "")
+            others = engine.step()
+            deltas += [delta for delta in others if delta.rid == "a"]
+        assert found and found == pages[: len(found)], "the case is not there"
+        deltas += [delta for delta in drive(engine) if delta.rid == "a"]
+        num_kept = len(PROMPT) + len(old) - 1
+        assert deltas[-1].weight_versions == [(0, num_kept, "0"), (num_kept, len(PROMPT) + PARAMS.max_tokens - 1, "1")]
+    with contextlib.closing(make(folders[0])) as llm:
+        expected = llm.generate(list(PROMPT), PARAMS)[0].outputs[0]
+    assert old == expected.token_ids[: len(old)]
+    assert np.array_equal(deltas[-1].routed_experts[:num_kept], expected.routed_experts[:num_kept])

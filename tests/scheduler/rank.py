@@ -87,6 +87,7 @@ class Rank:
         self.page_size = page_size
         self.lanes: dict[int, Lane] = {}
         self.memory: dict[int, int] = {}
+        self.written_in: dict[int, int] = {}
         self.num_plans = 0
 
     def slot(self, pages: list[int], position: int) -> int:
@@ -96,6 +97,10 @@ class Rank:
         """The slots hold the keys and values of exactly these tokens."""
         for position, fingerprint in enumerate(fingerprints(request, tokens)):
             assert self.memory[self.slot(pages, position)] == fingerprint, f"position {position} is not as it was written"
+
+    def plans(self, pages: list[int], num_tokens: int) -> list[int]:
+        """Which plan wrote each of the first positions: what another wrote there of the same tokens is not the same."""
+        return [self.written_in[self.slot(pages, position)] for position in range(num_tokens)]
 
     def execute(self, plan: StepPlan, requests: dict[int, Request]) -> StepResult:
         assert plan.index == self.num_plans
@@ -139,6 +144,7 @@ class Rank:
         prints = fingerprints(lane.request, lane.tokens[:end])
         slots = {self.slot(lane.pages, position): prints[position] for position in range(segment.start, end)}
         self.memory |= slots
+        self.written_in |= dict.fromkeys(slots, self.num_plans)
         return set(slots)
 
     def prompt_rows(self, lane: Lane, start: int, end: int) -> list[dict[int, Logprob]]:

@@ -54,6 +54,7 @@ class Simulation:
         self.prompt_done: set[int] = set()
         self.decoding: set[int] = set()
         self.started: set[int] = set()
+        self.own: dict[int, list[int]] = {}  # which plans wrote what the preempted had
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.setup.page_size)
@@ -162,6 +163,7 @@ class Simulation:
             stayed = [other for other in before if other.lane is not None]
             assert all(other.order < sequence.order for other in stayed), "who is preempted is the last in order"
             self.rank.check_memory(sequence.request, sequence.tokens[: sequence.num_computed], sequence.pages)
+            self.own[sequence.number] = self.rank.plans(sequence.pages, sequence.num_computed)
             if sequence.num_computed:
                 sequence.kept = Replay(shape=(sequence.num_computed, 1, 1), data=bytes(sequence.num_computed))
 
@@ -203,6 +205,8 @@ class Simulation:
             first = segments[start.seq]
             assert list(first.pages) == sequence.pages and [*start.prompt, *start.output] == sequence.tokens
             assert start.replays == tuple(rows for rows in (sequence.kept, sequence.request.replay) if rows is not None)
+            if start.seq in self.own:
+                assert self.rank.plans(sequence.pages, first.start) == self.own[start.seq][: first.start], "another's pages"
             if start.seq not in self.started:
                 assert sequence.num_cached == first.start < sequence.num_prompt
             if not self.setup.radix or sequence.wants_prompt_rows:

@@ -231,6 +231,27 @@ def test_the_preempted_resumes_on_its_own_pages() -> None:
     simulation.run()
 
 
+@pytest.mark.parametrize("num_fillers", range(3))
+def test_the_preempted_takes_no_page_that_was_written_anew(num_fillers: int) -> None:
+    """Others evict its pages meanwhile, and the last of them fills some under the same numbers with the same tokens."""
+    simulation = Simulation(Setup(page_size=1, num_pages=12, max_context=13))
+    late = add(simulation, ask("late", [1] * 4, max_tokens=6, priority=-1), 1)
+    while late.num_output < 3:
+        step(simulation)
+    simulation.scheduler.retract()
+    simulation.check_preempted([late])
+    tokens, pages = late.tokens[:-1], late.pages
+    for index in range(num_fillers):
+        add(simulation, ask(f"filler {index}", [2 + index] * 12, max_tokens=0), 2)
+        step(simulation)
+    add(simulation, ask("same", [*tokens, *[5] * 6], max_tokens=0), 3)
+    step(simulation)
+    assert late.lane is None and simulation.radix is not None
+    assert simulation.radix.match(tokens, "") == pages
+    assert fed(step(simulation))[late.number][0] == (0 if num_fillers else len(tokens))
+    simulation.run()
+
+
 def test_the_first_in_line_is_not_overtaken_for_lack_of_pages() -> None:
     simulation = Simulation(Setup(page_size=4, num_pages=10, max_context=40))
     add(simulation, ask("a", [1] * 20), 1)
