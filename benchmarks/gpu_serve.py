@@ -1,12 +1,12 @@
 """The serving benchmark on several GPUs of one host, engine alone: MiniMax-M2.5's shape with dummy weights, in layers as many as fit.
 
-    python -m benchmarks.gpu_serve [--gpus 2] [--layouts tp2 tp2+ep2] [--concurrency 1 16 128]
+    python -m benchmarks.gpu_serve [--gpus 2] [--layouts tp2 tp2+ep2] [--runner auto] [--concurrency 1 16 128]
 
 Lengths are drawn as `bench serve --random-range-ratio 0.8` draws them, ids and tokens at random, and the end of a text does not end an
-answer; requests are handed to the engine in this process, so what HTTP costs is not in the figures. Each layout runs in a process of its
-own; `ready_s` goes from its start to the engine's. After the load come steps in which so many sequences decode, by kernel, and each part
-of them against its floor: bytes that must be read over the bandwidth of a kernel that only reads, bytes that must cross over NVLink's.
-Results go to benchmarks/results as they come.
+answer; requests are handed to the engine in this process, so what HTTP costs is not in the figures. Each layout with each runner is a
+process of its own; `ready_s` goes from its start to the engine's. After the load come steps in which so many sequences decode, by kernel,
+and each part of them against its floor: bytes that must be read over the bandwidth of a kernel that only reads, bytes that must cross
+over NVLink's. Results go to benchmarks/results as they come.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pointsman.bench.serving.datasets import random_lengths
 from pointsman.bench.serving.metrics import summarize
 from pointsman.bench.serving.query import Outcome, Query
 from pointsman.bench.subject import machine
+from pointsman.config import MOE_RUNNERS
 from pointsman.engine.engine import Engine
 from pointsman.request import Request
 
@@ -181,6 +182,7 @@ def one(args: argparse.Namespace) -> None:
             tp=int(tp),
             ep=int(ep or 1),
             kv_cache_dtype="fp8_e4m3" if cuda else "auto",
+            moe_runner_backend=args.runner[0],
             max_running_requests=most,
             max_total_tokens=max(most * CONTEXT_ROOM, 4096),
             context_length=4096,
@@ -211,13 +213,17 @@ def keep(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Put what has been measured so far of a layout beside the others."""
     path = Path(args.out)
     kept = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(kept | {args.layout: result}, indent=1) + "\n")
+    name = args.layout if args.runner == ["auto"] else f"{args.layout} {args.runner[0]}"
+    path.write_text(json.dumps(kept | {name: result}, indent=1) + "\n")
 
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--layouts", nargs="*", help="default: tpN and tpN+epN of the GPUs")
+    parser.add_argument(
+        "--runner", nargs="+", default=["auto"], choices=MOE_RUNNERS, help="what runs the experts; several, one after the other"
+    )
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 16, 128])
     parser.add_argument("--requests", type=int, nargs="*", default=[4, 64, 512], help="one number for each concurrency")
     parser.add_argument("--output-len", type=int, nargs="*", default=[256, 512, 1024], help="one number for each concurrency")
@@ -241,8 +247,13 @@ def main(words: list[str]) -> int:
     card = torch.cuda.get_device_name().split()[1].lower() if args.device == "cuda" else "cpu"
     out = args.out or str(RESULTS / f"serve_{args.gpus}x{card}.json")
     layouts = args.layouts or [f"tp{args.gpus}", f"tp{args.gpus}+ep{args.gpus}"]
-    commands = [[sys.executable, "-m", "benchmarks.gpu_serve", *words, "--out", out, "--layout", layout] for layout in layouts]
-    return max(subprocess.run(command, check=False).returncode for command in commands)
+    return max(
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.gpu_serve", *words, "--out", out, "--layout", layout, "--runner", runner], check=False
+        ).returncode
+        for layout in layouts
+        for runner in args.runner
+    )
 
 
 if __name__ == "__main__":

@@ -49,10 +49,13 @@ def against_engine(parts: Parts, folder: Path) -> list[Compared]:
 
 
 def against_serving(parts: Parts, folder: Path) -> list[Compared]:
-    """The serving benchmark on two GPUs: tokens a second, and the median gap between two tokens; nothing where it was not measured."""
+    """The serving benchmark on two GPUs: tokens a second, and the median gap between two tokens; nothing where it was not measured.
+
+    Runs whose runner was named (`benchmarks/gpu_serve.py --runner`) stand beside the layout's own and are not compared.
+    """
     found: list[Compared] = []
     runs = json.loads((folder / SERVED).read_text()) if (folder / SERVED).is_file() else {}
-    for layout, run in runs.items():
+    for layout, run in ((name, run) for name, run in runs.items() if name in LAYOUTS):
         time_of = functools.partial(step_us, LAYOUTS[layout], parts=parts, layers=run["layers"])
         most = max(row["concurrency"] for row in run["rows"])
         for row in (row for row in run["rows"] if not row["capture"]):
