@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pointsman.bench.kernels import measure_ceilings, time_graph, versions
-from pointsman.kernels import AttentionShape, block_gemm, norm_quant, paged_attention, reference
+from pointsman.kernels import block_gemm, norm_quant, paged_attention, reference
+from pointsman.kernels.candidates import AttentionShape
 from pointsman.kernels.qkv_post import qkv_post
 from pointsman.kernels.reference import Span
 from pointsman.kernels.sampling import RowSampling, draw

@@ -13,7 +13,8 @@ from torch import Tensor
 from pointsman.kernels.tiles import Shape
 from pointsman.kernels.weight import FP8, Weight
 from pointsman.moe.routing import RoutingSpec
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.moe.spec import ExpertForm
+from pointsman.moe.weights import ExpertWeights
 
 RUNS = 12
 WARM_UPS = 2

@@ -30,9 +30,11 @@ from pointsman.bench.machine import here
 from pointsman.bench.options import KernelsOptions
 from pointsman.bench.plot import Line, Panel, chart
 from pointsman.kernels import reference
+from pointsman.kernels.capability import describe
 from pointsman.kernels.tiles import Shape
-from pointsman.kernels.triton_support import describe, reason_against
+from pointsman.kernels.triton_support import reason_against
 from pointsman.kernels.weight import FP8
+from pointsman.moe.candidates import unsupported
 from pointsman.moe.deep_gemm import DeepGemmRunner
 from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner
 from pointsman.moe.fused import FusedRunner
@@ -108,7 +110,7 @@ def blocks(layer: Layer, wanted: tuple[str, ...] = ()) -> dict[str, Block]:
     found = {}
     for name in wanted or CONTENDERS:
         runner, options = CONTENDERS[name]
-        why = runner.unsupported(layer.spec, layer.form, device, torch.bfloat16)
+        why = unsupported(runner.name, layer.spec, layer.form, device, "bfloat16")
         if why is not None and (wanted or name == "triton"):
             raise ValueError(f"runner {name!r} cannot be measured here: {why}")
         if why is None:

@@ -26,8 +26,9 @@ from torch import Tensor
 from pointsman.bench.expert_layer import Layer, time_graph
 from pointsman.bench.kernels import BOUNDS, Block, check
 from pointsman.bench.options import TuneOptions
+from pointsman.kernels.capability import chains, describe
 from pointsman.kernels.tiles import Shape, Tables, Tile, Tiles, device_key, merge, own_file
-from pointsman.kernels.triton_support import chains, describe
+from pointsman.moe.candidates import unsupported
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 
 NUM_BATCHES = 4
@@ -214,9 +215,9 @@ def run(_: dict[str, Any], options: TuneOptions) -> int:
     path = Path(options.save) if options.save is not None else own_file()
     layer: Layer | None = None
     results: dict[str, Any] = {}
-    for name, kind in RUNNERS.items():
+    for name in RUNNERS:
         probe = Layer(shape, torch.empty(0), torch.empty(0), None)  # type: ignore[arg-type]
-        if (why := kind.unsupported(probe.spec, probe.form, describe(device), torch.bfloat16)) is not None:
+        if (why := unsupported(name, probe.spec, probe.form, describe(device), "bfloat16")) is not None:
             print(f"runner {name} is left out: {why}", file=sys.stderr)
             continue
         layer = layer or Layer.draw(shape, device, seed=0)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pointsman.cli.options import QuantizeOptions
-from pointsman.models.checkpoint import locate
+from pointsman.models.folder import locate
 from pointsman.models.quantize import Quantized, quantize_checkpoint
 
 

@@ -32,7 +32,7 @@ from pointsman.engine.spread_weights import SpreadWeights
 from pointsman.engine.weights import Weights
 from pointsman.engine.workers import RankLost, Workers
 from pointsman.models import architecture_of
-from pointsman.models.checkpoint import locate, read_json
+from pointsman.models.folder import locate, read_json
 from pointsman.models.sharding import reason_against
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,9 @@ from pointsman.config import EngineConfig
 from pointsman.distributed import Mesh
 from pointsman.engine.batch import Lanes
 from pointsman.engine.compiled import choose_step
-from pointsman.engine.device import check_options, choose_device, device_memory
+from pointsman.engine.device import choose_device, device_memory
 from pointsman.engine.device_lanes import DeviceLanes
+from pointsman.engine.device_options import check_options
 from pointsman.engine.device_sampler import DeviceSampler, choose_way
 from pointsman.engine.device_step import DeviceMemory, make_device_step
 from pointsman.engine.grammars import Grammars
@@ -38,13 +39,14 @@ from pointsman.engine.storage import CacheStorage
 from pointsman.engine.tuning import tune_experts
 from pointsman.engine.weights import Weights, load_decoder
 from pointsman.kernels.apart import apart
-from pointsman.kernels.triton_support import describe
+from pointsman.kernels.capability import describe
+from pointsman.kernels.dtypes import NUM_BYTES
 from pointsman.layers.paged_kv import KV_DTYPES, PagedKV
 from pointsman.models.architecture import Architecture
-from pointsman.models.checkpoint import locate, read_json
 from pointsman.models.decoder import Decoder
+from pointsman.models.folder import locate, read_json
+from pointsman.models.parameters import held
 from pointsman.models.sharding import describe_split
-from pointsman.models.sizes import held
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import DeviceExpertLoad, ExpertLoad
 from pointsman.moe.runner import AnyRunner
@@ -141,7 +143,7 @@ def _plan(config: EngineConfig, decoder: Decoder) -> Plan:
 
 def _load(config: EngineConfig, mesh: Mesh, progress: bool | None) -> tuple[Path, Decoder]:
     device = choose_device(config.kernel.device) if mesh.size == 1 else mesh.device
-    check_options(config, device)
+    check_options(config, device.type)
     assert (mesh.tp, mesh.ep) == (config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size)
     model_path = config.model.model_path or str(tiny.path())
     folder = locate(model_path, revision=config.model.revision, weights=config.model.load_format != "dummy")
@@ -193,7 +195,7 @@ def _size(config: EngineConfig, mesh: Mesh, decoder: Decoder) -> CacheSize:
     num_pages = int(mesh.all_gather(torch.tensor([size.num_pages], device=mesh.device)).min())
     size = dataclasses.replace(size, num_pages=num_pages)
     logger.info("cache: %d tokens of %d bytes in pages of %d", size.num_tokens, size.bytes_per_token, size.page_size)
-    if decoder.architecture.qk_norm is None and kv_dtype_of(config).itemsize == 1:
+    if decoder.architecture.qk_norm is None and NUM_BYTES[kv_dtype_of(config)] == 1:
         logger.warning("kv_cache_dtype is fp8_e4m3, and %s does not norm its keys: what exceeds 448 is cut", decoder.architecture.name)
     return size
 
@@ -206,7 +208,7 @@ def _choices(config: EngineConfig, decoder: Decoder) -> dict[str, str]:
         "device": decoder.device.type,
         "moe_runner_backend": decoder.backends.moe.name,
         "dtype": str(decoder.dtype).removeprefix("torch."),
-        "kv_cache_dtype": next(name for name, dtype in KV_DTYPES.items() if dtype == kv_dtype_of(config)),
+        "kv_cache_dtype": kv_dtype_of(config),
     }
 
 
@@ -237,7 +239,7 @@ def _runner(
             num_kv_heads=decoder.attention_shape.num_kv_heads,
             page_size=cache.page_size,
             head_dim=architecture.head_dim,
-            dtype=kv_dtype_of(config),
+            dtype=KV_DTYPES[kv_dtype_of(config)],
             device=decoder.device,
         )
         routes = RouteStore(kv.num_slots, len(architecture.expert_layers), architecture.top_k, architecture.num_experts, decoder.device)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from pointsman.config import EngineConfig
 from pointsman.engine.batch import Batch, Lanes
+from pointsman.engine.candidates import cpu_step_choice
 from pointsman.engine.model_runner import Step, TorchStep
-from pointsman.kernels import LINEARS, Linear, reference
-from pointsman.kernels.choice import Choice
+from pointsman.kernels import reference
 from pointsman.kernels.cpu_pack import Matrix
 from pointsman.kernels.cpu_step import (
     CpuCache,
@@ -38,12 +38,12 @@ from pointsman.kernels.cpu_step import (
     pieces,
     start_compiling,
 )
+from pointsman.kernels.operations import LINEARS
 from pointsman.kernels.weight import Weight
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.architecture import Architecture
 from pointsman.models.decoder import Decoder
 from pointsman.models.parameters import LayerParameters
-from pointsman.models.sharding import Shard
 from pointsman.moe.capture import RouteStore
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: Rou
         ValueError: the compiled step is asked for and cannot serve; the message says why.
     """
     backends, wanted = decoder.backends, config.kernel.cpu_step
-    choice = step_choice(wanted, decoder.shard, runner=backends.moe.name, linear=backends.linear, dtype=decoder.dtype)
+    linear = next(name for name, entry in LINEARS.items() if entry is backends.linear)
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    choice = cpu_step_choice(wanted, decoder.shard, runner=backends.moe.name, linear=linear, dtype=dtype)
     torch_step = TorchStep(decoder, kv, routes)
     if choice.take() == "torch":
         return torch_step
@@ -75,31 +77,6 @@ def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: Rou
         return make()
     logger.info("CPU step: torch until the compiled one is ready, once for this machine")
     return ChangingStep(torch_step, start_compiling(kinds), make)
-
-
-def step_choice(wanted: str, shard: Shard, *, runner: str, linear: Linear, dtype: torch.dtype) -> Choice:
-    """The choice of the step on a CPU."""
-    return Choice("cpu_step", wanted, {"compiled": unsupported(shard, runner=runner, linear=linear, dtype=dtype), "torch": None})
-
-
-def unsupported(shard: Shard, *, runner: str, linear: Linear, dtype: torch.dtype) -> str | None:
-    """Why the compiled step cannot stand in for one of these parts, or None."""
-    if not shard.whole:
-        return f"tensor_parallel_size is {shard.tp}, and it exchanges nothing with other ranks"
-    if runner != "cpu":
-        return f"the MoE runner is {runner!r}, and it runs experts as 'cpu' does"
-    if linear is not LINEARS["cpu"]:
-        return "the FP8 linear backend is 'reference', and it multiplies as 'cpu' does"
-    if dtype != torch.float32:
-        return f"the dtype is {str(dtype).removeprefix('torch.')}, and it computes in float32"
-    architecture = shard.architecture
-    spec, block, width = architecture.routing, architecture.quantization_block, architecture.expert_width
-    if spec.top_groups < spec.num_groups:
-        return f"a token's experts come from {spec.top_groups} of {spec.num_groups} groups, and it chooses among all"
-    for what, other in (("shared expert", architecture.shared_width), ("dense layers", architecture.dense_width)):
-        if other > width and block is not None and any(width % size for size in block):
-            return f"it cuts the {what} ({other} wide) at multiples of the experts' width, and {width} is none of the FP8 blocks' {block}"
-    return None
 
 
 class CompiledStep:

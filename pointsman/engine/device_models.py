@@ -1,28 +1,19 @@
 """Devices by their names, as data: what a choice asks of them, and the rates that bound a step.
 
-A rate is what a kernel that does nothing else reaches, where that was measured, else the vendor's figure; each says which. Of a CPU the
-machine at hand is measured, in a fraction of a second. Dense rates; a pair of GPUs is joined by NVLink.
+A rate is what a kernel that does nothing else reaches, where that was measured, else the vendor's figure; each says which. Dense rates; a
+pair of GPUs is joined by NVLink. What is here (`gpu_here`, `cpu_here`) is looked at only where it is asked about, for it takes torch, or a
+measurement.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-from collections.abc import Callable
+import ctypes
+import importlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from pointsman.engine.memory import memory_bytes
 from pointsman.kernels.device import Device
-from pointsman.kernels.triton_support import OLDEST, describe
-
-READ_BYTES = 128 << 20
-PRODUCT = 768
-ROUNDS = 6
+from pointsman.kernels.triton_support import OLDEST
 
 
 class Figure(NamedTuple):
@@ -58,7 +49,7 @@ class DeviceModel:
 
 
 _VENDOR = "vendor"
-_TORCH = "as torch reports it"
+AS_TORCH = "as torch reports it"
 _NVLINK4 = Figure(397e9, "copy between two H200, measured 2026-11; vendor 450e9")
 _NVLINK5 = Figure(900e9, _VENDOR)
 _REDUCE = Figure(6e-6, "estimate; 10e-6 measured with torch's symmetric memory between two H200")
@@ -70,7 +61,7 @@ MODELS: dict[str, DeviceModel] = {
     "h100": DeviceModel(
         name="h100",
         device=_HOPPER,
-        memory=Figure(79.19 * 2**30, _TORCH),
+        memory=Figure(79.19 * 2**30, AS_TORCH),
         read=Figure(3.098e12, "benchmarks/results/dense_h100.json; vendor 3.35e12"),
         fp8=Figure(1460e12, "benchmarks/results/dense_h100.json; vendor 1979e12"),
         plain=_HOPPER_BF16,
@@ -81,7 +72,7 @@ MODELS: dict[str, DeviceModel] = {
     "h200": DeviceModel(
         name="h200",
         device=_HOPPER,
-        memory=Figure(139.80 * 2**30, _TORCH),
+        memory=Figure(139.80 * 2**30, AS_TORCH),
         read=Figure(4.49e12, "measured 2026-11; vendor 4.8e12"),
         fp8=Figure(1451e12, "measured 2026-11; vendor 1979e12"),
         plain=_HOPPER_BF16,
@@ -92,7 +83,7 @@ MODELS: dict[str, DeviceModel] = {
     "b200": DeviceModel(
         name="b200",
         device=_BLACKWELL,
-        memory=Figure(178.35 * 2**30, _TORCH),
+        memory=Figure(178.35 * 2**30, AS_TORCH),
         read=Figure(7.67e12, "memory clock times bus width; vendor 8e12"),
         fp8=Figure(4500e12, _VENDOR),
         plain=Figure(2250e12, _VENDOR),
@@ -103,7 +94,7 @@ MODELS: dict[str, DeviceModel] = {
     "gb200": DeviceModel(
         name="gb200",
         device=_BLACKWELL,
-        memory=Figure(184.31 * 2**30, _TORCH),
+        memory=Figure(184.31 * 2**30, AS_TORCH),
         read=Figure(8e12, _VENDOR),
         fp8=Figure(5000e12, _VENDOR),
         plain=Figure(2500e12, _VENDOR),
@@ -122,62 +113,21 @@ def model_of(name: str) -> DeviceModel:
     """
     if name in MODELS:
         return MODELS[name]
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return cpu_model()
-    if not torch.cuda.is_available():
+    if name != "cpu" and driver_sees_gpu():
+        gpu: DeviceModel | None = importlib.import_module("pointsman.engine.gpu_here").gpu_model()
+        if gpu is not None:
+            return gpu
+    if name == "cuda":
         raise ValueError(f"device is 'cuda', but torch sees no CUDA device; name one that is not here: {', '.join(MODELS)}")
-    return gpu_model()
+    cpu: DeviceModel = importlib.import_module("pointsman.engine.cpu_here").cpu_model()
+    return cpu
 
 
-def gpu_model() -> DeviceModel:
-    """The GPU that is here: its own memory, and the rates of its kind."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    words = properties.name.lower().split()
-    row = next((MODELS[word] for word in words if word in MODELS), None)
-    if row is None:
-        raise ValueError(f"the rates of a {properties.name} are not known; name a device that is: {', '.join(MODELS)}, cpu")
-    return DeviceModel(
-        name=row.name,
-        device=describe(torch.device("cuda")),
-        memory=Figure(float(properties.total_memory), _TORCH),
-        read=row.read,
-        fp8=row.fp8,
-        plain=row.plain,
-        num_processors=properties.multi_processor_count,
-        link=row.link,
-        reduce_seconds=row.reduce_seconds,
-    )
-
-
-def cpu_model() -> DeviceModel:
-    """This machine's CPU, measured now."""
-    cores = len(os.sched_getaffinity(0))
-    left, right = torch.ones(PRODUCT, PRODUCT), torch.ones(PRODUCT, PRODUCT)
-    parts = np.array_split(np.ones(READ_BYTES // 4, np.float32), cores)
-
-    def read() -> None:
-        threads = [threading.Thread(target=part.sum) for part in parts]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    return DeviceModel(
-        name="cpu",
-        device=describe(torch.device("cpu")),
-        memory=Figure(float(memory_bytes()), "what this process may use"),
-        read=Figure(READ_BYTES / _seconds(read), "measured now: a sum over memory"),
-        fp8=None,
-        plain=Figure(2 * PRODUCT**3 / _seconds(lambda: torch.mm(left, right)), "measured now: a float32 product"),
-        num_processors=cores,
-    )
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """The least of some rounds."""
-    found = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - begin)
-    return min(found)
+def driver_sees_gpu() -> bool:
+    """Whether a driver of CUDA is here and has a device. Where it does not, torch need not be asked."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pointsman.distributed import Mesh
+from pointsman.engine.candidates import sampler_choice
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.transfer import Array, Download, Upload
-from pointsman.kernels.choice import Choice
 from pointsman.request import Logprob
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE, Drawn, greedy
@@ -169,11 +169,6 @@ class DeviceSampler:
 
 def _int64(numbers: list[int]) -> Array:
     return np.array(numbers, np.int64)
-
-
-def sampler_choice(device_type: str) -> Choice:
-    """The choice of what draws tokens that need no look of the host's."""
-    return Choice("sampler", "auto", {"kernels": None if device_type == "cuda" else f"the device is {device_type}", "torch": None})
 
 
 def choose_way(device: torch.device, vocab_size: int) -> Way:

@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from pointsman.config import EngineConfig, KernelConfig
+from pointsman.config import EngineConfig
 from pointsman.engine.batch import Batch, Ints, Lanes
+from pointsman.engine.candidates import graph_choice
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.transfer import Upload, lay_out
-from pointsman.kernels.choice import Choice
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.decoder import Decoder
@@ -209,10 +209,3 @@ def make_device_step(config: EngineConfig, decoder: Decoder, memory: DeviceMemor
     if graph_choice(config.kernel, decoder.reason_against_capture()).take() == "graphs":
         step.capture(config.kernel.cuda_graph_max_bs or max_tokens, progress=progress)
     return step
-
-
-def graph_choice(kernel: KernelConfig, reason: str | None) -> Choice:
-    """The choice whether steps are CUDA graphs, against which there may be a reason."""
-    asked = kernel.enforce_piecewise_cuda_graph or kernel.cuda_graph_max_bs is not None
-    wanted = "eager" if kernel.disable_cuda_graph else "graphs" if asked else "auto"
-    return Choice("step on a GPU", wanted, {"graphs": reason, "eager": None})

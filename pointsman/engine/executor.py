@@ -15,11 +15,11 @@ from typing import Protocol
 
 import torch
 
+from pointsman.engine.candidates import executor_choice
 from pointsman.engine.ending import end_without
 from pointsman.engine.model_runner import ModelRunner, Pending
 from pointsman.engine.orders import Run
 from pointsman.engine.workers import RankLost, Workers
-from pointsman.kernels.choice import Choice
 from pointsman.step import StepPlan, StepResult
 
 __all__ = ["Executor", "Inline", "Launching", "Leading", "Pending", "Threaded", "choose_executor"]
@@ -37,16 +37,6 @@ def choose_executor(runner: ModelRunner, *, overlap: bool) -> Executor:
     """The executor for the order of steps that is asked for."""
     ways: dict[str, type[Inline] | type[Launching] | type[Threaded]] = {"launching": Launching, "threaded": Threaded, "inline": Inline}
     return ways[executor_choice(overlap=overlap, on_device=runner.on_device).take()](runner)
-
-
-def executor_choice(*, overlap: bool, on_device: bool) -> Choice:
-    """The choice of where a rank's steps run."""
-    reasons: dict[str, str | None] = {
-        "launching": None if on_device else "steps do not run on a device of their own",
-        "threaded": "steps run on a device, where launching overlaps them" if on_device else None,
-        "inline": None,
-    }
-    return Choice("executor", "auto" if overlap else "inline", reasons)
 
 
 class Inline:

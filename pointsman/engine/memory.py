@@ -12,14 +12,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from pointsman.config import EngineConfig
-from pointsman.engine.device import MEM_FRACTION
-from pointsman.layers.paged_kv import KV_DTYPES, bytes_per_token
+from pointsman.kernels.dtypes import NUM_BYTES
 from pointsman.models.architecture import Architecture
 from pointsman.models.sharding import Shard
 
+MEM_FRACTION = {"cpu": 0.5, "cuda": 0.9}
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -61,12 +59,12 @@ def workspace(architecture: Architecture, max_tokens: int, max_logits: int) -> d
     return {"rows of a step": max_tokens * row, "logits": logits, "graphs and compiled kernels": 1 << 30}
 
 
-def token_bytes(shard: Shard, kv_dtype: torch.dtype) -> dict[str, int]:
+def token_bytes(shard: Shard, kv_dtype: str) -> dict[str, int]:
     """What a rank's cache holds of a token."""
     architecture = shard.architecture
-    heads = {"num_layers": architecture.num_layers, "num_kv_heads": len(shard.kv_heads), "head_dim": architecture.head_dim}
+    numbers = 2 * architecture.num_layers * len(shard.kv_heads) * architecture.head_dim
     routes = len(architecture.expert_layers) * architecture.top_k * (1 if architecture.num_experts <= 256 else 2)
-    return {"keys and values": bytes_per_token(**heads, dtype=kv_dtype), "routing rows": routes}
+    return {"keys and values": numbers * NUM_BYTES[kv_dtype], "routing rows": routes}
 
 
 def context_length_of(config: EngineConfig, architecture: Architecture) -> int:
@@ -77,12 +75,12 @@ def context_length_of(config: EngineConfig, architecture: Architecture) -> int:
     return wanted or most
 
 
-def kv_dtype_of(config: EngineConfig) -> torch.dtype:
+def kv_dtype_of(config: EngineConfig) -> str:
     """What keys and values are stored as."""
     wanted = config.cache.kv_cache_dtype
     if wanted == "auto":
         wanted = "float32" if config.model.dtype == "float32" else "bfloat16"
-    return KV_DTYPES[wanted]
+    return wanted
 
 
 def cache_for(

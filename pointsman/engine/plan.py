@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pointsman import kernels
 from pointsman.config import EngineConfig
 from pointsman.engine import floor
-from pointsman.engine.compiled import step_choice
-from pointsman.engine.device import check_options
+from pointsman.engine.candidates import cpu_step_choice, executor_choice, graph_choice, sampler_choice
 from pointsman.engine.device_models import DeviceModel
-from pointsman.engine.device_sampler import sampler_choice
-from pointsman.engine.device_step import graph_choice
-from pointsman.engine.executor import executor_choice
+from pointsman.engine.device_options import check_options
 from pointsman.engine.floor import Rates, Share
 from pointsman.engine.memory import CacheSize, cache_for, context_length_of, kv_dtype_of, token_bytes, workspace
+from pointsman.kernels.candidates import UNCAPTURED_ATTENTIONS
 from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
+from pointsman.kernels.dtypes import NUM_BYTES
 from pointsman.models.architecture import Architecture
-from pointsman.models.choices import Choices, choices_of
-from pointsman.models.decoder import reason_against_capture
+from pointsman.models.choices import Choices, choices_of, reason_against_capture
 from pointsman.models.sharding import Shard
 from pointsman.models.sizes import PLAIN_KINDS, Size, described
 
@@ -90,7 +87,7 @@ def make_plan(config: EngineConfig, architecture: Architecture, device: Device, 
         ValueError: an option has no meaning on the device, or the model cannot be split as asked.
     """
     kernel = config.kernel
-    check_options(config, device)
+    check_options(config, device.type)
     if config.model.quantization == "fp8" and architecture.quantization_block is None:
         raise ValueError(f"quantization is 'fp8', but the checkpoint is a {architecture.dtype} one; leave it out, or quantize it first")
     shard = Shard(architecture, config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size)
@@ -143,18 +140,18 @@ def plan_on(config: EngineConfig, architecture: Architecture, model: DeviceModel
 def _step(config: EngineConfig, shard: Shard, choices: Choices, device_type: str) -> Choice:
     runner = choices.moe.chosen or choices.moe.wanted
     if device_type == "cuda":
-        attention = kernels.attentions(invariant=choices.invariant).get(choices.attention.chosen or "")
-        reason = "there is no attention" if attention is None else reason_against_capture(device_type, attention, runner)
-        return graph_choice(config.kernel, reason)
-    linear = kernels.LINEARS[choices.linear.chosen or "reference"]
-    return step_choice(config.kernel.cpu_step, shard, runner=runner, linear=linear, dtype=choices.dtype)
+        reads_host = choices.attention.chosen in UNCAPTURED_ATTENTIONS
+        reason = None if choices.attention.chosen else "there is no attention"
+        return graph_choice(config.kernel, reason or reason_against_capture(device_type, runner, reads_host=reads_host))
+    linear = choices.linear.chosen or choices.linear.wanted
+    return cpu_step_choice(config.kernel.cpu_step, shard, runner=runner, linear=linear, dtype=choices.dtype)
 
 
 def share_of(plan: Plan) -> Share:
     """What a step of this plan reads and multiplies on its first rank."""
     architecture, tp = plan.shard.architecture, plan.shard.tp
     quantized = architecture.quantization_block is not None
-    plain = plan.choices.dtype.itemsize
+    plain = NUM_BYTES[plan.choices.dtype]
     number = 1 + 4 / architecture.quantization_block[1] if architecture.quantization_block is not None else plain
     return Share(
         weights=plan.weights,

@@ -34,8 +34,8 @@ from pointsman.engine.model_runner import Step
 from pointsman.engine.storage import CacheStorage
 from pointsman.models import architecture_of
 from pointsman.models.architecture import Architecture
-from pointsman.models.checkpoint import locate, read_json
 from pointsman.models.decoder import Decoder
+from pointsman.models.folder import locate, read_json
 from pointsman.models.loader import load_model
 from pointsman.models.revision import Revision
 from pointsman.request import FIRST_VERSION, MAX_VERSION_LENGTH, MemoryTag

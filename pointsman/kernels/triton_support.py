@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
-import torch
-
 from pointsman.kernels.device import Device
 
 OLDEST = (3, 4)
@@ -21,17 +19,6 @@ def version() -> tuple[int, int] | None:
     found = re.match(r"(\d+)\.(\d+)", text)
     assert found is not None, f"triton calls its version {text!r}"
     return int(found[1]), int(found[2])
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device, (9, 0) for Hopper."""
-    return torch.cuda.get_device_capability(device)
-
-
-def describe(device: torch.device) -> Device:
-    """What is known of a device of this machine."""
-    there = device.type == "cuda" and torch.cuda.is_available()
-    return Device(type=device.type, capability=capability(device) if there else None, triton=version())
 
 
 def reason_against(device: Device, *, needs: tuple[int, int], exactly: bool = False) -> str | None:
@@ -49,16 +36,6 @@ def reason_against(device: Device, *, needs: tuple[int, int], exactly: bool = Fa
     if got < needs or (exactly and got != needs):
         return f"it needs {wanted}; this one has {got[0]}.{got[1]}"
     return None
-
-
-def chains(device: torch.device) -> bool:
-    """Whether a kernel may be launched while the one before still runs (programmatic dependent launch)."""
-    return device.type == "cuda" and capability(device) >= (9, 0)
-
-
-def is_hopper(device: torch.device) -> bool:
-    """Whether products run on the tensor cores of 9.0 (wgmma)."""
-    return device.type == "cuda" and capability(device) == (9, 0)
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:

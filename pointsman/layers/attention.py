@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from pointsman.distributed import Mesh
-from pointsman.kernels import Attention as Implementation
-from pointsman.kernels import Glue, reference
+from pointsman.kernels import reference
+from pointsman.kernels.operations import Attention as Implementation
+from pointsman.kernels.operations import Glue
 from pointsman.layers.context import StepContext
 from pointsman.layers.linear import Linear
 from pointsman.layers.mailboxes import mailboxes_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pointsman.distributed import Mesh
-from pointsman.kernels import Linear as Implementation
+from pointsman.kernels.operations import Linear as Implementation
 from pointsman.kernels.weight import Weight
 
 

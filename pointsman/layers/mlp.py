@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pointsman.kernels import Glue
+from pointsman.kernels.operations import Glue
 from pointsman.layers.linear import Linear
 
 

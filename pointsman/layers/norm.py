@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pointsman.distributed import Mesh
-from pointsman.kernels import Glue
+from pointsman.kernels.operations import Glue
 from pointsman.layers.mailboxes import mailboxes_of
 
 

@@ -55,8 +55,3 @@ class PagedKV:
         self.k, self.v = self.k.new_empty(num_layers, 0, *page), self.v.new_empty(num_layers, 0, *page)
         if num_pages:
             self.k, self.v = self.k.new_empty(num_layers, num_pages, *page), self.v.new_empty(num_layers, num_pages, *page)
-
-
-def bytes_per_token(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Memory of one token's keys and values."""
-    return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from pointsman.kernels import GLUES, AttentionShape, attention_choice, attentions, glue_choice, linear_choice, linears
+from pointsman.kernels.candidates import AttentionShape, attention_choice, glue_choice, linear_choice
 from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
-from pointsman.models.decoder import Backends, expert_form
+from pointsman.kernels.dtypes import resolve_dtype
 from pointsman.models.sharding import Shard
-from pointsman.moe.router import router_choice, routers
-from pointsman.moe.runner import make_runner, runner_choice
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+from pointsman.moe.candidates import WAITING_RUNNERS, router_choice, runner_choice
+from pointsman.moe.spec import ExpertForm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +26,7 @@ class Choices:
         invariant: a row gets the same bits whatever rows are beside it, by choice of implementations.
     """
 
-    dtype: torch.dtype
+    dtype: str
     invariant: bool
     linear: Choice
     attention: Choice
@@ -41,17 +37,6 @@ class Choices:
     def all(self) -> tuple[Choice, ...]:
         """In the order in which they are taken."""
         return self.linear, self.attention, self.glue, self.router, self.moe
-
-    def take(self) -> Backends:
-        """The implementations. Raises ValueError where one is refused."""
-        linear, attention, glue, router, moe = [choice.take() for choice in self.all()]
-        return Backends(
-            linears(invariant=self.invariant)[linear],
-            attentions(invariant=self.invariant)[attention],
-            GLUES[glue],
-            routers(invariant=self.invariant)[router],
-            make_runner(moe, deterministic=self.invariant),
-        )
 
 
 def choices_of(
@@ -88,10 +73,18 @@ def choices_of(
     )
 
 
-def resolve_dtype(dtype: str, device_type: str) -> torch.dtype:
-    """What `--dtype` means on a device."""
-    if dtype == "auto":
-        return torch.float32 if device_type == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+def expert_form(shard: Shard) -> ExpertForm:
+    """What the model's experts are like, as far as they are here."""
+    architecture = shard.architecture
+    return ExpertForm(architecture.hidden_size, shard.sizes["width"], architecture.quantization_block, some=shard.ep > 1)
+
+
+def reason_against_capture(device_type: str, runner: str, *, reads_host: bool) -> str | None:
+    """Why a step of these implementations cannot be a CUDA graph, or None; `reads_host`: attention has its plan there."""
+    if device_type != "cuda":
+        return f"the device is {device_type}"
+    if reads_host:
+        return "this attention backend reads its plan from the host"
+    if runner in WAITING_RUNNERS:
+        return f"the MoE runner {runner!r} asks the device which experts are used"
+    return None

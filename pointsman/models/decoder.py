@@ -19,29 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pointsman import kernels
 from pointsman.distributed import Mesh
 from pointsman.kernels.apart import apart
+from pointsman.kernels.candidates import AttentionShape
 from pointsman.layers.attention import Attention, NormedTogether, Rotation
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.linear import Embedding, Head, Linear
 from pointsman.layers.mlp import MLP
 from pointsman.layers.moe import MoE
 from pointsman.layers.norm import RMSNorm
+from pointsman.models.backends import Backends
+from pointsman.models.choices import reason_against_capture
 from pointsman.models.parameters import LayerParameters, Mlp, Parameters
 from pointsman.models.sharding import Shard
-from pointsman.moe.router import Router
-from pointsman.moe.runner import WAITING_RUNNERS, AnyRunner
-from pointsman.moe.weights import ExpertForm
 
 ALONE = Mesh.single()
-
-
-class Backends:
-    """The implementations that a decoder was given, chosen once."""
-
-    def __init__(self, linear: kernels.Linear, attention: kernels.Attention, glue: kernels.Glue, router: Router, moe: AnyRunner) -> None:
-        self.linear, self.attention, self.glue, self.router, self.moe = linear, attention, glue, router, moe
 
 
 class DecoderLayer:
@@ -143,9 +135,9 @@ class Decoder:
             yield from layer.parts()
 
     @property
-    def attention_shape(self) -> kernels.AttentionShape:
+    def attention_shape(self) -> AttentionShape:
         """Of the heads that are here."""
-        return kernels.AttentionShape(len(self.shard.heads), len(self.shard.kv_heads), self.architecture.head_dim)
+        return AttentionShape(len(self.shard.heads), len(self.shard.kv_heads), self.architecture.head_dim)
 
     def plan_attention(self, spans: Sequence[Span], num_rows: int) -> Any:
         """The attention plan of a step whose rows are these runs of lanes' tokens."""
@@ -153,7 +145,8 @@ class Decoder:
 
     def reason_against_capture(self) -> str | None:
         """Why a step over this model cannot be a CUDA graph, or None."""
-        return reason_against_capture(self.device.type, self.backends.attention, self.backends.moe.name)
+        reads_host = self.backends.attention.fixed is None
+        return reason_against_capture(self.device.type, self.backends.moe.name, reads_host=reads_host)
 
     def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
         """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""
@@ -173,23 +166,6 @@ class Decoder:
         """Float32 logits [R, V] of rows that have been through the layers."""
         _, normed_RD = self.norm(x_RD, delta_RD)
         return self.head(normed_RD)
-
-
-def reason_against_capture(device_type: str, attention: kernels.Attention, runner: str) -> str | None:
-    """Why a step of these parts cannot be a CUDA graph, or None."""
-    if device_type != "cuda":
-        return f"the device is {device_type}"
-    if attention.fixed is None:
-        return "this attention backend reads its plan from the host"
-    if runner in WAITING_RUNNERS:
-        return f"the MoE runner {runner!r} asks the device which experts are used"
-    return None
-
-
-def expert_form(shard: Shard) -> ExpertForm:
-    """What the model's experts are like, as far as they are here."""
-    architecture = shard.architecture
-    return ExpertForm(architecture.hidden_size, shard.sizes["width"], architecture.quantization_block, some=shard.ep > 1)
 
 
 def _norm_together(shard: Shard, mesh: Mesh) -> NormedTogether | None:

@@ -23,14 +23,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from pointsman.distributed import Mesh
-from pointsman.kernels.triton_support import describe
+from pointsman.kernels.capability import describe
 from pointsman.kernels.weight import FP8, FP8_MAX, num_blocks
 from pointsman.layers.mailboxes import with_mailboxes
 from pointsman.models import MODELS, architecture_of
 from pointsman.models.architecture import Architecture
-from pointsman.models.checkpoint import Checkpoint, locate, open_checkpoint, read_json
-from pointsman.models.choices import DTYPES, choices_of
+from pointsman.models.backends import DTYPES, take
+from pointsman.models.checkpoint import Checkpoint, open_checkpoint
+from pointsman.models.choices import choices_of
 from pointsman.models.decoder import ALONE, Decoder
+from pointsman.models.folder import locate, read_json
 from pointsman.models.names import Kind, Place, Row, places
 from pointsman.models.parameters import Parameters, Storage
 from pointsman.models.sharding import Shard, describe_split
@@ -89,7 +91,7 @@ def load_model(
         moe_backend=moe_backend,
         deterministic=deterministic,
     )
-    backends = choices.take()
+    backends = take(choices)
     if backends.glue.takes_mailbox:
         mesh = with_mailboxes(mesh, architecture.hidden_size)
     parameters = (
@@ -97,7 +99,7 @@ def load_model(
         if load_format == "dummy"
         else read_parameters(folder, shard, device=on, progress=progress)
     )
-    return Decoder(shard, parameters, backends, choices.dtype, mesh)
+    return Decoder(shard, parameters, backends, DTYPES[choices.dtype], mesh)
 
 
 def read_parameters(folder: Path, shard: Shard, *, device: torch.device, progress: bool | None = None) -> Parameters:

@@ -20,6 +20,7 @@ from pointsman.kernels.apart import apart
 from pointsman.kernels.weight import FP8, Weight, num_blocks, scale_shape
 from pointsman.models.names import Kind, Place, Row
 from pointsman.models.sharding import Shard
+from pointsman.models.sizes import Size, add_size
 from pointsman.moe.weights import ExpertWeights
 
 
@@ -193,6 +194,21 @@ def weights_of(layer: LayerParameters) -> dict[str, Weight]:
         if pair is not None:
             named |= {f"{prefix}gate_up": pair.gate_up, f"{prefix}down": pair.down}
     return named
+
+
+def held(parameters: Parameters) -> dict[str, Size]:
+    """The sizes of weights that are there, by kind: what `sizes.described` tells of them before."""
+    sizes: dict[str, Size] = {}
+    weights: list[tuple[str, Weight]] = [("embed", Weight(parameters.embed_VD)), ("head", parameters.head)]
+    tensors = [("norm", parameters.norm_D)]
+    for layer in parameters.layers:
+        weights += weights_of(layer).items()
+        tensors += tensors_of(layer).items()
+    for name, weight in weights:
+        add_size(sizes, name, weight.data.nbytes + (0 if weight.scale is None else weight.scale.nbytes), weight.data.numel())
+    for name, tensor in tensors:
+        add_size(sizes, name, tensor.nbytes, tensor.numel())
+    return sizes
 
 
 def _by_parameter(rows: tuple[Row, ...]) -> list[list[Row]]:

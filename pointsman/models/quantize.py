@@ -23,7 +23,8 @@ from torch import Tensor
 from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.weight import Weight
 from pointsman.models import MODELS, architecture_of
-from pointsman.models.checkpoint import INDEX, SINGLE, Checkpoint, inside, open_checkpoint, read_json
+from pointsman.models.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
+from pointsman.models.folder import inside, read_json
 from pointsman.models.loader import check_headers, is_broken, loading_bar
 from pointsman.models.names import SCALE_SUFFIX, Kind, Place, Row, places
 

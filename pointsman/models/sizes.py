@@ -1,15 +1,13 @@
-"""How much memory a model's weights take, by kind: as a rank will hold them, told from the table of names, and as one does hold them."""
+"""How much memory a model's weights take, by kind, told from the table of names: no weight is read for it."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-from pointsman.kernels.weight import Weight, num_blocks
+from pointsman.kernels.dtypes import NUM_BYTES
 from pointsman.models import MODELS
-from pointsman.models.choices import DTYPES
 from pointsman.models.names import Kind, Row
-from pointsman.models.parameters import Parameters, tensors_of, weights_of
 from pointsman.models.sharding import Shard
 
 # what a layer's parameters are for
@@ -45,7 +43,7 @@ def described(shard: Shard) -> dict[str, Size]:
         if not count:
             continue
         lengths = [shard.sizes[name] for name in row.shape]
-        _add(sizes, row.parameter, count * _num_bytes(row, lengths, shard), count * math.prod(lengths))
+        add_size(sizes, row.parameter, count * _num_bytes(row, lengths, shard), count * math.prod(lengths))
     return sizes
 
 
@@ -55,25 +53,11 @@ def _num_bytes(row: Row, lengths: list[int], shard: Shard) -> int:
         return 4 * numbers
     block = architecture.quantization_block
     if row.kind is Kind.PLAIN or block is None:
-        return numbers * DTYPES[architecture.dtype].itemsize
-    return numbers + 4 * math.prod(num_blocks(length, step) for length, step in zip(lengths, block, strict=True))
+        return numbers * NUM_BYTES[architecture.dtype]
+    return numbers + 4 * math.prod(-(-length // step) for length, step in zip(lengths, block, strict=True))
 
 
-def held(parameters: Parameters) -> dict[str, Size]:
-    """The sizes of weights that are there, by kind."""
-    sizes: dict[str, Size] = {}
-    weights: list[tuple[str, Weight]] = [("embed", Weight(parameters.embed_VD)), ("head", parameters.head)]
-    tensors = [("norm", parameters.norm_D)]
-    for layer in parameters.layers:
-        weights += weights_of(layer).items()
-        tensors += tensors_of(layer).items()
-    for name, weight in weights:
-        _add(sizes, name, weight.data.nbytes + (0 if weight.scale is None else weight.scale.nbytes), weight.data.numel())
-    for name, tensor in tensors:
-        _add(sizes, name, tensor.nbytes, tensor.numel())
-    return sizes
-
-
-def _add(sizes: dict[str, Size], parameter: str, num_bytes: int, num_elements: int) -> None:
+def add_size(sizes: dict[str, Size], parameter: str, num_bytes: int, num_elements: int) -> None:
+    """Count what there is of a parameter."""
     before = sizes.get(KINDS[parameter], Size(0, 0))
     sizes[KINDS[parameter]] = Size(before.num_bytes + num_bytes, before.num_elements + num_elements)

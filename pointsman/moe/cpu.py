@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pointsman.kernels import reference
-from pointsman.kernels.device import Device
-from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.moe.routing import Routing
+from pointsman.moe.weights import ExpertWeights
 
 
 class CpuRunner:
@@ -25,10 +24,6 @@ class CpuRunner:
 
     name: ClassVar[str] = "cpu"
     routes_itself: ClassVar[Literal[False]] = False
-
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        return None if device.type == "cpu" else f"it is made for CPUs; the device is {device.type}"
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
         return weights.dequantize(dtype)

@@ -21,17 +21,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pointsman.kernels.device import Device
-from pointsman.kernels.triton_support import reason_against
-from pointsman.moe.grouped import reason_against_form
-from pointsman.moe.library import reason_against_library
-from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.moe.routing import Routing
+from pointsman.moe.weights import ExpertWeights
 
 MASKED_TOKENS = 128
 LEAST_MASKED_BLOCK = 64  # rows that a program of the library reads together
 CONTIGUOUS_BLOCK = 128  # what the library wants each expert's rows padded to
-DISTRIBUTIONS = ("sgl-deep-gemm", "deep-gemm")
 # the library has called them so; the first that is there is used
 CONTIGUOUS = ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous")
 MASKED = ("m_grouped_fp8_gemm_nt_masked", "fp8_m_grouped_gemm_nt_masked", "m_grouped_gemm_fp8_fp8_bf16_nt_masked")
@@ -46,16 +41,6 @@ class DeepGemmRunner:
     def __init__(self) -> None:
         self._rows = importlib.import_module("pointsman.kernels.placed_rows")
         self._contiguous, self._masked = products()
-
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        if form.block is None:
-            return "it multiplies FP8; the checkpoint's experts are plain"
-        return (
-            reason_against(device, needs=(9, 0), exactly=True)
-            or reason_against_form(spec, form, dtype)
-            or reason_against_library("deep_gemm", DISTRIBUTIONS, "deepgemm")
-        )
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
         return weights

@@ -6,8 +6,8 @@ is for Hopper, takes the engine's choice, and quantizes activations itself.
 
 The library's functions have changed their parameters, their order and the numbers of their enumerations from version to version. So
 every argument goes by keyword; what a version may lack is passed where its signature has it; and a method or layout is named, never
-numbered. What a kernel cannot do is a reason of `unsupported`, told before a weight is read; `docs/backends.md` lists the limits, and what
-was checked without the hardware. FlashInfer is imported when a runner is made.
+numbered. What a kernel cannot do is told before a weight is read (`flashinfer_limits`); `docs/backends.md` lists the limits, and what was
+checked without the hardware. FlashInfer is imported when a runner is made.
 
 The trtllm kernels round more than the reference does: a token's weights to bfloat16, gate and up to e4m3 with a scale for each 128, and
 a choice's output to bfloat16.
@@ -28,19 +28,13 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels import reference
-from pointsman.kernels.device import Device
-from pointsman.moe.library import installed, numbers, reason_against_device, reason_against_library
+from pointsman.moe.flashinfer_limits import DISTRIBUTIONS, MINIMUM, method_of
+from pointsman.moe.library import installed
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.trtllm_layout import BLOCK, TrtllmWeights, block_weights, pack, transposed_scales, up_first
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.moe.trtllm_layout import TrtllmWeights, block_weights, pack, transposed_scales, up_first
+from pointsman.moe.weights import ExpertWeights
 
-DISTRIBUTIONS = ("flashinfer-python",)
-MINIMUM = "0.6.8"  # the first that writes into a given output, tunes pre-routed calls, and has MiniMax's routing
-MORE_EXPERTS = "0.6.16"  # before, a choice among more than 256 experts could read where it must not
-BLACKWELL = ((10, 0), (10, 3))
-HOPPER = ((9, 0),)
-MOST_ROUTED_TOP_K = 32
 TUNED_RUNNERS = frozenset({"flashinfer_trtllm", "flashinfer_trtllm_routed"})
 CHAINED_TOKENS = 4096  # larger launches that begin while the kernel before runs were seen to hang
 
@@ -103,68 +97,6 @@ def member(enumeration: str, name: str) -> Any:
     return getattr(values, name)
 
 
-def method_of(spec: RoutingSpec) -> tuple[str, int, int]:
-    """The kernel's name for how a model routes, and the most experts and experts per token that it was compiled for.
-
-    Raises:
-        ValueError: no method of the kernel routes so; the message says what does not fit.
-    """
-    if spec.score == "softmax":
-        if spec.top_groups < spec.num_groups:
-            raise ValueError("it limits tokens to groups of experts by sigmoid scores alone; this model's scores are a softmax")
-        if spec.scale != 1.0:
-            raise ValueError(f"it does not scale the weights of a softmax; this model scales them by {spec.scale:g}")
-        return ("RenormalizeNaive", 2048, 32) if spec.renormalize else ("Default", 256, 8)
-    if not spec.renormalize:
-        raise ValueError("it divides the weights of sigmoid scores by their sum; this model does not")
-    if spec.top_groups == spec.num_groups and spec.scale == 1.0:
-        return "MiniMax2", 1024, 32
-    return "DeepSeekV3", 1024 if spec.top_groups == spec.num_groups else 512, 8 if spec.num_experts <= 384 else 22
-
-
-def reason_against_trtllm_form(spec: RoutingSpec, form: ExpertForm) -> str | None:
-    """What the kernels of Blackwell cannot hold of a model, or None."""
-    if form.block != (BLOCK, BLOCK):
-        stored = "are not FP8" if form.block is None else f"have blocks of {form.block[0]}x{form.block[1]}"
-        return f"it multiplies FP8 in blocks of {BLOCK}x{BLOCK}; the checkpoint's experts {stored}"
-    if form.hidden % BLOCK or form.width % BLOCK:
-        return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
-    if spec.num_experts % 4:
-        return f"the number of experts must be a multiple of 4; the model has {spec.num_experts}"
-    if spec.num_experts <= spec.top_k:
-        return f"a token must not use all experts; the model has {spec.num_experts} and a token uses {spec.top_k}"
-    return None
-
-
-def reason_against_routing(spec: RoutingSpec) -> str | None:
-    """Why the kernel cannot choose experts as the model does, or None."""
-    try:
-        method, most_experts, most_top_k = method_of(spec)
-    except ValueError as error:
-        return str(error)
-    if spec.num_experts > most_experts:
-        return f"it routes among at most {most_experts} experts so; the model has {spec.num_experts}"
-    if spec.top_k > most_top_k:
-        return f"it chooses at most {most_top_k} experts of {spec.num_experts} so; the model uses {spec.top_k}"
-    if method == "DeepSeekV3" and spec.top_groups < spec.num_groups:
-        size = spec.num_experts // spec.num_groups
-        if spec.num_groups > 8 or spec.top_groups > 4 or size > 32:
-            return (
-                f"it chooses up to 4 of up to 8 groups of up to 32 experts; the model has {spec.top_groups} of {spec.num_groups} of {size}"
-            )
-        if spec.top_k >= spec.top_groups * size:
-            return f"a token must not use all experts of its groups; they have {spec.top_groups * size}, and it uses {spec.top_k}"
-    return None
-
-
-def reason_against_experts(spec: RoutingSpec) -> str | None:
-    """Why this version cannot hold so many experts, or None."""
-    version = installed(DISTRIBUTIONS)
-    if spec.num_experts > 256 and version is not None and numbers(version) < numbers(MORE_EXPERTS):
-        return f"with more than 256 experts it needs flashinfer {MORE_EXPERTS} or later; {version} is installed"
-    return None
-
-
 class _Trtllm:
     """What both runners of Blackwell share.
 
@@ -221,16 +153,6 @@ class TrtllmRunner(_Trtllm):
         super().__init__("trtllm_fp8_block_scale_moe", ("routing_logits", "routing_replay_out"), layout)
         self._first_expert = first_expert
 
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        return (
-            reason_against_device(device, BLACKWELL)
-            or reason_against_trtllm_form(spec, form)
-            or reason_against_routing(spec)
-            or reason_against_library("flashinfer", DISTRIBUTIONS, "flashinfer", MINIMUM)
-            or reason_against_experts(spec)
-        )
-
     def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: TrtllmWeights) -> Tensor:
         assert rows.given_TK is None, "the engine refuses replay with this runner"
         x_TD, method = rows.x_TD, method_of(spec)[0]
@@ -280,16 +202,6 @@ class RoutedTrtllmRunner(_Trtllm):
         super().__init__("trtllm_fp8_block_scale_routed_moe", ("topk_ids", "output"), layout)
         self._others = others
 
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        if (why := reason_against_device(device, BLACKWELL) or reason_against_trtllm_form(spec, form)) is not None:
-            return why
-        if spec.top_k > MOST_ROUTED_TOP_K:
-            return f"it takes at most {MOST_ROUTED_TOP_K} experts a token; the model uses {spec.top_k}"
-        if spec.num_experts > 2048:
-            return f"it sorts by at most 2048 experts; the model has {spec.num_experts}"
-        return reason_against_library("flashinfer", DISTRIBUTIONS, "flashinfer", MINIMUM) or reason_against_experts(spec)
-
     def __call__(self, x_TD: Tensor, routing: Routing, weights: TrtllmWeights) -> Tensor:
         ids_TK, weights_TK = routing
         if len(x_TD) == 0:
@@ -322,20 +234,6 @@ class CutlassRunner:
     def __init__(self) -> None:
         needs = ("input", "token_selected_experts", "token_final_scales", "fc1_expert_weights", "fc2_expert_weights", "output_dtype")
         self._function = Function("cutlass_fused_moe", (*needs, "quant_scales", "output", "use_deepseek_fp8_block_scale"))
-
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        if (why := reason_against_device(device, HOPPER)) is not None:
-            return why
-        if dtype != torch.bfloat16:
-            return f"it takes bfloat16; the dtype is {str(dtype).removeprefix('torch.')}"
-        if form.block != (BLOCK, BLOCK):
-            return f"it multiplies FP8 in blocks of {BLOCK}x{BLOCK}; the checkpoint's experts have none such"
-        if form.hidden % BLOCK or form.width % BLOCK:
-            return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
-        if (cuda := torch.version.cuda) is None or numbers(cuda) < (12, 8):
-            return f"it needs CUDA 12.8 or later; this torch was built for {cuda or 'none'}"
-        return reason_against_library("flashinfer", DISTRIBUTIONS, "flashinfer", MINIMUM)
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
         return ExpertWeights(up_first(weights.gate_up), weights.down)

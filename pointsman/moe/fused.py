@@ -13,12 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pointsman.kernels.device import Device
-from pointsman.kernels.triton_support import chains
+from pointsman.kernels.capability import chains
 from pointsman.moe.grouped import RoutedRunner
 from pointsman.moe.router import ROUTERS, RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.moe.weights import ExpertWeights
 
 FEW_TOKENS = 4  # from 8 on the chain was faster on an H100: the weights are as many, and one kernel waits for the slowest part thrice
 
@@ -61,10 +60,6 @@ class FusedRunner:
 
     def __init__(self, *, few_tokens: int = FEW_TOKENS, cut: Any = None) -> None:
         self._few_tokens, self._few, self._chain = few_tokens, FewTokens(cut), RoutedRunner()
-
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        return RoutedRunner.unsupported(spec, form, device, dtype) or ROUTERS["triton"].unsupported(spec, device, dtype)
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
         return self._chain.prepare(weights, dtype)

@@ -25,31 +25,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pointsman.kernels.device import Device
+from pointsman.kernels.capability import chains, is_hopper
 from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key, for_wide_products
-from pointsman.kernels.triton_support import chains, is_hopper, reason_against, version
-from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.kernels.triton_support import version
+from pointsman.moe.routing import Routing
+from pointsman.moe.weights import ExpertWeights
 
 BLOCK = 128
-MOST_EXPERTS = 1024  # what one program counts
 EXACT_TOKENS = 1024  # in larger batches a choice's output would be a third of all that moves, and is rounded to bfloat16
 WIDE_ROWS = 128.0  # rows of an expert from which on wide tiles multiply: on an H100 they win from 4,096 tokens of 8 of 256 experts on
 WIDE_TRITON = (3, 6)  # whose Gluon can specialize warps on Hopper
 FIXED_TOKENS = 512  # the batch for which deterministic cuts are made
-
-
-def reason_against_form(spec: RoutingSpec, form: ExpertForm, dtype: torch.dtype) -> str | None:
-    """What the kernels were not written for, or None."""
-    if dtype != torch.bfloat16:
-        return f"it computes in bfloat16; the dtype is {str(dtype).removeprefix('torch.')}"
-    if form.block not in (None, (BLOCK, BLOCK)):
-        return f"it multiplies FP8 in blocks of {BLOCK}x{BLOCK}; the checkpoint's are {form.block[0]}x{form.block[1]}"
-    if form.hidden % BLOCK or form.width % BLOCK:
-        return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
-    if spec.num_experts > MOST_EXPERTS:
-        return f"it sorts by at most {MOST_EXPERTS} experts; the model has {spec.num_experts}"
-    return None
 
 
 class _Grouped:
@@ -91,12 +77,6 @@ class TritonRunner(_Grouped):
 
     name: ClassVar[str] = "triton"
 
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        # e4m3 exists from 8.9 on
-        needs = (8, 0) if form.block is None else (8, 9)
-        return reason_against(device, needs=needs) or reason_against_form(spec, form, dtype)
-
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         ids_TK, weights_TK = routing
         num_tokens, top_k = ids_TK.shape
@@ -128,10 +108,6 @@ class RoutedRunner(_Grouped):
     ) -> None:
         super().__init__(deterministic=deterministic, tiles=tiles)
         self._wide_rows = wide_rows
-
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        return reason_against(device, needs=(9, 0), exactly=True) or reason_against_form(spec, form, dtype)
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         ids_TK, weights_TK = routing

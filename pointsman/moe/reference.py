@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels import reference
-from pointsman.kernels.device import Device
-from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.moe.routing import Routing
+from pointsman.moe.weights import ExpertWeights
 
 
 class ReferenceRunner:
@@ -21,10 +20,6 @@ class ReferenceRunner:
 
     name: ClassVar[str] = "reference"
     routes_itself: ClassVar[Literal[False]] = False
-
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        return None
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
         return weights

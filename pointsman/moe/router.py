@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pointsman.kernels import reference, triton_support
-from pointsman.kernels.choice import Choice
-from pointsman.kernels.device import Device
+from pointsman.kernels import reference
+from pointsman.kernels.capability import chains
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.routing import Routing, RoutingSpec, route
 
@@ -49,9 +48,8 @@ class RouterInput:
 
 @dataclass(frozen=True)
 class Router:
-    """A way to route; `unsupported` says why it cannot serve, or nothing."""
+    """A way to route."""
 
-    unsupported: Callable[[RoutingSpec, Device, torch.dtype], str | None]
     run: Callable[[RouterInput, RoutingSpec], Routing]
 
 
@@ -76,18 +74,10 @@ def _own_ids(ids_TK: Tensor, own: range) -> Tensor:
     return torch.where((ids_TK >= own.start) & (ids_TK < own.stop), ids_TK - own.start, -1)
 
 
-def _triton_unsupported(spec: RoutingSpec, device: Device, dtype: torch.dtype) -> str | None:
-    if spec.top_groups < spec.num_groups:
-        return "it chooses among all experts; this model limits a token to groups of them"
-    if dtype != torch.bfloat16:
-        return f"it takes bfloat16; the model computes in {str(dtype).removeprefix('torch.')}"
-    return triton_support.reason_against(device, needs=(8, 0))
-
-
 def _triton(deterministic: bool) -> Router:
     def run(rows: RouterInput, spec: RoutingSpec) -> Routing:
         kernels: Any = importlib.import_module("pointsman.kernels.routing")
-        pdl = triton_support.chains(rows.x_TD.device)
+        pdl = chains(rows.x_TD.device)
         logits_STE = kernels.router_logits(rows.x_TD, rows.gate_ED, deterministic=deterministic, pdl=pdl)
         ids_TK, weights_TK = kernels.choose_experts(
             logits_STE,
@@ -106,12 +96,12 @@ def _triton(deterministic: bool) -> Router:
         )
         return Routing(ids_TK, weights_TK)
 
-    return Router(_triton_unsupported, run)
+    return Router(run)
 
 
 ROUTERS: dict[str, Router] = {
     "triton": _triton(deterministic=False),
-    "reference": Router(lambda spec, device, dtype: None, _reference),
+    "reference": Router(_reference),
 }
 INVARIANT_ROUTERS: dict[str, Router] = {"triton": _triton(deterministic=True)}
 
@@ -119,9 +109,3 @@ INVARIANT_ROUTERS: dict[str, Router] = {"triton": _triton(deterministic=True)}
 def routers(*, invariant: bool) -> dict[str, Router]:
     """All, or those where what a row gets does not depend on the rows beside it."""
     return INVARIANT_ROUTERS if invariant else ROUTERS
-
-
-def router_choice(spec: RoutingSpec, *, device: Device, dtype: torch.dtype, invariant: bool = False) -> Choice:
-    """The choice of what routes; `invariant`: what a row gets does not depend on the rows beside it."""
-    table = routers(invariant=invariant)
-    return Choice("router", "auto", {name: entry.unsupported(spec, device, dtype) for name, entry in table.items()})

@@ -1,7 +1,7 @@
-"""What runs the experts: the protocol, the table, and the choice.
+"""What runs the experts: the protocol, and the table of what `candidates` chooses among.
 
 A runner that routes inside its kernel takes router logits; every other takes a Routing, which is what makes capture and replay
-possible. Libraries are imported by the runners made of them, when one is chosen: what is asked of all is only whether they could serve.
+possible. Libraries are imported by the runners made of them, when one is chosen.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from pointsman.kernels import VARIES
-from pointsman.kernels.choice import Choice
-from pointsman.kernels.device import Device
+from pointsman.moe.candidates import ROUTED_ALIKE
 from pointsman.moe.cpu import CpuRunner
 from pointsman.moe.deep_gemm import DeepGemmRunner
 from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRunner
@@ -22,7 +20,7 @@ from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.moe.weights import ExpertWeights
 
 
 class MoERunner(Protocol):
@@ -30,10 +28,6 @@ class MoERunner(Protocol):
 
     name: ClassVar[str]
     routes_itself: ClassVar[Literal[False]]
-
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        """Why it cannot serve, or None."""
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> Any:
         """The checkpoint's weights in the form that `__call__` takes, which is the runner's own."""
@@ -53,10 +47,6 @@ class RoutingRunner(Protocol):
     routes_itself: ClassVar[Literal[True]]
     replays: ClassVar[bool]
 
-    @staticmethod
-    def unsupported(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-        """Why it cannot serve, or None."""
-
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> Any:
         """The checkpoint's weights in the form that `__call__` takes, which is the runner's own."""
 
@@ -66,7 +56,6 @@ class RoutingRunner(Protocol):
 
 AnyRunner = MoERunner | RoutingRunner
 
-# in the order in which "auto" asks them
 RUNNERS: dict[str, type[MoERunner] | type[RoutingRunner]] = {
     "routed": RoutedRunner,
     "fused": FusedRunner,
@@ -79,37 +68,8 @@ RUNNERS: dict[str, type[MoERunner] | type[RoutingRunner]] = {
     "reference": ReferenceRunner,
 }
 
-# these can be told to give a token the same bits in every batch
+# told to give a token the same bits in every batch
 INVARIANT_RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed": RoutedRunner, "triton": TritonRunner}
-
-# these ask the device what the rows' experts are, so a step that has them cannot be captured in a CUDA graph
-WAITING_RUNNERS = frozenset({"cpu", "reference"})
-
-# for each that cannot be given experts, the one of its kind that can
-ROUTED_ALIKE = {"fused": "routed", "flashinfer_trtllm": "flashinfer_trtllm_routed"}
-
-
-def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: Device, dtype: torch.dtype) -> str | None:
-    """Why the runner of this name cannot serve, or None."""
-    if form.some and RUNNERS[name].routes_itself:
-        return "it chooses among all experts inside its kernel; with --ep a rank has some of them"
-    if form.some and name.startswith("flashinfer"):
-        return "with --ep a rank has some of the experts, and this version does not tell the library which"
-    return RUNNERS[name].unsupported(spec, form, device, dtype)
-
-
-def runner_choice(
-    wanted: str, spec: RoutingSpec, form: ExpertForm, *, device: Device, dtype: torch.dtype, deterministic: bool = False
-) -> Choice:
-    """The choice of what runs the experts.
-
-    Args:
-        deterministic: what a token gets must not depend, not even in the last bit, on how many others there are.
-    """
-    reasons = {name: unsupported(name, spec, form, device, dtype) for name in RUNNERS}
-    if deterministic:
-        reasons |= {name: VARIES for name, reason in reasons.items() if reason is None and name not in INVARIANT_RUNNERS}
-    return Choice("MoE runner", wanted, reasons)
 
 
 def make_runner(name: str, *, deterministic: bool = False) -> AnyRunner:

@@ -1,9 +1,9 @@
-"""How a model routes, as data: all that the routers of today's models differ in. No tensors, so that a config is read without torch."""
+"""How a model routes and what its experts are like, as data. No tensors, so that a config is read, and runners chosen, without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,21 @@ class RoutingSpec:
             raise ValueError(f"{self.num_experts} experts cannot be limited to {self.top_groups} of {self.num_groups} groups")
         if self.top_k > self.num_experts // self.num_groups * self.top_groups:
             raise ValueError(f"{self.top_groups} of {self.num_groups} groups have fewer than {self.top_k} experts")
+
+
+class ExpertForm(NamedTuple):
+    """What a runner must know of the experts before it is chosen.
+
+    Attributes:
+        width: as much of it as is here.
+        block: that of FP8 weights, None for plain ones.
+        some: there are others on other ranks.
+    """
+
+    hidden: int
+    width: int
+    block: tuple[int, int] | None
+    some: bool = False
 
 
 def experts_hit(num_experts: int, top_k: int, num_tokens: int) -> float:

@@ -15,21 +15,6 @@ import torch
 from pointsman.kernels.weight import Weight
 
 
-class ExpertForm(NamedTuple):
-    """What a runner must know of the experts before it is chosen.
-
-    Attributes:
-        width: as much of it as is here.
-        block: that of FP8 weights, None for plain ones.
-        some: there are others on other ranks.
-    """
-
-    hidden: int
-    width: int
-    block: tuple[int, int] | None
-    some: bool = False
-
-
 class ExpertWeights(NamedTuple):
     """`gate_up` is [E, 2F, D] with parts (F, F); `down` is [E, D, F]."""
 

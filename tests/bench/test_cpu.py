@@ -14,7 +14,8 @@ from pointsman.bench.cpu.gguf_file import tensors, write_gguf
 from pointsman.bench.cpu.llama import LlamaServer
 from pointsman.bench.cpu.run import agreements, ratios, summarize, tree_memory_mb
 from pointsman.models import architecture_of
-from pointsman.models.checkpoint import open_checkpoint, read_json
+from pointsman.models.checkpoint import open_checkpoint
+from pointsman.models.folder import read_json
 
 BUNDLED = pytest.mark.skipif(not (tiny.path() / "model.safetensors").is_file(), reason="the bundled checkpoint is not there")
 

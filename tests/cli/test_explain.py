@@ -125,3 +125,25 @@ def test_neither_weights_nor_a_server_nor_a_compiler_are_touched() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr.strip()) == (0, "[]")
+
+
+PROGRAM = """
+import contextlib, io, sys
+from pointsman import cli
+heavy = {"torch", "triton", "numba", "safetensors", "transformers"}
+for words in (
+    ["explain", sys.argv[1], "--device", "h200", "--tp", "4", "--json"],
+    ["explain", "--device", "b200"],
+    ["explain", "--device", "cpu"],
+    ["--help"], ["serve", "--help"], ["routes", "--help"], ["bench", "serve", "--help"], ["explain", "--help"], ["quantize", "--help"],
+):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        assert cli.main(words) == 0
+    assert not heavy & sys.modules.keys(), (words, heavy & sys.modules.keys())
+"""
+
+
+def test_it_needs_no_tensors() -> None:
+    """Nobody waits for torch who asks what would be chosen, or for help."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(M25)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pointsman.distributed import Mesh
 from pointsman.distributed.peer_memory import PeerMemory
-from pointsman.kernels import GLUES, reference
+from pointsman.kernels import reference
+from pointsman.kernels.operations import GLUES
 from pointsman.kernels.weight import Quantized
 from pointsman.layers import mailboxes
 from pointsman.layers.attention import Attention, NormedTogether, Rotation

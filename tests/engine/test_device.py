@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pointsman.config import engine_config
-from pointsman.engine.device import check_options, choose_device
+from pointsman.engine.device import choose_device
+from pointsman.engine.device_options import check_options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -44,7 +45,7 @@ def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_options_that_mean_nothing_are_refused(device: torch.device, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_options(engine_config(**options), device)
+        check_options(engine_config(**options), device.type)
 
 
 @pytest.mark.parametrize(
@@ -57,4 +58,4 @@ def test_options_that_mean_nothing_are_refused(device: torch.device, options: di
     ],
 )
 def test_the_others_are_not(device: torch.device, options: dict[str, Any]) -> None:
-    check_options(engine_config(**options), device)
+    check_options(engine_config(**options), device.type)

@@ -15,11 +15,12 @@ import torch
 from pointsman.engine.batch import Batch, Lanes
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.device_step import DeviceMemory, DeviceStep
-from pointsman.kernels import GLUES, INVARIANT_ATTENTIONS, INVARIANT_LINEARS
+from pointsman.kernels.operations import GLUES, INVARIANT_ATTENTIONS, INVARIANT_LINEARS
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.architecture import Architecture
-from pointsman.models.decoder import Backends, Decoder
+from pointsman.models.backends import Backends
+from pointsman.models.decoder import Decoder
 from pointsman.models.loader import load_model
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import DeviceExpertLoad

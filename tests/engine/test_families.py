@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from pointsman import LLM, SamplingParams
-from pointsman.engine.compiled import unsupported
-from pointsman.kernels import LINEARS
+from pointsman.engine.candidates import reason_against_compiled
 from pointsman.models.quantize import quantize_checkpoint
 from pointsman.models.sharding import Shard
 from pointsman.rl import replay
@@ -109,7 +108,7 @@ def test_what_all_tokens_take_is_not_cut_within_blocks() -> None:
     air = dataclasses.replace(ARCHITECTURES["Glm4Moe"], expert_width=1408, shared_width=1408, dense_width=10944)
     for block, width, fits in (((128, 128), 1408, True), (None, 1400, True), ((128, 128), 1400, False)):
         model = dataclasses.replace(air, quantization_block=block, expert_width=width, shared_width=width)
-        reason = unsupported(Shard(model), runner="cpu", linear=LINEARS["cpu"], dtype=torch.float32)
+        reason = reason_against_compiled(Shard(model), runner="cpu", linear="cpu", dtype="float32")
         assert reason is None if fits else reason is not None and "dense layers (10944 wide)" in reason
 
 

@@ -17,11 +17,13 @@ from pointsman.engine.device import choose_device
 from pointsman.engine.device_models import MODELS, model_of
 from pointsman.engine.memory import memory_bytes
 from pointsman.engine.plan import Plan, make_plan, plan_on
-from pointsman.kernels.triton_support import describe
+from pointsman.kernels.capability import describe
 from pointsman.models import architecture_of
-from pointsman.models.checkpoint import read_json
+from pointsman.models.backends import take
+from pointsman.models.folder import read_json
+from pointsman.models.parameters import held
 from pointsman.models.sharding import Shard
-from pointsman.models.sizes import described, held
+from pointsman.models.sizes import described
 from tests.models.test_architecture import PUBLISHED
 
 M25 = architecture_of(PUBLISHED)
@@ -54,9 +56,10 @@ def test_what_is_planned_is_what_is_built(folder: Path, bundled: bool, options: 
     assert plan.weights == held(decoder.parameters)
     assert plan.cache == parts.cache and plan.context_length == parts.context_length
     assert plan.choices.moe.chosen == parts.choices["moe_runner_backend"]
-    assert str(plan.choices.dtype).removeprefix("torch.") == parts.choices["dtype"]
-    assert (plan.choices.take().linear, plan.choices.take().attention) == (decoder.backends.linear, decoder.backends.attention)
-    assert (plan.choices.take().glue, plan.choices.take().router) == (decoder.backends.glue, decoder.backends.router)
+    assert plan.choices.dtype == parts.choices["dtype"]
+    taken = take(plan.choices)
+    assert (taken.linear, taken.attention) == (decoder.backends.linear, decoder.backends.attention)
+    assert (taken.glue, taken.router) == (decoder.backends.glue, decoder.backends.router)
     storage = parts.weights._storage
     slots = storage._kv.num_slots
     assert storage._kv.k.nbytes + storage._kv.v.nbytes == slots * plan.token["keys and values"]

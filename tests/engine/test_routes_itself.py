@@ -10,11 +10,12 @@ from torch import Tensor
 
 from pointsman import LLM, SamplingParams
 from pointsman.kernels import reference
-from pointsman.models import choices
+from pointsman.models import backends
+from pointsman.moe.candidates import ROUTED_ALIKE
 from pointsman.moe.cpu import CpuRunner
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import RoutingSpec, route
-from pointsman.moe.runner import ROUTED_ALIKE, RUNNERS, reason_against_replay
+from pointsman.moe.runner import RUNNERS, reason_against_replay
 from pointsman.moe.weights import ExpertWeights
 
 PROMPTS = [list(range(20, 30)), list(range(60, 68)), list(range(100, 112))]
@@ -46,12 +47,12 @@ def answers(**config: object) -> tuple[list[list[int]], list[np.ndarray], int]:
 
 @pytest.fixture
 def itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "make_runner", lambda name, deterministic: Itself())
+    monkeypatch.setattr(backends, "make_runner", lambda name, deterministic: Itself())
 
 
 def test_it_records_what_a_router_would_have_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, rows, _ = answers(moe_runner_backend="cpu")
-    monkeypatch.setattr(choices, "make_runner", lambda name, deterministic: Itself())
+    monkeypatch.setattr(backends, "make_runner", lambda name, deterministic: Itself())
     # room for a sequence and a half: others lose their pages, and are computed anew
     got_tokens, got_rows, num_preemptions = answers(max_total_tokens=96)
     assert num_preemptions > 0

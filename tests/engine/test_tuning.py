@@ -13,7 +13,7 @@ import torch
 from pointsman import LLM, SamplingParams, tiny
 from pointsman.config import engine_config
 from pointsman.engine.tuning import tune_experts
-from pointsman.models import choices
+from pointsman.models import backends
 from pointsman.models.decoder import Decoder
 from pointsman.models.loader import load_model
 from pointsman.moe.flashinfer import RoutedTrtllmRunner, TrtllmRunner
@@ -42,7 +42,7 @@ class Line:
 def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runner: type, version: str) -> tuple[Emulation, Decoder]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     emulation = Emulation(version).install(monkeypatch)
-    monkeypatch.setattr(choices, "make_runner", lambda name, **options: runner())
+    monkeypatch.setattr(backends, "make_runner", lambda name, **options: runner())
     return emulation, load_model(str(tiny.path()), progress=False)
 
 
@@ -102,7 +102,7 @@ def test_an_engine_answers_and_records_over_it(runner: type, monkeypatch: pytest
 
     tokens, rows = answer(moe_runner_backend="reference")
     emulation = Emulation(VERSIONS[-1], exact=True).install(monkeypatch)
-    monkeypatch.setattr(choices, "make_runner", lambda name, **options: runner())
+    monkeypatch.setattr(backends, "make_runner", lambda name, **options: runner())
     got_tokens, got_rows = answer()
     assert emulation.calls and got_tokens == tokens
     # the weights of choices are rounded to bfloat16 where they are packed, which may tip a choice that is all but even

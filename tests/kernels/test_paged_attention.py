@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pointsman.kernels import AttentionShape, norm_quant, paged_attention, reference
+from pointsman.kernels import norm_quant, paged_attention, reference
+from pointsman.kernels.candidates import AttentionShape
 from pointsman.kernels.paged_attention import ZERO_LANE, TilePlan, lay_out_tiles, most_prefill_tiles, plan, write_tiles
 from pointsman.kernels.reference import Span
 from pointsman.kernels.weight import Quantized

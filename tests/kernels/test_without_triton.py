@@ -17,14 +17,15 @@ def version(name):
     return whole(name)
 importlib.metadata.version = version
 import torch
-from pointsman.moe.runner import RUNNERS, runner_choice, unsupported
-from pointsman.kernels.triton_support import describe
+from pointsman.moe.runner import RUNNERS
+from pointsman.moe.candidates import runner_choice, unsupported
+from pointsman.kernels.capability import describe
 from pointsman.moe.routing import RoutingSpec
-from pointsman.moe.weights import ExpertForm
+from pointsman.moe.spec import ExpertForm
 import pointsman.engine.llm, pointsman.bench.kernels, pointsman.bench.tune
 spec, form = RoutingSpec(num_experts=8, top_k=2, score="sigmoid"), ExpertForm(256, 128, (128, 128))
-print(runner_choice("auto", spec, form, device=describe(torch.device("cpu")), dtype=torch.float32).take())
-print(unsupported("routed", spec, form, describe(torch.device("cuda")), torch.bfloat16))
+print(runner_choice("auto", spec, form, device=describe(torch.device("cpu")), dtype="float32").take())
+print(unsupported("routed", spec, form, describe(torch.device("cuda")), "bfloat16"))
 """
 
 

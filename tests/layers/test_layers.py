@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from pointsman.distributed import Mesh
-from pointsman.kernels import LINEARS, reference
+from pointsman.kernels import reference
+from pointsman.kernels.dtypes import NUM_BYTES
+from pointsman.kernels.operations import LINEARS
 from pointsman.kernels.weight import Weight
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.linear import Embedding, Linear
 from pointsman.layers.moe import MoE
-from pointsman.layers.paged_kv import KV_DTYPES, PagedKV, bytes_per_token
+from pointsman.layers.paged_kv import KV_DTYPES, PagedKV
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.router import ROUTERS
@@ -35,12 +37,7 @@ def test_the_cache_has_the_documented_layout(name: str) -> None:
     reference.write_kv(kv.k[1], kv.v[1], rows, rows + 1, torch.tensor([3 * 4 + 2]))
     assert torch.equal(kv.k[1, 3, :, 2].float(), rows[0].to(dtype).float())
     assert torch.equal(kv.v[1, 3, :, 2].float(), (rows[0] + 1).to(dtype).float())
-    size = bytes_per_token(num_layers=3, num_kv_heads=2, head_dim=8, dtype=dtype)
-    assert size * kv.num_slots == 2 * kv.k.numel() * kv.k.element_size()
-
-
-def test_a_token_of_minimax_m25_takes_248_kib() -> None:
-    assert bytes_per_token(num_layers=62, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16) == 248 * 1024
+    assert kv.k.element_size() == NUM_BYTES[name]
 
 
 def test_a_linear_makes_its_form_once_and_keeps_the_checkpoints() -> None:

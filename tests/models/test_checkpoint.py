@@ -11,7 +11,8 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 
-from pointsman.models.checkpoint import INDEX, locate, open_checkpoint, read_json
+from pointsman.models.checkpoint import INDEX, open_checkpoint
+from pointsman.models.folder import locate, read_json
 from tests.models.checkpoints import Shape
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pointsman.kernels import ATTENTIONS, GLUES, INVARIANT_ATTENTIONS, INVARIANT_LINEARS, LINEARS
-from pointsman.models.decoder import Backends, Decoder
+from pointsman.kernels.operations import ATTENTIONS, GLUES, INVARIANT_ATTENTIONS, INVARIANT_LINEARS, LINEARS
+from pointsman.models.backends import Backends
+from pointsman.models.decoder import Decoder
 from pointsman.models.loader import load_model
 from pointsman.models.quantize import quantize_checkpoint
 from tests.kernels.interpreter import correct

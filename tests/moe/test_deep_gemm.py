@@ -14,18 +14,19 @@ from pointsman.kernels.device import Device
 from pointsman.kernels.weight import Weight
 from pointsman.moe import deep_gemm as door
 from pointsman.moe import library
+from pointsman.moe.candidates import DEEP_GEMM, runner_choice, unsupported
 from pointsman.moe.deep_gemm import DeepGemmRunner, products
 from pointsman.moe.library import installed
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.runner import runner_choice
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.moe.spec import ExpertForm
+from pointsman.moe.weights import ExpertWeights
 from tests.kernels.interpreter import correct
 from tests.moe.libraries import deep_gemm
 from tests.moe.libraries.models import NUM_EXPERTS, TOP_K, D, distance, experts, hidden_rows, oracle, routing
 
 correct()
-REAL = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and installed(door.DISTRIBUTIONS) is not None
+REAL = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and installed(DEEP_GEMM) is not None
 DEVICE = torch.device("cuda" if REAL else "cpu")
 # gate and up, and the output of a choice, are rounded to bfloat16, as in runner `triton`, whose bound this is
 BOUND = 0.045
@@ -85,15 +86,15 @@ def test_nothing_for_no_tokens(calls: list[str]) -> None:
 def test_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, form = RoutingSpec(num_experts=8, top_k=2, score="sigmoid"), ExpertForm(256, 128, (128, 128))
     cpu, cuda = Device(type="cpu"), Device(type="cuda", capability=(9, 0), triton=(3, 6))
-    assert "9.0; the device is cpu" in str(DeepGemmRunner.unsupported(spec, form, cpu, torch.bfloat16))
-    assert "experts are plain" in str(DeepGemmRunner.unsupported(spec, form._replace(block=None), cuda, torch.bfloat16))
-    assert "32x128" in str(DeepGemmRunner.unsupported(spec, form._replace(block=(32, 128)), cuda, torch.bfloat16))
-    assert "multiples of 128" in str(DeepGemmRunner.unsupported(spec, form._replace(width=192), cuda, torch.bfloat16))
-    assert "bfloat16" in str(DeepGemmRunner.unsupported(spec, form, cuda, torch.float32))
+    assert "9.0; the device is cpu" in str(unsupported("deep_gemm", spec, form, cpu, "bfloat16"))
+    assert "experts are plain" in str(unsupported("deep_gemm", spec, form._replace(block=None), cuda, "bfloat16"))
+    assert "32x128" in str(unsupported("deep_gemm", spec, form._replace(block=(32, 128)), cuda, "bfloat16"))
+    assert "multiples of 128" in str(unsupported("deep_gemm", spec, form._replace(width=192), cuda, "bfloat16"))
+    assert "bfloat16" in str(unsupported("deep_gemm", spec, form, cuda, "float32"))
     with pytest.raises(ValueError, match=r"'deep_gemm' cannot serve here: .*9[.]0; the device is cpu; these can: cpu, reference"):
-        runner_choice("deep_gemm", spec, form, device=cpu, dtype=torch.float32).take()
+        runner_choice("deep_gemm", spec, form, device=cpu, dtype="float32").take()
     monkeypatch.setattr(library, "installed", lambda distributions: None)
-    assert "not installed: pip install 'pointsman[deepgemm]'" in str(DeepGemmRunner.unsupported(spec, form, cuda, torch.bfloat16))
+    assert "not installed: pip install 'pointsman[deepgemm]'" in str(unsupported("deep_gemm", spec, form, cuda, "bfloat16"))
 
 
 def test_a_library_of_other_names_is_refused(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,17 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from pointsman.kernels.capability import describe
 from pointsman.kernels.device import Device
-from pointsman.kernels.triton_support import describe
 from pointsman.moe import flashinfer as door
+from pointsman.moe import flashinfer_limits as limits
 from pointsman.moe import library, trtllm_layout
+from pointsman.moe.candidates import runner_choice, unsupported
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRunner
 from pointsman.moe.library import installed, numbers
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec, route
-from pointsman.moe.runner import runner_choice
-from pointsman.moe.weights import ExpertForm, ExpertWeights
+from pointsman.moe.spec import ExpertForm
+from pointsman.moe.weights import ExpertWeights
 from tests.moe.libraries.flashinfer import PLACES, VERSIONS, Emulation, unshuffled
 from tests.moe.libraries.models import NUM_EXPERTS, TOP_K, D, distance, experts, hidden_rows, normal, oracle, routing
 from tests.moe.libraries.signatures import known, signature
@@ -59,7 +61,9 @@ def there(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     """As if this version were installed."""
     monkeypatch.setattr(library, "installed", lambda names: version)
     monkeypatch.setattr(door, "installed", lambda names: version)
+    monkeypatch.setattr(limits, "installed", lambda names: version)
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(limits, "torch_cuda", lambda: "13.0")
 
 
 def rows(x_TD: Tensor, spec: RoutingSpec, routes: RouteStore | None = None, *, biased: bool = True) -> RouterInput:
@@ -180,10 +184,10 @@ def test_nothing_for_no_tokens(emulated: Emulation) -> None:
 @versions
 def test_arguments_fit_the_installed_library(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where FlashInfer is installed, the signature is that of the library itself, and is the one that is kept here."""
-    if installed(door.DISTRIBUTIONS) is None:
+    if installed(limits.DISTRIBUTIONS) is None:
         pytest.skip("flashinfer-python is not installed")
-    if numbers(str(installed(door.DISTRIBUTIONS))) != numbers(version):
-        pytest.skip(f"another version is installed: {installed(door.DISTRIBUTIONS)}")
+    if numbers(str(installed(limits.DISTRIBUTIONS))) != numbers(version):
+        pytest.skip(f"another version is installed: {installed(limits.DISTRIBUTIONS)}")
     real, entry = importlib.import_module("flashinfer.fused_moe"), known()["flashinfer-python"][version]
     emulation = Emulation(version)
     for name in ("trtllm_fp8_block_scale_moe", "trtllm_fp8_block_scale_routed_moe", "cutlass_fused_moe"):
@@ -214,7 +218,7 @@ def test_arguments_fit_the_installed_library(version: str, monkeypatch: pytest.M
 def test_on_the_hardware(kind: type, layout: str | None) -> None:
     """The library itself, where a GPU is one that it has kernels for: what no emulation can tell."""
     device, spec = torch.device("cuda"), SPECS["minimax"]
-    if (why := kind.unsupported(spec, FORM, describe(device), torch.bfloat16)) is not None:
+    if (why := unsupported(kind.name, spec, FORM, describe(device), "bfloat16")) is not None:
         pytest.skip(why)
     if layout is not None and kind is CutlassRunner:
         pytest.skip("it has one layout")
@@ -232,7 +236,7 @@ def test_on_the_hardware(kind: type, layout: str | None) -> None:
 
 
 def test_the_library_shuffles_as_we_do() -> None:
-    if installed(door.DISTRIBUTIONS) is None:
+    if installed(limits.DISTRIBUTIONS) is None:
         pytest.skip("flashinfer-python is not installed")
     utils, moe = importlib.import_module("flashinfer"), importlib.import_module("flashinfer.fused_moe.core")
     matrix = normal(256, 256).to(torch.float8_e4m3fn)
@@ -295,7 +299,7 @@ def test_limits_of_both(spec: dict, form: dict, device: Device, version: str | N
     model = RoutingSpec(**({"num_experts": 256, "top_k": 8, "score": "sigmoid"} | spec))
     for name in "flashinfer_trtllm", "flashinfer_trtllm_routed":
         with pytest.raises(ValueError, match=f"'{name}' cannot serve here: .*({reason})"):
-            runner_choice(name, model, FORM._replace(**form), device=device, dtype=torch.bfloat16).take()
+            runner_choice(name, model, FORM._replace(**form), device=device, dtype="bfloat16").take()
 
 
 @pytest.mark.parametrize(
@@ -318,32 +322,30 @@ def test_limits_of_the_kernels_own_choice(spec: dict, reason: str, monkeypatch: 
     """Each names what it is; the engine's choice has none of them."""
     there(monkeypatch, "0.7.2")
     model = RoutingSpec(**({"num_experts": 256, "top_k": 8, "score": "sigmoid"} | spec))
-    assert reason in str(TrtllmRunner.unsupported(model, FORM, BLACKWELL, torch.bfloat16))
-    assert RoutedTrtllmRunner.unsupported(model, FORM, BLACKWELL, torch.bfloat16) is None
+    assert reason in str(unsupported("flashinfer_trtllm", model, FORM, BLACKWELL, "bfloat16"))
+    assert unsupported("flashinfer_trtllm_routed", model, FORM, BLACKWELL, "bfloat16") is None
 
 
 def test_limits_of_the_engines_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     there(monkeypatch, "0.7.2")
     assert "at most 2048 experts" in str(
-        RoutedTrtllmRunner.unsupported(RoutingSpec(num_experts=2052, top_k=8, score="sigmoid"), FORM, BLACKWELL, torch.bfloat16)
+        unsupported("flashinfer_trtllm_routed", RoutingSpec(num_experts=2052, top_k=8, score="sigmoid"), FORM, BLACKWELL, "bfloat16")
     )
 
 
 def test_limits_of_cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
     there(monkeypatch, "0.7.2")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
     spec = SPECS["minimax"]
 
-    def why(form: ExpertForm = FORM, device: Device = HOPPER, dtype: torch.dtype = torch.bfloat16) -> str:
-        return str(CutlassRunner.unsupported(spec, form, device, dtype))
+    def why(form: ExpertForm = FORM, device: Device = HOPPER, dtype: str = "bfloat16") -> str:
+        return str(unsupported("flashinfer_cutlass", spec, form, device, dtype))
 
     assert why() == "None"
     assert "sm_90; this one is sm_100" in why(device=BLACKWELL)
-    assert "the dtype is float32" in why(dtype=torch.float32)
+    assert "the dtype is float32" in why(dtype="float32")
     assert "blocks of 128x128" in why(FORM._replace(block=None)) and "they are 256 and 64" in why(FORM._replace(width=64))
-    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(limits, "torch_cuda", lambda: "12.6")
     assert "CUDA 12.8 or later; this torch was built for 12.6" in why()
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
     there(monkeypatch, "0.6.7")
     assert "0.6.8 or later" in why()
 
@@ -365,7 +367,7 @@ def test_every_limit_is_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trtllm_limits(num_experts: int, top_k: int) -> str | None:
-    return door.reason_against_trtllm_form(RoutingSpec(num_experts=num_experts, top_k=top_k, score="sigmoid"), FORM)
+    return limits.reason_against_trtllm_form(RoutingSpec(num_experts=num_experts, top_k=top_k, score="sigmoid"), FORM)
 
 
 def test_a_version_that_lacks_what_is_needed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,10 +403,10 @@ def test_a_softmax_with_a_bias_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_libraries_are_not_imported_unless_chosen() -> None:
     program = (
-        "import sys, pointsman.moe.runner as r; from pointsman.kernels.device import Device; import torch\n"
-        "from pointsman.moe.routing import RoutingSpec; from pointsman.moe.weights import ExpertForm\n"
-        "r.runner_choice('auto', RoutingSpec(num_experts=8, top_k=2, score='sigmoid'), ExpertForm(256, 128, (128, 128)),"
-        " device=Device(type='cpu'), dtype=torch.float32).take()\n"
+        "import sys, pointsman.moe.runner; from pointsman.kernels.device import Device\n"
+        "from pointsman.moe.candidates import runner_choice; from pointsman.moe.spec import ExpertForm, RoutingSpec\n"
+        "runner_choice('auto', RoutingSpec(num_experts=8, top_k=2, score='sigmoid'), ExpertForm(256, 128, (128, 128)),"
+        " device=Device(type='cpu'), dtype='float32').take()\n"
         "assert not {'flashinfer', 'deep_gemm', 'tvm_ffi', 'triton'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -12,18 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pointsman.kernels import VARIES
+from pointsman.kernels.candidates import VARIES
 from pointsman.kernels.device import Device
 from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.tiles import Shape, Tile, Tiles, load_tables, rule
 from pointsman.kernels.weight import Weight
 from pointsman.moe import grouped
+from pointsman.moe.candidates import reason_against_form, runner_choice, unsupported
 from pointsman.moe.fused import FewTokens
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.runner import make_runner, runner_choice
-from pointsman.moe.weights import ExpertForm, ExpertWeights, stack_experts
+from pointsman.moe.runner import make_runner
+from pointsman.moe.spec import ExpertForm
+from pointsman.moe.weights import ExpertWeights, stack_experts
 from tests.kernels.interpreter import correct
 
 correct()
@@ -215,33 +217,33 @@ SPEC = RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid")
 @pytest.mark.parametrize(
     ("form", "dtype", "reason"),
     [
-        (ExpertForm(256, 128, (128, 128)), torch.float32, "it computes in bfloat16; the dtype is float32"),
-        (ExpertForm(256, 128, (64, 128)), torch.bfloat16, "the checkpoint's are 64x128"),
-        (ExpertForm(200, 128, None), torch.bfloat16, "multiples of 128; they are 200 and 128"),
-        (ExpertForm(256, 192, (128, 128)), torch.bfloat16, "multiples of 128; they are 256 and 192"),
+        (ExpertForm(256, 128, (128, 128)), "float32", "it computes in bfloat16; the dtype is float32"),
+        (ExpertForm(256, 128, (64, 128)), "bfloat16", "the checkpoint's are 64x128"),
+        (ExpertForm(200, 128, None), "bfloat16", "multiples of 128; they are 200 and 128"),
+        (ExpertForm(256, 192, (128, 128)), "bfloat16", "multiples of 128; they are 256 and 192"),
     ],
 )
-def test_what_the_kernels_were_not_written_for_is_refused(form: ExpertForm, dtype: torch.dtype, reason: str) -> None:
-    assert reason in (grouped.reason_against_form(SPEC, form, dtype) or "")
+def test_what_the_kernels_were_not_written_for_is_refused(form: ExpertForm, dtype: str, reason: str) -> None:
+    assert reason in (reason_against_form(SPEC, form, dtype) or "")
     fine = ExpertForm(256, 128, (128, 128))
-    assert grouped.reason_against_form(SPEC, fine, torch.bfloat16) is None
+    assert reason_against_form(SPEC, fine, "bfloat16") is None
     many = RoutingSpec(num_experts=2048, top_k=2, score="sigmoid")
-    assert "at most 1024 experts; the model has 2048" in (grouped.reason_against_form(many, fine, torch.bfloat16) or "")
+    assert "at most 1024 experts; the model has 2048" in (reason_against_form(many, fine, "bfloat16") or "")
 
 
 def test_runners_that_mind_their_company_are_refused_where_it_may_not_matter() -> None:
     form, hopper = ExpertForm(256, 128, (128, 128)), Device(type="cuda", capability=(9, 0), triton=(3, 6))
-    assert runner_choice("auto", SPEC, form, device=hopper, dtype=torch.bfloat16, deterministic=True).take() == "routed"
-    assert runner_choice("auto", SPEC, form, device=hopper, dtype=torch.bfloat16).take() == "routed"
+    assert runner_choice("auto", SPEC, form, device=hopper, dtype="bfloat16", deterministic=True).take() == "routed"
+    assert runner_choice("auto", SPEC, form, device=hopper, dtype="bfloat16").take() == "routed"
     runner = make_runner("routed", deterministic=True)
     assert isinstance(runner, RoutedRunner) and runner.deterministic
     with pytest.raises(ValueError, match=f"'reference' cannot serve here: {VARIES}"):
-        runner_choice("reference", SPEC, form, device=hopper, dtype=torch.bfloat16, deterministic=True).take()
+        runner_choice("reference", SPEC, form, device=hopper, dtype="bfloat16", deterministic=True).take()
 
 
 def test_devices_are_refused_by_name() -> None:
     form = ExpertForm(256, 128, (128, 128))
-    ask = lambda runner, device: runner.unsupported(SPEC, form, device, torch.bfloat16)  # noqa: E731
+    ask = lambda runner, device: unsupported(runner.name, SPEC, form, device, "bfloat16")  # noqa: E731
     assert ask(RoutedRunner, Device(type="cpu")) == "it needs a CUDA device of compute capability 9.0; the device is cpu"
     for capability, routed, triton in [
         ((9, 0), None, None),

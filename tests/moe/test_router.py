@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from pointsman.kernels.device import Device
+from pointsman.moe import candidates
+from pointsman.moe.candidates import router_choice
 from pointsman.moe.capture import RouteStore
-from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput, router_choice
+from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
 from tests.kernels.interpreter import correct
 
@@ -65,10 +67,10 @@ def test_kernels_route_record_and_replay_as_the_reference(table: dict, replays: 
 
 def test_routers_say_why_not() -> None:
     grouped = RoutingSpec(num_experts=E, top_k=K, score="sigmoid", num_groups=4, top_groups=2)
-    triton = ROUTERS["triton"]
-    assert "limits a token to groups" in str(triton.unsupported(grouped, Device(type="cuda"), torch.bfloat16))
-    assert "bfloat16" in str(triton.unsupported(SPEC, Device(type="cuda"), torch.float32))
-    assert "the device is cpu" in str(triton.unsupported(SPEC, Device(type="cpu"), torch.bfloat16))
-    assert router_choice(SPEC, device=Device(type="cpu"), dtype=torch.float32).take() == "reference"
+    triton = candidates.ROUTERS["triton"]
+    assert "limits a token to groups" in str(triton(grouped, Device(type="cuda"), "bfloat16"))
+    assert "bfloat16" in str(triton(SPEC, Device(type="cuda"), "float32"))
+    assert "the device is cpu" in str(triton(SPEC, Device(type="cpu"), "bfloat16"))
+    assert router_choice(SPEC, device=Device(type="cpu"), dtype="float32").take() == "reference"
     with pytest.raises(ValueError, match="no router can serve here"):
-        router_choice(SPEC, device=Device(type="cpu"), dtype=torch.float32, invariant=True).take()
+        router_choice(SPEC, device=Device(type="cpu"), dtype="float32", invariant=True).take()

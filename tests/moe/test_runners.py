@@ -10,9 +10,14 @@ from pointsman.config import MOE_RUNNERS
 from pointsman.kernels.device import Device
 from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.weight import Weight
+from pointsman.moe import candidates
+from pointsman.moe.candidates import runner_choice, unsupported
+from pointsman.moe.library import torch_cuda
+from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS
 from pointsman.moe.routing import Routing, RoutingSpec, route
-from pointsman.moe.runner import RUNNERS, make_runner, runner_choice, unsupported
-from pointsman.moe.weights import ExpertForm, ExpertWeights, stack_experts
+from pointsman.moe.runner import INVARIANT_RUNNERS, RUNNERS, make_runner
+from pointsman.moe.spec import ExpertForm
+from pointsman.moe.weights import ExpertWeights, stack_experts
 
 SPEC = RoutingSpec(num_experts=7, top_k=3, score="sigmoid")
 D, WIDTH = 40, 24
@@ -102,10 +107,10 @@ def test_ranks_with_some_of_the_experts_make_parts_of_the_sum(name: str, num_tok
 
 def test_runners_that_cannot_have_some_of_the_experts_say_so() -> None:
     some = FORM._replace(some=True)
-    reason = unsupported("fused", SPEC, some, Device(type="cuda", capability=(9, 0), triton=(3, 6)), torch.bfloat16)
+    reason = unsupported("fused", SPEC, some, Device(type="cuda", capability=(9, 0), triton=(3, 6)), "bfloat16")
     assert reason == "it chooses among all experts inside its kernel; with --ep a rank has some of them"
-    assert "which" in (unsupported("flashinfer_cutlass", SPEC, some, CUDA, torch.bfloat16) or "")
-    assert unsupported("cpu", SPEC, some, CPU, torch.float32) is None
+    assert "which" in (unsupported("flashinfer_cutlass", SPEC, some, CUDA, "bfloat16") or "")
+    assert unsupported("cpu", SPEC, some, CPU, "float32") is None
 
 
 def test_stacking_keeps_the_scales_of_each_expert() -> None:
@@ -120,19 +125,31 @@ def test_stacking_keeps_the_scales_of_each_expert() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_name_has_an_answer(device: str) -> None:
     for name in MOE_RUNNERS[1:]:
-        reason = unsupported(name, SPEC, FORM, Device(type=device, triton=(3, 6)), torch.float32)
+        reason = unsupported(name, SPEC, FORM, Device(type=device, triton=(3, 6)), "float32")
         assert (reason is None) == (name == "reference" or (name == "cpu" and device == "cpu"))
         if reason is not None:
             with pytest.raises(ValueError, match=f"MoE runner '{name}' cannot serve here: {reason[:12]}"):
-                runner_choice(name, SPEC, FORM, device=Device(type=device, triton=(3, 6)), dtype=torch.float32).take()
+                runner_choice(name, SPEC, FORM, device=Device(type=device, triton=(3, 6)), dtype="float32").take()
 
 
 def test_auto_and_names() -> None:
-    assert runner_choice("auto", SPEC, FORM, device=CPU, dtype=torch.float32).take() == "cpu"
-    assert runner_choice("auto", SPEC, FORM, device=CUDA, dtype=torch.float32).take() == "reference"
-    assert runner_choice("reference", SPEC, FORM, device=CPU, dtype=torch.float32).take() == "reference"
+    assert runner_choice("auto", SPEC, FORM, device=CPU, dtype="float32").take() == "cpu"
+    assert runner_choice("auto", SPEC, FORM, device=CUDA, dtype="float32").take() == "reference"
+    assert runner_choice("reference", SPEC, FORM, device=CPU, dtype="float32").take() == "reference"
     assert {name: make_runner(name).name for name in ANYWHERE} == {name: name for name in ANYWHERE}
     with pytest.raises(ValueError, match="unknown MoE runner 'marlin'; known are auto, routed, "):
-        runner_choice("marlin", SPEC, FORM, device=CPU, dtype=torch.float32).take()
+        runner_choice("marlin", SPEC, FORM, device=CPU, dtype="float32").take()
     with pytest.raises(ValueError, match=r"sm_100.*these can: cpu, reference"):
-        runner_choice("flashinfer_trtllm_routed", SPEC, FORM, device=CPU, dtype=torch.float32).take()
+        runner_choice("flashinfer_trtllm_routed", SPEC, FORM, device=CPU, dtype="float32").take()
+
+
+def test_every_candidate_is_a_runner() -> None:
+    """In the tables of reasons and of classes, under the same names; and what is said of one is so."""
+    assert list(candidates.RUNNERS) == list(RUNNERS) and candidates.ROUTERS.keys() == ROUTERS.keys()
+    assert candidates.ROUTED_ALIKE.keys() == {name for name, runner in RUNNERS.items() if runner.routes_itself}
+    assert INVARIANT_RUNNERS.keys() == candidates.INVARIANT_RUNNERS and INVARIANT_ROUTERS.keys() == candidates.INVARIANT_ROUTERS
+    assert RUNNERS.keys() >= candidates.WAITING_RUNNERS and all(runner.name == name for name, runner in RUNNERS.items())
+
+
+def test_the_cuda_of_torch_is_told_without_it() -> None:
+    assert torch_cuda() == torch.version.cuda

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pointsman.models import architecture_of
 from pointsman.models.architecture import Architecture
-from pointsman.models.checkpoint import open_checkpoint, read_json
+from pointsman.models.checkpoint import open_checkpoint
+from pointsman.models.folder import read_json
 
 TYPES = ("F32", "F16", "BF16", "Q8_0")
 

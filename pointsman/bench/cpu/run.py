@@ -33,7 +33,7 @@ from pointsman.bench.serving.load import Load
 from pointsman.bench.serving.metrics import percentile
 from pointsman.bench.serving.query import Query
 from pointsman.bench.start_up import free_port, serve_flags
-from pointsman.models.checkpoint import locate
+from pointsman.models.folder import locate
 from pointsman.text import Tokenizer, chat_prompt
 
 HTTP = ("pointsman http", "llama.cpp f16 http", "llama.cpp q8_0 http")

@@ -33,6 +33,7 @@ from pointsman.bench.serving.options import ServeOptions
 from pointsman.bench.serving.prompts import Counter, LocalCounter, ServerCounter
 from pointsman.bench.serving.query import Outcome, Query
 from pointsman.bench.serving.routing import check_routing
+from pointsman.models.folder import locate
 from pointsman.text import Tokenizer
 
 MOST_ERRORS = 5
@@ -129,8 +130,6 @@ def find_counter(wanted: str | None, origin: Origin, model: str | None, headers:
     try:
         if Path(place).is_dir():
             return LocalCounter(Tokenizer.load(place))
-        from pointsman.models.checkpoint import locate  # noqa: PLC0415 - torch comes with it, and only ids of the hub need it
-
         return LocalCounter(Tokenizer.load(locate(place, weights=False)))
     except ValueError as error:
         raise ValueError(

@@ -73,8 +73,8 @@ class Report:
             "refusals": list(plan.refusals),
             "would_run": self.remedies,
             "sharding": {"tp": plan.shard.tp, "ep": plan.shard.ep, "rank": self.sharding()},
-            "dtype": _name(plan.choices.dtype),
-            "kv_cache_dtype": _name(kv_dtype_of(plan.config)),
+            "dtype": plan.choices.dtype,
+            "kv_cache_dtype": kv_dtype_of(plan.config),
             "choices": {
                 name: {"wanted": choice.wanted, "chosen": choice.chosen, "candidates": dict(choice.reasons)}
                 for name, choice in plan.all_choices.items()
@@ -179,10 +179,6 @@ def _device(model: DeviceModel) -> dict[str, Any]:
 def _figures(model: DeviceModel) -> dict[str, Figure]:
     named = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     return {name: figure for name, figure in named.items() if isinstance(figure, Figure)}
-
-
-def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _gib(number: float) -> str:

@@ -17,7 +17,7 @@ from pointsman.engine.device_models import model_of
 from pointsman.engine.plan import decode_floors, plan_on, prefill_floor
 from pointsman.models import architecture_of
 from pointsman.models.architecture import Architecture
-from pointsman.models.checkpoint import locate, read_json
+from pointsman.models.folder import locate, read_json
 
 FILE_WIDTH = 120  # of what is no terminal
 

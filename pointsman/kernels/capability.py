@@ -1,0 +1,29 @@
+"""What the devices of this machine are, as torch sees them."""
+
+from __future__ import annotations
+
+import torch
+
+from pointsman.kernels.device import Device
+from pointsman.kernels.triton_support import version
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, (9, 0) for Hopper."""
+    return torch.cuda.get_device_capability(device)
+
+
+def describe(device: torch.device) -> Device:
+    """What is known of a device of this machine."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return Device(type=device.type, capability=capability(device) if there else None, triton=version())
+
+
+def chains(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before still runs (programmatic dependent launch)."""
+    return device.type == "cuda" and capability(device) >= (9, 0)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether products run on the tensor cores of 9.0 (wgmma)."""
+    return device.type == "cuda" and capability(device) == (9, 0)

@@ -1,0 +1,37 @@
+"""What computes a model: the implementations that were chosen, by the names under which `choices` has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pointsman.kernels.operations import GLUES, Attention, Glue, Linear, attentions, linears
+from pointsman.models.choices import Choices
+from pointsman.moe.router import Router, routers
+from pointsman.moe.runner import AnyRunner, make_runner
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The implementations that a decoder was given, chosen once."""
+
+    linear: Linear
+    attention: Attention
+    glue: Glue
+    router: Router
+    moe: AnyRunner
+
+
+def take(choices: Choices) -> Backends:
+    """The implementations. Raises ValueError where one is refused."""
+    linear, attention, glue, router, moe = [choice.take() for choice in choices.all()]
+    return Backends(
+        linears(invariant=choices.invariant)[linear],
+        attentions(invariant=choices.invariant)[attention],
+        GLUES[glue],
+        routers(invariant=choices.invariant)[router],
+        make_runner(moe, deterministic=choices.invariant),
+    )
