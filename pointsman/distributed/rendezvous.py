@@ -47,23 +47,25 @@ def meet(
 def _nccl(store: Any, rank: int, size: int, timeout: timedelta, address: tuple[str, int]) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    with _errors_told():
+    with _left_alone():
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
 @contextlib.contextmanager
-def _errors_told() -> Iterator[None]:
-    """Have a group of NCCL that is made meanwhile leave its process alone where a peer fails. torch asks the environment alone."""
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
+def _left_alone() -> Iterator[None]:
+    """Have a group of NCCL that is made meanwhile leave its process alone where a peer fails, and not look for the store of a peer that
+    has ended in order, which it would tell of with a stack. torch asks the environment alone."""
+    wanted = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _gloo(store: Any, rank: int, size: int, timeout: timedelta, address: tuple[str, int]) -> Any:
