@@ -30,17 +30,19 @@ from pointsman.engine.device import choose_device, device_memory
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.device_options import check_options
 from pointsman.engine.device_sampler import DeviceSampler, choose_way
-from pointsman.engine.device_step import DeviceMemory, make_device_step
+from pointsman.engine.device_step import DeviceMemory, make_device_step, make_planner
 from pointsman.engine.grammars import Grammars
 from pointsman.engine.memory import CacheSize, cache_for, context_length_of, kv_dtype_of, memory_bytes
 from pointsman.engine.model_runner import ModelRunner, Step
 from pointsman.engine.plan import Plan, make_plan
+from pointsman.engine.step_sizes import bounds_of
 from pointsman.engine.storage import CacheStorage
 from pointsman.engine.tuning import tune_experts
 from pointsman.engine.weights import Weights, load_decoder
 from pointsman.kernels.apart import apart
 from pointsman.kernels.capability import describe
 from pointsman.kernels.dtypes import NUM_BYTES
+from pointsman.kernels.flashinfer_room import num_bytes as planner_bytes
 from pointsman.layers.paged_kv import KV_DTYPES, PagedKV
 from pointsman.models.architecture import Architecture
 from pointsman.models.decoder import Decoder
@@ -191,7 +193,12 @@ def _size(config: EngineConfig, mesh: Mesh, decoder: Decoder) -> CacheSize:
     if device.type == "cuda":
         total, free = device_memory(device)
     weights = sum(size.num_bytes for size in held(decoder.parameters).values())
-    size = cache_for(config, decoder.shard, device_type=device.type, weight_bytes=weights, total_bytes=total, free_bytes=free)
+    plans = 0
+    if decoder.backends.attention.planner is not None:
+        plans = planner_bytes(decoder.attention_shape, bounds_of(config, decoder.architecture))
+    size = cache_for(
+        config, decoder.shard, device_type=device.type, weight_bytes=weights, total_bytes=total, free_bytes=free, planner_bytes=plans
+    )
     num_pages = int(mesh.all_gather(torch.tensor([size.num_pages], device=mesh.device)).min())
     size = dataclasses.replace(size, num_pages=num_pages)
     logger.info("cache: %d tokens of %d bytes in pages of %d", size.num_tokens, size.bytes_per_token, size.page_size)
@@ -246,7 +253,8 @@ def _runner(
     storage = CacheStorage(kv, routes)
     if launches:
         tables = DeviceLanes(lanes.max_lanes, lanes.max_pages, decoder.device)
-        memory = DeviceMemory(kv=kv, routes=routes, lanes=tables, load=DeviceExpertLoad(routes, architecture.num_experts))
+        counted, planner = DeviceExpertLoad(routes, architecture.num_experts), make_planner(config, decoder)
+        memory = DeviceMemory(kv=kv, routes=routes, lanes=tables, load=counted, planner=planner)
 
         def make_step_on_device(decoder: Decoder) -> Step:
             return make_device_step(config, decoder, memory, progress=progress)

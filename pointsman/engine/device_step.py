@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,36 +29,22 @@ from pointsman.config import EngineConfig
 from pointsman.engine.batch import Batch, Ints, Lanes
 from pointsman.engine.candidates import graph_choice
 from pointsman.engine.device_lanes import DeviceLanes
+from pointsman.engine.memory import kv_dtype_of
+from pointsman.engine.step_sizes import bounds_of, size_for, step_sizes
 from pointsman.engine.transfer import Upload, lay_out
+from pointsman.kernels.operations import Planner
 from pointsman.layers.context import Span, StepContext
-from pointsman.layers.paged_kv import PagedKV
+from pointsman.layers.paged_kv import KV_DTYPES, PagedKV
 from pointsman.models.decoder import Decoder
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import DeviceExpertLoad
 
 logger = logging.getLogger(__name__)
 
-SMALL_SIZES = (1, 2, 4, 8, 16, 32, 64)
-# from the first number on, sizes are so far apart
-STRIDES = ((128, 64), (512, 256), (2048, 1024))
 PADDING_SLOT = -1
 NUM_ROW_ARRAYS = 4
 # how many logits' rows the head's kernels are made ready for: Triton compiles anew for 1, and for multiples of 16
 HEAD_SIZES = (1, 2, 16)
-
-
-def step_sizes(max_tokens: int) -> tuple[int, ...]:
-    """The numbers of rows that steps are padded to, up to the most tokens a step has: powers of two, then with growing strides."""
-    sizes = list(SMALL_SIZES)
-    ends = [first for first, _ in STRIDES[1:]] + [max_tokens]
-    for (first, stride), end in zip(STRIDES, ends, strict=True):
-        sizes += range(first, end, stride)
-    return (*(size for size in sizes if size < max_tokens), max_tokens)
-
-
-def size_for(num_tokens: int, sizes: Sequence[int]) -> int:
-    """The least of the ascending sizes that holds so many rows; more rows than the last are not padded."""
-    return next((size for size in sizes if size >= num_tokens), num_tokens)
 
 
 def pad(batch: Batch, size: int) -> tuple[Ints, Ints, Ints, Ints]:
@@ -73,12 +60,13 @@ def pad(batch: Batch, size: int) -> tuple[Ints, Ints, Ints, Ints]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DeviceMemory:
-    """What a device keeps from step to step beside the weights."""
+    """What a device keeps from step to step beside the weights; a planner where attention has one."""
 
     kv: PagedKV
     routes: RouteStore
     lanes: DeviceLanes
     load: DeviceExpertLoad
+    planner: Planner | None = None
 
 
 class Captured(NamedTuple):
@@ -100,9 +88,10 @@ class DeviceStep:
     def __init__(self, decoder: Decoder, memory: DeviceMemory, *, sizes: Sequence[int]) -> None:
         self._decoder, self._memory, self._sizes = decoder, memory, tuple(sizes)
         device = decoder.device
+        self._planner = memory.planner
         self._fixed = decoder.backends.attention.fixed
         self._max_lanes = len(memory.lanes.last_token_L)
-        self._upload, self._small_upload = Upload(device), Upload(device)
+        self._upload, self._small_upload, self._page_upload = Upload(device), Upload(device), Upload(device)
         _, num_bytes = lay_out(self._arrays(EMPTY, self._sizes[-1]))
         self._inputs = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self._graphs: dict[int, Captured] = {}
@@ -119,9 +108,10 @@ class DeviceStep:
         inputs = self._upload(self._arrays(batch, size), into=self._inputs if size <= self._sizes[-1] else None)
         forced = () if batch.forced is None else (batch.forced.spread(size),)
         rows_R, *replay = self._small_upload((batch.rows_R, *forced))
+        plan = self._plan(inputs, batch, lanes.page_table_LP)
         captured = None if forced else self._graphs.get(size)
         if captured is None:
-            x_TD, delta_TD = self._hidden(inputs, batch, replay[0] if replay else None)
+            x_TD, delta_TD = self._hidden(inputs, plan, replay[0] if replay else None)
         else:
             captured.graph.replay()
             x_TD, delta_TD = captured.hidden
@@ -134,12 +124,19 @@ class DeviceStep:
             return [*rows]
         return [*rows, *self._fixed.arrays(_spans(batch), size, self._max_lanes, self._decoder.attention_shape)]
 
-    def _hidden(self, inputs: Sequence[Tensor], batch: Batch, replay_TNK: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        tokens_T, positions_T, lanes_T, slots_T = inputs[:NUM_ROW_ARRAYS]
+    def _plan(self, inputs: Sequence[Tensor], batch: Batch, page_table_LP: npt.NDArray[np.int32]) -> Any:
+        """How the step attends; what a planner plans is on its way to the device when this returns."""
+        if self._planner is not None:
+            lengths = [int(batch.positions_T[start + length - 1]) + 1 for _, start, length in batch.segments]
+            requests = self._planner.requests(_spans(batch), lengths, page_table_LP, len(inputs[0]))
+            (pages_N,) = self._page_upload((requests.pages_N,))
+            return self._planner.plan(requests, pages_N)
         if self._fixed is None:
-            plan = self._decoder.plan_attention(_spans(batch), len(tokens_T))
-        else:
-            plan = self._fixed.of(inputs[NUM_ROW_ARRAYS:], self._decoder.attention_shape)
+            return self._decoder.plan_attention(_spans(batch), len(inputs[0]))
+        return self._fixed.of(inputs[NUM_ROW_ARRAYS:], self._decoder.attention_shape)
+
+    def _hidden(self, inputs: Sequence[Tensor], plan: Any, replay_TNK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        tokens_T, positions_T, lanes_T, slots_T = inputs[:NUM_ROW_ARRAYS]
         memory = self._memory
         context = StepContext(
             positions_T=positions_T,
@@ -169,11 +166,12 @@ class DeviceStep:
         with Progress(*columns, console=console, transient=console.is_terminal, disable=hidden) as bar:
             for size in bar.track(sizes, description="sizes"):
                 inputs = self._upload(self._arrays(EMPTY, size), into=self._inputs)
-                x_TD, delta_TD = self._hidden(inputs, EMPTY, None)
+                plan = self._plan(inputs, EMPTY, NO_PAGES)
+                x_TD, delta_TD = self._hidden(inputs, plan, None)
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    x_TD, delta_TD = self._hidden(inputs, EMPTY, None)
+                    x_TD, delta_TD = self._hidden(inputs, plan, None)
                 graphs[size] = Captured(graph, (x_TD, delta_TD))
         for size in HEAD_SIZES:
             x_RD = torch.zeros(size, self._decoder.architecture.hidden_size, dtype=self._decoder.dtype, device=self._decoder.device)
@@ -192,10 +190,24 @@ class DeviceStep:
 NOTHING: Ints = np.zeros(0, np.int64)
 EMPTY = Batch(NOTHING, NOTHING, NOTHING, NOTHING, [], NOTHING, [], [], [])
 """A step without rows; padded, it is nothing but padding."""
+NO_PAGES = np.zeros((0, 0), np.int32)
 
 
 def _spans(batch: Batch) -> list[Span]:
     return [Span(*segment) for segment in batch.segments]
+
+
+def make_planner(config: EngineConfig, decoder: Decoder) -> Planner | None:
+    """What plans the steps of this model, where its attention wants that.
+
+    Raises:
+        ValueError: the library that it is of lacks something; the message says what.
+    """
+    make = decoder.backends.attention.planner
+    if make is None:
+        return None
+    bounds, kv_dtype = bounds_of(config, decoder.architecture), KV_DTYPES[kv_dtype_of(config)]
+    return make(decoder.attention_shape, bounds, decoder.dtype, kv_dtype, decoder.device)
 
 
 def make_device_step(config: EngineConfig, decoder: Decoder, memory: DeviceMemory, *, progress: bool | None) -> DeviceStep:

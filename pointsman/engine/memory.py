@@ -84,11 +84,19 @@ def kv_dtype_of(config: EngineConfig) -> str:
 
 
 def cache_for(
-    config: EngineConfig, shard: Shard, *, device_type: str, weight_bytes: int, total_bytes: int, free_bytes: int | None = None
+    config: EngineConfig,
+    shard: Shard,
+    *,
+    device_type: str,
+    weight_bytes: int,
+    total_bytes: int,
+    free_bytes: int | None = None,
+    planner_bytes: int = 0,
 ) -> CacheSize:
     """The cache of a rank that holds this part of a model.
 
     Args:
+        planner_bytes: what will be taken of a device's for plans of attention.
         total_bytes: memory of the device, or of the machine.
         free_bytes: what is free of a device's when the weights are there.
 
@@ -97,7 +105,7 @@ def cache_for(
     """
     architecture, scheduler = shard.architecture, config.scheduler
     if free_bytes is not None:
-        free_bytes -= sum(workspace(architecture, scheduler.chunked_prefill_size, scheduler.max_running_requests).values())
+        free_bytes -= planner_bytes + sum(workspace(architecture, scheduler.chunked_prefill_size, scheduler.max_running_requests).values())
     fraction = config.cache.mem_fraction_static
     return size_cache(
         bytes_per_token=sum(token_bytes(shard, kv_dtype_of(config)).values()),

@@ -15,12 +15,14 @@ from pointsman.engine.device_models import DeviceModel
 from pointsman.engine.device_options import check_options
 from pointsman.engine.floor import Rates, Share
 from pointsman.engine.memory import CacheSize, cache_for, context_length_of, kv_dtype_of, token_bytes, workspace
+from pointsman.engine.step_sizes import bounds_of
 from pointsman.kernels.candidates import UNCAPTURED_ATTENTIONS
 from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
 from pointsman.kernels.dtypes import NUM_BYTES
+from pointsman.kernels.flashinfer_room import num_bytes as planner_bytes
 from pointsman.models.architecture import Architecture
-from pointsman.models.choices import Choices, choices_of, reason_against_capture
+from pointsman.models.choices import Choices, attention_shape, choices_of, reason_against_capture
 from pointsman.models.sharding import Shard
 from pointsman.models.sizes import PLAIN_KINDS, Size, described
 
@@ -98,21 +100,33 @@ def make_plan(config: EngineConfig, architecture: Architecture, device: Device, 
         linear_backend=kernel.fp8_gemm_backend,
         attention_backend=kernel.attention_backend,
         moe_backend=kernel.moe_runner_backend,
+        kv_dtype=kv_dtype_of(config),
         deterministic=kernel.enable_deterministic_inference,
     )
     on_device = device.type == "cuda"
-    weights, beside = described(shard), {}
+    weights, beside, plans = described(shard), {}, 0
     num_bytes = sum(size.num_bytes for size in weights.values())
     free = None
     if on_device:
         beside = {"context of CUDA": CONTEXT_BYTES}
         beside |= workspace(architecture, config.scheduler.chunked_prefill_size, config.scheduler.max_running_requests)
+        if choices.attention.chosen == "flashinfer":
+            plans = planner_bytes(attention_shape(shard), bounds_of(config, architecture))
+        beside |= {"plans of attention": plans} if plans else {}
         free = memory_bytes - CONTEXT_BYTES - num_bytes
     cache, refusals = None, [choice.refusal for choice in choices.all()]
     step = _step(config, shard, choices, device.type)
     refusals.append(None if None in (choices.moe.chosen, choices.linear.chosen, choices.attention.chosen) else step.refusal)
     try:
-        cache = cache_for(config, shard, device_type=device.type, weight_bytes=num_bytes, total_bytes=memory_bytes, free_bytes=free)
+        cache = cache_for(
+            config,
+            shard,
+            device_type=device.type,
+            weight_bytes=num_bytes,
+            total_bytes=memory_bytes,
+            free_bytes=free,
+            planner_bytes=plans,
+        )
     except ValueError as error:
         refusals.append(str(error))
     return Plan(

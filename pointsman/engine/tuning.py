@@ -15,12 +15,11 @@ import torch
 
 from pointsman.config import EngineConfig
 from pointsman.distributed import Mesh
+from pointsman.kernels.library import FLASHINFER, installed
 from pointsman.kernels.tiles import own_file
 from pointsman.layers.moe import MoE
 from pointsman.models.decoder import Decoder
 from pointsman.moe import flashinfer
-from pointsman.moe.flashinfer_limits import DISTRIBUTIONS
-from pointsman.moe.library import installed
 from pointsman.moe.router import RouterInput
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ def tactics_file(layer: MoE, device: torch.device, rank: int) -> Path:
     """Where the result is kept: by version, card and shape; those of ranks past the first are copies of the first one's."""
     num_experts, hidden, width = layer.weights.down.data.shape
     card = re.sub(r"\W+", "-", torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
-    name = f"{installed(DISTRIBUTIONS)}-{card}-{num_experts}x{hidden}x{width}-top{layer.spec.top_k}"
+    name = f"{installed(FLASHINFER)}-{card}-{num_experts}x{hidden}x{width}-top{layer.spec.top_k}"
     return own_file().parent / "flashinfer" / f"{name}{f'-rank{rank}' if rank else ''}.json"
 
 

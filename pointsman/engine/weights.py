@@ -30,6 +30,7 @@ from torch import Tensor
 from pointsman.config import EngineConfig
 from pointsman.distributed import Group, Mesh
 from pointsman.engine.device import return_memory
+from pointsman.engine.memory import kv_dtype_of
 from pointsman.engine.model_runner import Step
 from pointsman.engine.storage import CacheStorage
 from pointsman.models import architecture_of
@@ -346,6 +347,7 @@ def load_decoder(
         linear_backend=config.kernel.fp8_gemm_backend,
         attention_backend=config.kernel.attention_backend,
         moe_backend=config.kernel.moe_runner_backend,
+        kv_dtype=kv_dtype_of(config),
         deterministic=config.kernel.enable_deterministic_inference,
         device=device,
         seed=config.model.random_seed,

@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 from pointsman.kernels import triton_support
 from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
+from pointsman.kernels.library import reason_against_flashinfer
 
 TRITON_CAPABILITY = (8, 9)
 TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 TRITON_MOST_HEADS = 16
+FLASHINFER_CAPABILITY = (8, 0)
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+FLASHINFER_KV_DTYPES = ("bfloat16", "fp8_e4m3")
 
 Block = tuple[int, int] | None
 
@@ -27,6 +31,21 @@ class AttentionShape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+
+class StepBounds(NamedTuple):
+    """How large steps and sequences become.
+
+    Attributes:
+        sizes: the numbers of rows that steps are padded to, ascending.
+        max_pages: of a lane.
+        page_size: tokens of a page.
+    """
+
+    sizes: tuple[int, ...]
+    num_lanes: int
+    max_pages: int
+    page_size: int
 
 
 def _anywhere(*what: Any) -> str | None:
@@ -50,7 +69,7 @@ def _triton_linear(device: Device, dtype: str, block: Block) -> str | None:
     return _triton(device, dtype)
 
 
-def _triton_attention(device: Device, dtype: str, shape: AttentionShape) -> str | None:
+def _triton_attention(device: Device, dtype: str, shape: AttentionShape, kv_dtype: str) -> str | None:
     if shape.head_dim not in TRITON_HEAD_DIMS:
         return f"it takes heads of {', '.join(map(str, TRITON_HEAD_DIMS))} channels; this model has {shape.head_dim}"
     if (group := shape.num_heads // shape.num_kv_heads) > TRITON_MOST_HEADS:
@@ -58,9 +77,30 @@ def _triton_attention(device: Device, dtype: str, shape: AttentionShape) -> str 
     return _triton(device, dtype)
 
 
+def _flashinfer_attention(device: Device, dtype: str, shape: AttentionShape, kv_dtype: str) -> str | None:
+    needs = "it needs a CUDA device of compute capability {}.{} or later".format(*FLASHINFER_CAPABILITY)
+    if device.type != "cuda":
+        return f"{needs}; the device is {device.type}"
+    if (have := device.capability) is None or have < FLASHINFER_CAPABILITY:
+        return f"{needs}; {'torch sees none' if have is None else 'this one has {}.{}'.format(*have)}"
+    if dtype != "bfloat16":
+        return f"it computes in bfloat16; the model computes in {dtype}"
+    if kv_dtype not in FLASHINFER_KV_DTYPES:
+        return f"it reads keys and values in {' or '.join(FLASHINFER_KV_DTYPES)}; --kv-cache-dtype is {kv_dtype}"
+    if shape.head_dim not in FLASHINFER_HEAD_DIMS:
+        return f"it takes heads of {', '.join(map(str, FLASHINFER_HEAD_DIMS))} channels; this model has {shape.head_dim}"
+    if shape.num_heads % shape.num_kv_heads:
+        return f"it takes as many query heads for each key/value head; here are {shape.num_heads} and {shape.num_kv_heads}"
+    return reason_against_flashinfer()
+
+
 # in the order in which "auto" asks them
 LINEARS: dict[str, Callable[[Device, str, Block], str | None]] = {"triton": _triton_linear, "cpu": _needs_cpu, "reference": _anywhere}
-ATTENTIONS: dict[str, Callable[[Device, str, AttentionShape], str | None]] = {"triton": _triton_attention, "reference": _anywhere}
+ATTENTIONS: dict[str, Callable[[Device, str, AttentionShape, str], str | None]] = {
+    "triton": _triton_attention,
+    "flashinfer": _flashinfer_attention,
+    "reference": _anywhere,
+}
 GLUES: dict[str, Callable[[Device, str], str | None]] = {"triton": _triton, "reference": _anywhere}
 
 # what a row gets does not depend there on the rows beside it, not even in the last bit
@@ -76,10 +116,13 @@ def linear_choice(wanted: str, *, device: Device, dtype: str, block: Block = Non
     return Choice("FP8 linear backend", wanted, reasons)
 
 
-def attention_choice(wanted: str, *, device: Device, dtype: str, shape: AttentionShape, invariant: bool = False) -> Choice:
-    """The choice of what attends."""
-    reasons = {name: why(device, dtype, shape) if name in INVARIANT or not invariant else VARIES for name, why in ATTENTIONS.items()}
-    reasons["flashinfer"] = "attention is by kernels of our own alone, on any device"
+def attention_choice(
+    wanted: str, *, device: Device, dtype: str, shape: AttentionShape, kv_dtype: str = "bfloat16", invariant: bool = False
+) -> Choice:
+    """The choice of what attends, over keys and values that are stored as `kv_dtype`."""
+    reasons = {
+        name: why(device, dtype, shape, kv_dtype) if name in INVARIANT or not invariant else VARIES for name, why in ATTENTIONS.items()
+    }
     return Choice("attention backend", wanted, reasons)
 
 

@@ -11,7 +11,8 @@ Attention is two functions. `plan(spans, num_rows, shape, device)` is called onc
 lane; what it answers is the implementation's own and goes unread to
 `run(q_TQC, k_PHSC, v_PHSC, plan, positions_T, page_table_LP, scale) -> out_TQC`, once a layer. The reference's plan is the spans. That of
 `triton` is tensors on the device, and its `run` reads nothing from the host: a step can be captured in a CUDA graph with a plan whose
-tensors are written anew for each replay. Such a plan is made of arrays of fixed sizes (`FixedPlan`).
+tensors are written anew for each replay. Such a plan is made of arrays of fixed sizes (`FixedPlan`). A library that plans by itself has an
+object that keeps its plans instead (`Planner`), one for an engine.
 
 The Triton kernels are imported where they are chosen, and nowhere else: this module imports without Triton.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy.typing as npt
 import torch
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pointsman.kernels import reference
-from pointsman.kernels.candidates import AttentionShape
+from pointsman.kernels.candidates import AttentionShape, StepBounds
 from pointsman.kernels.weight import Quantized, Weight
 
 
@@ -74,19 +75,40 @@ class FixedPlan:
     of: Callable[[Sequence[Tensor], AttentionShape], Any]
 
 
+class Planner(Protocol):
+    """Plans steps and keeps the memory that its plans are in, at places that graphs may hold."""
+
+    def requests(self, spans: Sequence[reference.Span], lengths: Sequence[int], page_table_LP: npt.NDArray[Any], num_rows: int) -> Any:
+        """What `plan` wants of a step of these spans, of sequences of so many positions, padded to so many rows.
+
+        Its int32 array `pages_N` is what the device must be told.
+        """
+
+    def plan(self, requests: Any, pages_N: Tensor) -> Any:
+        """The plan of a step, before it is launched."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """A way to attend over the paged cache.
 
     Attributes:
-        fixed: how to plan for a step that is captured; None where `run` reads from the host.
+        plan: of a step that is not captured; None where a planner plans every step.
+        fixed: how to plan for a step that is captured, without a planner; None where `run` reads from the host.
+        planner: makes what plans every step, for rows of one type over pages of another; None where there is none.
         run_quantize: `run` that answers `Quantized` rows, for heads of 128 channels; None where there is none.
     """
 
-    plan: Callable[[Sequence[reference.Span], int, AttentionShape, torch.device], Any]
+    plan: Callable[[Sequence[reference.Span], int, AttentionShape, torch.device], Any] | None
     run: Callable[[Tensor, Tensor, Tensor, Any, Tensor, Tensor, float], Tensor]
     run_quantize: Callable[[Tensor, Tensor, Tensor, Any, Tensor, Tensor, float], Quantized] | None = None
     fixed: FixedPlan | None = None
+    planner: Callable[[AttentionShape, StepBounds, torch.dtype, torch.dtype, torch.device], Planner] | None = None
+
+    @property
+    def reads_host(self) -> bool:
+        """`run` reads its plan from the host, so that no step can be captured."""
+        return self.fixed is None and self.planner is None
 
 
 def _as_stored(weight: Weight, dtype: torch.dtype) -> Weight:
@@ -143,6 +165,7 @@ LINEARS: dict[str, Linear] = {
 }
 ATTENTIONS: dict[str, Attention] = {
     "triton": _triton_attention(invariant=False),
+    "flashinfer": Attention(None, _later("flashinfer_attention", "attention"), planner=_later("flashinfer_attention", "Planner")),
     "reference": Attention(_spans, reference.attention),
 }
 GLUES: dict[str, Glue] = {

@@ -47,12 +47,14 @@ def choices_of(
     linear_backend: str = "auto",
     attention_backend: str = "auto",
     moe_backend: str = "auto",
+    kv_dtype: str = "bfloat16",
     deterministic: bool = False,
 ) -> Choices:
     """The choices that a model's loading takes; parameters are named as the flags they come from.
 
     Args:
         dtype: what the model computes in; auto is float32 on a CPU, bfloat16 elsewhere.
+        kv_dtype: what keys and values are stored as.
         deterministic: a row gets the same bits whatever rows are beside it.
 
     Raises:
@@ -61,16 +63,21 @@ def choices_of(
     architecture = shard.architecture
     compute = resolve_dtype(dtype, device.type)
     spec, invariant = architecture.routing, deterministic and device.type != "cpu"
-    heads = AttentionShape(len(shard.heads), len(shard.kv_heads), architecture.head_dim)
+    heads = attention_shape(shard)
     return Choices(
         dtype=compute,
         invariant=invariant,
         linear=linear_choice(linear_backend, device=device, dtype=compute, block=architecture.quantization_block, invariant=invariant),
-        attention=attention_choice(attention_backend, device=device, dtype=compute, shape=heads, invariant=invariant),
+        attention=attention_choice(attention_backend, device=device, dtype=compute, shape=heads, kv_dtype=kv_dtype, invariant=invariant),
         glue=glue_choice(device=device, dtype=compute),
         router=router_choice(spec, device=device, dtype=compute, invariant=invariant),
         moe=runner_choice(moe_backend, spec, expert_form(shard), device=device, dtype=compute, deterministic=invariant),
     )
+
+
+def attention_shape(shard: Shard) -> AttentionShape:
+    """Of the heads that are here."""
+    return AttentionShape(len(shard.heads), len(shard.kv_heads), shard.architecture.head_dim)
 
 
 def expert_form(shard: Shard) -> ExpertForm:

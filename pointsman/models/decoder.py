@@ -29,7 +29,7 @@ from pointsman.layers.mlp import MLP
 from pointsman.layers.moe import MoE
 from pointsman.layers.norm import RMSNorm
 from pointsman.models.backends import Backends
-from pointsman.models.choices import reason_against_capture
+from pointsman.models.choices import attention_shape, reason_against_capture
 from pointsman.models.parameters import LayerParameters, Mlp, Parameters
 from pointsman.models.sharding import Shard
 
@@ -137,16 +137,17 @@ class Decoder:
     @property
     def attention_shape(self) -> AttentionShape:
         """Of the heads that are here."""
-        return AttentionShape(len(self.shard.heads), len(self.shard.kv_heads), self.architecture.head_dim)
+        return attention_shape(self.shard)
 
     def plan_attention(self, spans: Sequence[Span], num_rows: int) -> Any:
         """The attention plan of a step whose rows are these runs of lanes' tokens."""
-        return self.backends.attention.plan(spans, num_rows, self.attention_shape, self.device)
+        plan = self.backends.attention.plan
+        assert plan is not None, "a planner plans the steps of this attention"
+        return plan(spans, num_rows, self.attention_shape, self.device)
 
     def reason_against_capture(self) -> str | None:
         """Why a step over this model cannot be a CUDA graph, or None."""
-        reads_host = self.backends.attention.fixed is None
-        return reason_against_capture(self.device.type, self.backends.moe.name, reads_host=reads_host)
+        return reason_against_capture(self.device.type, self.backends.moe.name, reads_host=self.backends.attention.reads_host)
 
     def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
         """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""

@@ -55,6 +55,7 @@ def load_model(
     linear_backend: str = "auto",
     attention_backend: str = "auto",
     moe_backend: str = "auto",
+    kv_dtype: str = "bfloat16",
     deterministic: bool = False,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -67,6 +68,7 @@ def load_model(
         dtype: what the model computes in; see `choices_of` for this and for the backends.
         load_format: "dummy" makes random weights from config.json alone.
         quantization: None takes the checkpoint's; "fp8" insists on it.
+        kv_dtype: what keys and values will be stored as.
         deterministic: choose kernels that give a row the same bits whatever rows are beside it.
         seed: of dummy weights.
         progress: show a bar on stderr; None shows one on a terminal.
@@ -89,6 +91,7 @@ def load_model(
         linear_backend=linear_backend,
         attention_backend=attention_backend,
         moe_backend=moe_backend,
+        kv_dtype=kv_dtype,
         deterministic=deterministic,
     )
     backends = take(choices)

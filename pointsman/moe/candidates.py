@@ -11,8 +11,8 @@ from pointsman.kernels import triton_support
 from pointsman.kernels.candidates import VARIES
 from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
+from pointsman.kernels.library import reason_against_library
 from pointsman.moe import flashinfer_limits as flashinfer
-from pointsman.moe.library import reason_against_library
 from pointsman.moe.spec import ExpertForm, RoutingSpec
 
 BLOCK = 128

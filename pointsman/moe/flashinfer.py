@@ -1,13 +1,11 @@
-"""The experts by FlashInfer's kernels: the one door to `flashinfer`.
+"""The experts by FlashInfer's kernels.
 
 `flashinfer_trtllm` gives router logits and bias to the kernel, which chooses the experts and says which they were.
 `flashinfer_trtllm_routed` gives it the engine's choice, an int32 for each token and choice. Both are for Blackwell. `flashinfer_cutlass`
 is for Hopper, takes the engine's choice, and quantizes activations itself.
 
-The library's functions have changed their parameters, their order and the numbers of their enumerations from version to version. So
-every argument goes by keyword; what a version may lack is passed where its signature has it; and a method or layout is named, never
-numbered. What a kernel cannot do is told before a weight is read (`flashinfer_limits`); `docs/backends.md` lists the limits, and what was
-checked without the hardware. FlashInfer is imported when a runner is made.
+What a kernel cannot do is told before a weight is read (`flashinfer_limits`); `docs/backends.md` lists the limits, and what was checked
+without the hardware. FlashInfer is imported when a runner is made.
 
 The trtllm kernels round more than the reference does: a token's weights to bfloat16, gate and up to e4m3 with a scale for each 128, and
 a choice's output to bfloat16.
@@ -18,9 +16,7 @@ Shape suffixes: T tokens, D hidden, K experts per token, E experts.
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,8 +24,8 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels import reference
-from pointsman.moe.flashinfer_limits import DISTRIBUTIONS, MINIMUM, method_of
-from pointsman.moe.library import installed
+from pointsman.kernels.flashinfer import Function, autotune, member
+from pointsman.moe.flashinfer_limits import method_of
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.trtllm_layout import TrtllmWeights, block_weights, pack, transposed_scales, up_first
@@ -37,32 +33,6 @@ from pointsman.moe.weights import ExpertWeights
 
 TUNED_RUNNERS = frozenset({"flashinfer_trtllm", "flashinfer_trtllm_routed"})
 CHAINED_TOKENS = 4096  # larger launches that begin while the kernel before runs were seen to hang
-
-
-class Function:
-    """A function of the library, by keyword.
-
-    Args:
-        needs: parameters that it must have; those that a call gives as `also` go only to a version that has them.
-
-    Raises:
-        ValueError: the installed version has no such function, or one without these parameters.
-    """
-
-    def __init__(self, name: str, needs: tuple[str, ...]) -> None:
-        self._call = getattr(importlib.import_module("flashinfer.fused_moe"), name, None)
-        if self._call is None:
-            raise ValueError(f"FlashInfer {installed(DISTRIBUTIONS)} has no {name}; install {MINIMUM} or later")
-        self.parameters = frozenset(inspect.signature(self._call).parameters)
-        if missing := sorted(set(needs) - self.parameters):
-            raise ValueError(f"{name} of FlashInfer {installed(DISTRIBUTIONS)} has no {', '.join(missing)}; install {MINIMUM} or later")
-
-    def __call__(self, also: dict[str, Any], **arguments: Any) -> Tensor:
-        assert self._call is not None
-        given = arguments | {name: value for name, value in also.items() if name in self.parameters}
-        result = self._call(**given)
-        out: Tensor = result[0] if isinstance(result, (list, tuple)) else result  # some versions answer a list of one
-        return out
 
 
 TRTLLM_NEEDS = (
@@ -87,14 +57,6 @@ TRTLLM_NEEDS = (
     "tune_max_num_tokens",
     "fp8_quantization_type",
 )
-
-
-def member(enumeration: str, name: str) -> Any:
-    """A value of one of the library's enumerations, by name: the numbers behind them have changed."""
-    values = getattr(importlib.import_module("flashinfer.fused_moe"), enumeration)
-    if not hasattr(values, name):
-        raise ValueError(f"FlashInfer {installed(DISTRIBUTIONS)} has no {enumeration}.{name}; it has {', '.join(v.name for v in values)}")
-    return getattr(values, name)
 
 
 class _Trtllm:
@@ -266,7 +228,7 @@ def tune(work: Callable[[], object], file: Path) -> None:
         ValueError: the file is of another environment and cannot be added to.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _autotune(True, file):
+    with autotune(True, file):
         work()
     if not file.is_file():
         raise ValueError(f"FlashInfer did not write what it has tuned to {file}; --disable-flashinfer-autotune goes on without")
@@ -274,13 +236,8 @@ def tune(work: Callable[[], object], file: Path) -> None:
 
 def adopt(work: Callable[[], object], file: Path) -> None:
     """Put in force what another process has tuned: nothing is timed."""
-    with _autotune(False, file):
+    with autotune(False, file):
         work()
-
-
-def _autotune(tunes: bool, file: Path) -> AbstractContextManager[None]:
-    context: AbstractContextManager[None] = importlib.import_module("flashinfer").autotune(tune_mode=tunes, cache=str(file))
-    return context
 
 
 def quantize(x_TD: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,10 @@ Which versions were read for it, and what no machine here could check, `docs/bac
 from __future__ import annotations
 
 from pointsman.kernels.device import Device
-from pointsman.moe.library import installed, numbers, reason_against_device, reason_against_library, torch_cuda
+from pointsman.kernels.library import FLASHINFER, installed, numbers, reason_against_device, reason_against_flashinfer, torch_cuda
 from pointsman.moe.spec import ExpertForm, RoutingSpec
 
 BLOCK = 128
-DISTRIBUTIONS = ("flashinfer-python",)
-MINIMUM = "0.6.8"  # the first that writes into a given output, tunes pre-routed calls, and has MiniMax's routing
 MORE_EXPERTS = "0.6.16"  # before, a choice among more than 256 experts could read where it must not
 BLACKWELL = ((10, 0), (10, 3))
 HOPPER = ((9, 0),)
@@ -74,7 +72,7 @@ def reason_against_routing(spec: RoutingSpec) -> str | None:
 
 def reason_against_experts(spec: RoutingSpec) -> str | None:
     """Why this version cannot hold so many experts, or None."""
-    version = installed(DISTRIBUTIONS)
+    version = installed(FLASHINFER)
     if spec.num_experts > 256 and version is not None and numbers(version) < numbers(MORE_EXPERTS):
         return f"with more than 256 experts it needs flashinfer {MORE_EXPERTS} or later; {version} is installed"
     return None
@@ -85,7 +83,7 @@ def reason_against_trtllm(spec: RoutingSpec, form: ExpertForm, device: Device, d
         reason_against_device(device, BLACKWELL)
         or reason_against_trtllm_form(spec, form)
         or reason_against_routing(spec)
-        or reason_against_library("flashinfer", DISTRIBUTIONS, "flashinfer", MINIMUM)
+        or reason_against_flashinfer()
         or reason_against_experts(spec)
     )
 
@@ -97,7 +95,7 @@ def reason_against_trtllm_routed(spec: RoutingSpec, form: ExpertForm, device: De
         return f"it takes at most {MOST_ROUTED_TOP_K} experts a token; the model uses {spec.top_k}"
     if spec.num_experts > 2048:
         return f"it sorts by at most 2048 experts; the model has {spec.num_experts}"
-    return reason_against_library("flashinfer", DISTRIBUTIONS, "flashinfer", MINIMUM) or reason_against_experts(spec)
+    return reason_against_flashinfer() or reason_against_experts(spec)
 
 
 def reason_against_cutlass(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: str) -> str | None:
@@ -111,4 +109,4 @@ def reason_against_cutlass(spec: RoutingSpec, form: ExpertForm, device: Device, 
         return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
     if (cuda := torch_cuda()) is None or numbers(cuda) < (12, 8):
         return f"it needs CUDA 12.8 or later; this torch was built for {cuda or 'none'}"
-    return reason_against_library("flashinfer", DISTRIBUTIONS, "flashinfer", MINIMUM)
+    return reason_against_flashinfer()

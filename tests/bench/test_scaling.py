@@ -20,7 +20,7 @@ from pointsman.bench.serving.metrics import most_at_once
 from pointsman.bench.serving.query import Query
 from pointsman.bench.serving.traces import TraceRow
 from pointsman.cli import main
-from pointsman.engine.device_step import step_sizes
+from pointsman.engine.step_sizes import step_sizes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 STEP_US = 1000.0

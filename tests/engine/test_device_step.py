@@ -22,7 +22,8 @@ from pointsman.engine import build, device_step
 from pointsman.engine.batch import Batch
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.device_sampler import DeviceSampler, Draw, Greedy
-from pointsman.engine.device_step import pad, size_for, step_sizes
+from pointsman.engine.device_step import pad
+from pointsman.engine.step_sizes import size_for, step_sizes
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE
 from pointsman.step import PENDING, LaneStart

@@ -175,7 +175,7 @@ def test_no_temperature_is_lost_on_infinities(llm: LLM) -> None:
         ({"ep": 2}, "expert_parallel_size is 2"),
         ({"device": "cuda"}, "device is 'cuda'"),
         ({"moe_runner_backend": "flashinfer_trtllm_routed"}, "needs a CUDA device"),
-        ({"attention_backend": "flashinfer"}, "kernels of our own alone"),
+        ({"attention_backend": "flashinfer"}, "'flashinfer' cannot serve here: it needs a CUDA device"),
         ({"context_length": 512}, "context_length is 512"),
         ({"max_total_token": 5}, "did you mean 'max_total_tokens'"),
         ({"page_size": 0}, "page_size is 0"),

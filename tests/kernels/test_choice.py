@@ -29,7 +29,7 @@ def test_auto_takes_the_first_that_can_and_logs_it(caplog: pytest.LogCaptureFixt
         "FP8 linear backend: cpu (auto; triton: it needs a CUDA device of compute capability 8.9 or later; the device is cpu)",
         f"FP8 linear backend: reference (auto; triton: {NONE}; cpu: it is made for CPUs; the device is cuda)",
         "attention backend: reference (auto; triton: it needs a CUDA device of compute capability 8.9 or later; the device is cpu; "
-        "flashinfer: attention is by kernels of our own alone, on any device)",
+        "flashinfer: it needs a CUDA device of compute capability 8.0 or later; the device is cpu)",
     ]
 
 
@@ -38,7 +38,7 @@ def test_a_name_is_obeyed_or_refused_with_the_alternatives() -> None:
     with pytest.raises(ValueError, match=r"'cpu' cannot serve here: it is made for CPUs; the device is cuda; these can: reference"):
         linear_choice("cpu", device=CUDA, dtype="bfloat16").take()
     with pytest.raises(
-        ValueError, match=r"'flashinfer' cannot serve here: attention is by kernels of our own alone, on any device; these can: reference"
+        ValueError, match=r"'flashinfer' cannot serve here: it needs a CUDA device .*; torch sees none; these can: reference"
     ):
         attention_choice("flashinfer", device=CUDA, dtype="bfloat16", shape=HEADS).take()
     with pytest.raises(ValueError, match=r"unknown thing 'c'; known are auto, a, b"):
@@ -80,12 +80,14 @@ def test_the_reasons_against_triton_linears(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_reasons_against_triton_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    unsupported = candidates.ATTENTIONS["triton"]
+    def unsupported(dtype: str, shape: AttentionShape) -> str | None:
+        return candidates.ATTENTIONS["triton"](CUDA, dtype, shape, "fp8_e4m3")
+
     monkeypatch.setattr(triton_support, "reason_against", lambda device, needs: None)
-    assert unsupported(CUDA, "bfloat16", HEADS) is None
-    assert "computes in bfloat16; the model computes in float32" in str(unsupported(CUDA, "float32", HEADS))
-    assert "heads of 16, 32, 64, 128, 256 channels; this model has 96" in str(unsupported(CUDA, "bfloat16", AttentionShape(4, 4, 96)))
-    assert "up to 16 query heads per key/value head; this model has 17" in str(unsupported(CUDA, "bfloat16", AttentionShape(17, 1, 64)))
+    assert unsupported("bfloat16", HEADS) is None
+    assert "computes in bfloat16; the model computes in float32" in str(unsupported("float32", HEADS))
+    assert "heads of 16, 32, 64, 128, 256 channels; this model has 96" in str(unsupported("bfloat16", AttentionShape(4, 4, 96)))
+    assert "up to 16 query heads per key/value head; this model has 17" in str(unsupported("bfloat16", AttentionShape(17, 1, 64)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -108,4 +110,4 @@ def test_every_candidate_has_an_implementation() -> None:
     assert candidates.LINEARS.keys() == LINEARS.keys() and candidates.GLUES.keys() == operations.GLUES.keys()
     assert candidates.ATTENTIONS.keys() == ATTENTIONS.keys()
     assert candidates.INVARIANT == INVARIANT_LINEARS.keys() == INVARIANT_ATTENTIONS.keys()
-    assert {name for name, entry in ATTENTIONS.items() if entry.fixed is None} == candidates.UNCAPTURED_ATTENTIONS
+    assert {name for name, entry in ATTENTIONS.items() if entry.reads_host} == candidates.UNCAPTURED_ATTENTIONS

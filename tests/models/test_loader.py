@@ -183,7 +183,7 @@ def test_choices_are_checked_before_weights_are_read(tmp_path: Path) -> None:
     for options, message in (
         ({"moe_backend": "triton"}, r"MoE runner 'triton' cannot serve here: it needs a CUDA device .*; these can: cpu, reference"),
         ({"linear_backend": "deep_gemm"}, r"unknown FP8 linear backend 'deep_gemm'"),
-        ({"attention_backend": "flashinfer"}, r"attention backend 'flashinfer' cannot serve here: attention is by kernels of our own"),
+        ({"attention_backend": "flashinfer"}, r"attention backend 'flashinfer' cannot serve here: it needs a CUDA device"),
         ({"quantization": "fp8"}, r"quantization is 'fp8', but .* is a bfloat16 checkpoint"),
         ({"dtype": "float16"}, r"dtype is 'float16'; it must be one of auto, bfloat16, float32"),
     ):

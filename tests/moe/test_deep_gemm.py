@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from pointsman.kernels import library
 from pointsman.kernels.device import Device
+from pointsman.kernels.library import installed
 from pointsman.kernels.weight import Weight
 from pointsman.moe import deep_gemm as door
-from pointsman.moe import library
 from pointsman.moe.candidates import DEEP_GEMM, runner_choice, unsupported
 from pointsman.moe.deep_gemm import DeepGemmRunner, products
-from pointsman.moe.library import installed
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.spec import ExpertForm

@@ -12,15 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from pointsman.kernels import flashinfer as library_door
+from pointsman.kernels import library
 from pointsman.kernels.capability import describe
 from pointsman.kernels.device import Device
-from pointsman.moe import flashinfer as door
+from pointsman.kernels.flashinfer import member
+from pointsman.kernels.library import FLASHINFER, installed, numbers
 from pointsman.moe import flashinfer_limits as limits
-from pointsman.moe import library, trtllm_layout
+from pointsman.moe import trtllm_layout
 from pointsman.moe.candidates import runner_choice, unsupported
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRunner
-from pointsman.moe.library import installed, numbers
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec, route
 from pointsman.moe.spec import ExpertForm
@@ -60,7 +62,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, version: str) -> Emulation:
 def there(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     """As if this version were installed."""
     monkeypatch.setattr(library, "installed", lambda names: version)
-    monkeypatch.setattr(door, "installed", lambda names: version)
+    monkeypatch.setattr(library_door, "installed", lambda names: version)
     monkeypatch.setattr(limits, "installed", lambda names: version)
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(limits, "torch_cuda", lambda: "13.0")
@@ -184,10 +186,10 @@ def test_nothing_for_no_tokens(emulated: Emulation) -> None:
 @versions
 def test_arguments_fit_the_installed_library(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where FlashInfer is installed, the signature is that of the library itself, and is the one that is kept here."""
-    if installed(limits.DISTRIBUTIONS) is None:
+    if installed(FLASHINFER) is None:
         pytest.skip("flashinfer-python is not installed")
-    if numbers(str(installed(limits.DISTRIBUTIONS))) != numbers(version):
-        pytest.skip(f"another version is installed: {installed(limits.DISTRIBUTIONS)}")
+    if numbers(str(installed(FLASHINFER))) != numbers(version):
+        pytest.skip(f"another version is installed: {installed(FLASHINFER)}")
     real, entry = importlib.import_module("flashinfer.fused_moe"), known()["flashinfer-python"][version]
     emulation = Emulation(version)
     for name in ("trtllm_fp8_block_scale_moe", "trtllm_fp8_block_scale_routed_moe", "cutlass_fused_moe"):
@@ -236,7 +238,7 @@ def test_on_the_hardware(kind: type, layout: str | None) -> None:
 
 
 def test_the_library_shuffles_as_we_do() -> None:
-    if installed(limits.DISTRIBUTIONS) is None:
+    if installed(FLASHINFER) is None:
         pytest.skip("flashinfer-python is not installed")
     utils, moe = importlib.import_module("flashinfer"), importlib.import_module("flashinfer.fused_moe.core")
     matrix = normal(256, 256).to(torch.float8_e4m3fn)
@@ -382,7 +384,7 @@ def test_a_version_that_lacks_what_is_needed_is_refused_by_name(monkeypatch: pyt
     with pytest.raises(ValueError, match=r"FlashInfer 0.6.8 has no cutlass_fused_moe"):
         CutlassRunner()
     with pytest.raises(ValueError, match=r"no RoutingMethodType.Sigmoid; it has Default, "):
-        door.member("RoutingMethodType", "Sigmoid")
+        member("RoutingMethodType", "Sigmoid")
 
 
 def test_methods_are_named_and_numbers_differ() -> None:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from pointsman.config import MOE_RUNNERS
 from pointsman.kernels.device import Device
+from pointsman.kernels.library import torch_cuda
 from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.weight import Weight
 from pointsman.moe import candidates
 from pointsman.moe.candidates import runner_choice, unsupported
-from pointsman.moe.library import torch_cuda
 from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS
 from pointsman.moe.routing import Routing, RoutingSpec, route
 from pointsman.moe.runner import INVARIANT_RUNNERS, RUNNERS, make_runner

@@ -2,7 +2,7 @@
 
 `python -m tests.moe.libraries.signatures WHEEL...` adds what these wheels have to `signatures.json` beside this file. Get the wheels by
 `pip download --no-deps flashinfer-python==0.6.8` and the like. The file keeps, for each distribution and version, the parameters of each
-function (name, kind, and default as source or null), and the members of each enumeration.
+function or method (name, kind, and default as source or null), and the members of each enumeration.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ FUNCTIONS = {
         "trtllm_fp8_block_scale_routed_moe": r"flashinfer/fused_moe/core\.py",
         "cutlass_fused_moe": r"flashinfer/fused_moe/core\.py",
         "autotune": r"flashinfer/autotuner(/autotuner)?\.py",
+        "BatchPrefillWithPagedKVCacheWrapper.__init__": r"flashinfer/prefill\.py",
+        "BatchPrefillWithPagedKVCacheWrapper.reset_workspace_buffer": r"flashinfer/prefill\.py",
+        "BatchPrefillWithPagedKVCacheWrapper.plan": r"flashinfer/prefill\.py",
+        "BatchPrefillWithPagedKVCacheWrapper.run": r"flashinfer/prefill\.py",
     },
     "sgl-deep-gemm": {
         "m_grouped_fp8_fp4_gemm_nt_contiguous": r"deep_gemm/__init__\.py",
@@ -55,6 +59,10 @@ def read(wheel: Path) -> tuple[str, str, dict[str, Any]]:
                     functions[node.name] = parameters(node.args)
                 elif isinstance(node, ast.ClassDef) and node.name in ENUMERATIONS:
                     enumerations[node.name] = members(node)
+                elif isinstance(node, ast.ClassDef):
+                    # the last of several is the one that runs; those before it are overloads for type checkers
+                    methods = [(f"{node.name}.{line.name}", line) for line in node.body if isinstance(line, ast.FunctionDef)]
+                    functions |= {name: parameters(line.args) for name, line in methods if name in wanted}
                 elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id in wanted:
                     aliases |= {target.id: node.value.id for target in node.targets if isinstance(target, ast.Name)}
     assert functions.keys() == FUNCTIONS[distribution].keys(), functions.keys()
@@ -71,9 +79,11 @@ def parameters(args: ast.arguments) -> Parameters:
     plain = [*((arg, "POSITIONAL_ONLY") for arg in args.posonlyargs), *((arg, "POSITIONAL_OR_KEYWORD") for arg in args.args)]
     defaults = [None] * (len(plain) - len(args.defaults)) + [ast.unparse(value) for value in args.defaults]
     found: Parameters = [(arg.arg, kind, default) for (arg, kind), default in zip(plain, defaults, strict=True)]
+    if args.vararg is not None:
+        found.append((args.vararg.arg, "VAR_POSITIONAL", None))
     for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True):
         found.append((arg.arg, "KEYWORD_ONLY", None if value is None else ast.unparse(value)))
-    assert args.vararg is None and args.kwarg is None
+    assert args.kwarg is None
     return found
 
 

@@ -13,6 +13,9 @@ from pointsman.kernels.device import Device
 
 Version = tuple[int, ...]
 
+FLASHINFER = ("flashinfer-python",)
+FLASHINFER_MINIMUM = "0.6.8"  # the first whose experts write into a given output, are tuned when pre-routed, and have MiniMax's routing
+
 
 @functools.cache
 def installed(distributions: tuple[str, ...]) -> str | None:
@@ -56,6 +59,11 @@ def reason_against_library(module: str, distributions: tuple[str, ...], extra: s
     if least is not None and numbers(version) < numbers(least):
         return f"it needs {module} {least} or later; {version} is installed: {how}"
     return None
+
+
+def reason_against_flashinfer() -> str | None:
+    """Why FlashInfer cannot be used, or None."""
+    return reason_against_library("flashinfer", FLASHINFER, "flashinfer", FLASHINFER_MINIMUM)
 
 
 def reason_against_device(device: Device, wanted: tuple[tuple[int, int], ...]) -> str | None:
