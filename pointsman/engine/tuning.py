@@ -62,7 +62,7 @@ def drawn_rows(layer: MoE, num_tokens: int, decoder: Decoder) -> RouterInput:
     generator = torch.Generator(device).manual_seed(0)
     x_TD = torch.randn(num_tokens, hidden, generator=generator, device=device).to(decoder.dtype)
     slots_T = torch.arange(num_tokens, device=device)
-    return RouterInput(x_TD, layer.gate_ED, layer.bias_E, layer.layer, slots_T, None, None)
+    return RouterInput(x_TD, layer.gate_ED, layer.bias_E, layer.layer, slots_T, None, None, layer.own)
 
 
 def tactics_file(layer: MoE, device: torch.device, rank: int) -> Path:

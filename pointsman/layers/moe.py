@@ -42,7 +42,7 @@ class MoE:
         self.layer = layer
         self.gate_ED, self.bias_E, self.weights = gate_ED, bias_E, weights
         self.spec, self.runner, self._router = spec, runner, router
-        self._dtype, self._own = dtype, own
+        self._dtype, self.own = dtype, own
         self._ready: Any = None
 
     def prepare(self) -> Any:
@@ -57,7 +57,7 @@ class MoE:
 
     def __call__(self, x_TD: Tensor, ctx: StepContext) -> Tensor:
         given_TK = None if ctx.replay_TNK is None else ctx.replay_TNK[:, self.layer]
-        return self.run(RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK, self._own))
+        return self.run(RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK, self.own))
 
     def run(self, rows: RouterInput) -> Tensor:
         """Route these rows and run their experts."""

@@ -8,8 +8,10 @@ import torch
 
 from pointsman.kernels.operations import GLUES, Attention, Glue, Linear, attentions, linears
 from pointsman.models.choices import Choices
+from pointsman.models.sharding import Shard
 from pointsman.moe.router import Router, routers
 from pointsman.moe.runner import AnyRunner, make_runner
+from pointsman.moe.spec import Share
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -25,13 +27,14 @@ class Backends:
     moe: AnyRunner
 
 
-def take(choices: Choices) -> Backends:
-    """The implementations. Raises ValueError where one is refused."""
+def take(choices: Choices, shard: Shard) -> Backends:
+    """The implementations for this part of a model. Raises ValueError where one is refused."""
     linear, attention, glue, router, moe = [choice.take() for choice in choices.all()]
+    share = Share(shard.experts.start, shard.architecture.num_experts) if shard.ep > 1 else None
     return Backends(
         linears(invariant=choices.invariant)[linear],
         attentions(invariant=choices.invariant)[attention],
         GLUES[glue],
         routers(invariant=choices.invariant)[router],
-        make_runner(moe, deterministic=choices.invariant),
+        make_runner(moe, deterministic=choices.invariant, share=share),
     )

@@ -94,7 +94,7 @@ def load_model(
         kv_dtype=kv_dtype,
         deterministic=deterministic,
     )
-    backends = take(choices)
+    backends = take(choices, shard)
     if backends.glue.takes_mailbox:
         mesh = with_mailboxes(mesh, architecture.hidden_size)
     parameters = (

@@ -96,10 +96,8 @@ ROUTED_ALIKE = {"fused": "routed", "flashinfer_trtllm": "flashinfer_trtllm_route
 
 def unsupported(name: str, spec: RoutingSpec, form: ExpertForm, device: Device, dtype: str) -> str | None:
     """Why the runner of this name cannot serve, or None."""
-    if form.some and name in ROUTED_ALIKE:
-        return "it chooses among all experts inside its kernel; with --ep a rank has some of them"
-    if form.some and name.startswith("flashinfer"):
-        return "with --ep a rank has some of the experts, and this version does not tell the library which"
+    if form.some and name == "fused":
+        return "it chooses among all experts inside its kernel, and runs them; with --ep a rank has some of them"
     return RUNNERS[name](spec, form, device, dtype)
 
 

@@ -28,6 +28,7 @@ from pointsman.kernels.flashinfer import Function, autotune, member
 from pointsman.moe.flashinfer_limits import method_of
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
+from pointsman.moe.spec import Share
 from pointsman.moe.trtllm_layout import TrtllmWeights, block_weights, pack, transposed_scales, up_first
 from pointsman.moe.weights import ExpertWeights
 
@@ -104,16 +105,16 @@ class TrtllmRunner(_Trtllm):
     """Choice and experts in the kernel, from float32 logits and bias.
 
     Args:
-        first_expert: the model's number of the first expert that `weights` has; others' choices add nothing.
+        share: where `weights` has some of the experts; others' choices add nothing, and are recorded.
     """
 
     name: ClassVar[str] = "flashinfer_trtllm"
     routes_itself: ClassVar[Literal[True]] = True
     replays: ClassVar[bool] = False
 
-    def __init__(self, *, layout: str = "MajorK", first_expert: int = 0) -> None:
+    def __init__(self, *, layout: str = "MajorK", share: Share | None = None) -> None:
         super().__init__("trtllm_fp8_block_scale_moe", ("routing_logits", "routing_replay_out"), layout)
-        self._first_expert = first_expert
+        self._first_expert = 0 if share is None else share.first
 
     def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: TrtllmWeights) -> Tensor:
         assert rows.given_TK is None, "the engine refuses replay with this runner"
@@ -153,34 +154,34 @@ class RoutedTrtllmRunner(_Trtllm):
     """The engine's choice, packed, and the experts in the kernel. What scales the weights is in them already.
 
     Args:
-        others: other ranks have other experts, so that ids below zero are many and must cost nothing: the kernel is told of experts
-            beyond its own, and that these are chosen. Otherwise such a choice is expert 0 with weight 0.
+        share: where other ranks have other experts. Ids below zero are many then, and must cost nothing: they become an expert that is not
+            here. Otherwise such a choice is expert 0 with weight 0.
     """
 
     name: ClassVar[str] = "flashinfer_trtllm_routed"
     routes_itself: ClassVar[Literal[False]] = False
 
-    def __init__(self, *, layout: str = "MajorK", others: bool = False) -> None:
+    def __init__(self, *, layout: str = "MajorK", share: Share | None = None) -> None:
         super().__init__("trtllm_fp8_block_scale_routed_moe", ("topk_ids", "output"), layout)
-        self._others = others
+        self._share = share
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: TrtllmWeights) -> Tensor:
         ids_TK, weights_TK = routing
         if len(x_TD) == 0:
             return torch.empty_like(x_TD)
-        own = weights.num_experts
-        total = own + 4 - own % 4 if self._others else own
+        share = self._share or Share(0, weights.num_experts)
+        elsewhere = (share.first + weights.num_experts) % share.total  # expert 0 where all are here
         return self._run(
             x_TD,
             weights,
             {},
-            topk_ids=pack(ids_TK, weights_TK, own if self._others else None),
+            topk_ids=pack(ids_TK, weights_TK, first=share.first, nobody=elsewhere),
             routing_bias=None,
-            num_experts=total,
+            num_experts=share.total,
             top_k=ids_TK.shape[1],
             n_group=None,
             topk_group=None,
-            local_expert_offset=0,
+            local_expert_offset=share.first,
             routed_scaling_factor=None,
             # it routes nothing here; of the methods this is the one whose limits are widest
             routing_method_type=int(member("RoutingMethodType", "Renormalize")),
@@ -188,7 +189,10 @@ class RoutedTrtllmRunner(_Trtllm):
 
 
 class CutlassRunner:
-    """The engine's choice, and bfloat16 rows that the library quantizes; sums in an order that does not change."""
+    """The engine's choice, and bfloat16 rows that the library quantizes; sums in an order that does not change.
+
+    Ids count from the first expert that is here, and the library passes over those below zero: of other ranks it need not know.
+    """
 
     name: ClassVar[str] = "flashinfer_cutlass"
     routes_itself: ClassVar[Literal[False]] = False

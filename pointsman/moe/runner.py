@@ -20,6 +20,7 @@ from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
+from pointsman.moe.spec import Share
 from pointsman.moe.weights import ExpertWeights
 
 
@@ -72,9 +73,18 @@ RUNNERS: dict[str, type[MoERunner] | type[RoutingRunner]] = {
 INVARIANT_RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed": RoutedRunner, "triton": TritonRunner}
 
 
-def make_runner(name: str, *, deterministic: bool = False) -> AnyRunner:
-    """The runner of this name, which can serve."""
-    return INVARIANT_RUNNERS[name](deterministic=True) if deterministic else RUNNERS[name]()
+# told which of the experts are here, where not all are: to others' choices they are just ids below zero
+SHARING_RUNNERS: dict[str, type[RoutedTrtllmRunner] | type[TrtllmRunner]] = {
+    "flashinfer_trtllm_routed": RoutedTrtllmRunner,
+    "flashinfer_trtllm": TrtllmRunner,
+}
+
+
+def make_runner(name: str, *, deterministic: bool = False, share: Share | None = None) -> AnyRunner:
+    """The runner of this name, which can serve; `share` where some of the experts are here."""
+    if deterministic:
+        return INVARIANT_RUNNERS[name](deterministic=True)
+    return SHARING_RUNNERS[name](share=share) if share is not None and name in SHARING_RUNNERS else RUNNERS[name]()
 
 
 def reason_against_replay(runner: AnyRunner) -> str | None:

@@ -51,6 +51,18 @@ class ExpertForm(NamedTuple):
     some: bool = False
 
 
+class Share(NamedTuple):
+    """Which of a layer's experts a rank has.
+
+    Attributes:
+        first: of those here, as the model counts them.
+        total: on all ranks.
+    """
+
+    first: int
+    total: int
+
+
 def experts_hit(num_experts: int, top_k: int, num_tokens: int) -> float:
     """How many experts of a layer so many tokens choose under uniform routing, in expectation."""
     return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)

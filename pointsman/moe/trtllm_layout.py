@@ -102,14 +102,15 @@ def transposed_scales(scale_TG: Tensor) -> Tensor:
     return scale_TG.clamp(min=LEAST_SCALE).T.contiguous()
 
 
-def pack(ids_TK: Tensor, weights_TK: Tensor, nobody: int | None = None) -> Tensor:
+def pack(ids_TK: Tensor, weights_TK: Tensor, *, first: int = 0, nobody: int = 0) -> Tensor:
     """Experts and weights in one int32 each: the id in the upper half, the weight as bfloat16 in the lower.
 
     Args:
         weights_TK: float32 and not below zero, so that the lower half never reaches into the upper.
-        nobody: what an id below zero becomes, with weight 0; None: expert 0.
+        first: what id 0 becomes.
+        nobody: what an id below zero becomes, with weight 0.
     """
     none_TK = ids_TK < 0
     bits_TK = weights_TK.bfloat16().view(torch.int16).int() & 0xFFFF
-    words_TK = (ids_TK.int() << 16) | bits_TK
-    return words_TK.masked_fill(none_TK, (nobody or 0) << 16)
+    words_TK = ((ids_TK.int() + first) << 16) | bits_TK
+    return words_TK.masked_fill(none_TK, nobody << 16)

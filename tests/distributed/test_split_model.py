@@ -17,9 +17,11 @@ import torch
 from pointsman import tiny
 from pointsman.distributed import Mesh
 from pointsman.models.loader import load_model
+from pointsman.moe.candidates import RUNNERS
 from tests.distributed.ranks import run_ranks
 from tests.models import families
 from tests.models.checkpoints import Harness, Shape
+from tests.moe.libraries.flashinfer import VERSIONS, Emulation
 
 TOLERANCE = 2e-4
 QUANTIZED_TOLERANCE = 0.15
@@ -106,3 +108,23 @@ def meet_tiny(mesh: Mesh, want: list[tuple[str, Said]]) -> None:
 def test_the_bundled_checkpoint() -> None:
     want = Said.by(tiny.path(), "cpu", Mesh.single())
     run_ranks(2, 1, meet_tiny, [("cpu", want), ("cpu", want)])
+
+
+def share_experts(mesh: Mesh, folder: Path, runner: str, want: Said) -> None:
+    """One of two ranks with half of the experts each, over FlashInfer's kernels as they are documented."""
+    with pytest.MonkeyPatch.context() as patch:
+        Emulation(VERSIONS[-1], exact=True).install(patch)
+        patch.setitem(RUNNERS, runner, lambda *what: None)
+        got = Said.by(folder, runner, dataclasses.replace(mesh, ep=2))
+    for one, other in zip(got.logits, want.logits, strict=True):
+        assert np.abs(one - other).max() < QUANTIZED_TOLERANCE
+    # an activation that moved to the next e4m3 may tip a choice that is all but even, in layers past the first
+    assert np.array_equal(got.rows_SLK[:, 0], want.rows_SLK[:, 0]) and (got.rows_SLK == want.rows_SLK).mean() > 0.95
+    assert all(torch.equal(other, torch.from_numpy(got.rows_SLK)) for other in mesh.all_gather(torch.from_numpy(got.rows_SLK)[None]))
+
+
+@pytest.mark.parametrize("runner", ["flashinfer_trtllm_routed", "flashinfer_trtllm"])
+def test_experts_over_ranks_by_flashinfer(runner: str, tmp_path: Path) -> None:
+    shape = Shape(heads=4, kv_heads=2, head_dim=32, rotary_dim=16, hidden=256, width=128, experts=8, block=(128, 128))
+    folder = shape.write(tmp_path)
+    run_ranks(2, 1, share_experts, folder, runner, Said.by(folder, "cpu", Mesh.single()))

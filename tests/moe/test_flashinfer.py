@@ -18,14 +18,16 @@ from pointsman.kernels.capability import describe
 from pointsman.kernels.device import Device
 from pointsman.kernels.flashinfer import member
 from pointsman.kernels.library import FLASHINFER, installed, numbers
+from pointsman.layers.moe import MoE
 from pointsman.moe import flashinfer_limits as limits
 from pointsman.moe import trtllm_layout
 from pointsman.moe.candidates import runner_choice, unsupported
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRunner
-from pointsman.moe.router import RouterInput
+from pointsman.moe.router import ROUTERS, RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec, route
-from pointsman.moe.spec import ExpertForm
+from pointsman.moe.runner import make_runner
+from pointsman.moe.spec import ExpertForm, Share
 from pointsman.moe.weights import ExpertWeights
 from tests.moe.libraries.flashinfer import PLACES, VERSIONS, Emulation, unshuffled
 from tests.moe.libraries.models import NUM_EXPERTS, TOP_K, D, distance, experts, hidden_rows, normal, oracle, routing
@@ -143,25 +145,36 @@ def test_the_result_has_the_type_of_the_hidden_rows(emulated: Emulation, runner:
 
 
 @versions
-def test_ranks_with_shares_of_the_experts_sum_to_the_whole(emulated: Emulation) -> None:
-    """Three shares, uneven: each rank's ids are its own from 0 on and below zero for others', or it knows where its own begin."""
+@pytest.mark.parametrize("name", ["flashinfer_trtllm_routed", "flashinfer_trtllm", "flashinfer_cutlass"])
+def test_ranks_with_shares_of_the_experts_sum_to_the_whole(name: str, emulated: Emulation) -> None:
+    """Three shares, uneven, each as a rank's layer has it; every rank records every expert, and a row that pads has none."""
     emulated.exact = True
     spec, x_TD = SPECS["minimax"], hidden_rows(12)
     given = rows(x_TD, spec)
+    slots_T = given.slots_T.clone()
+    slots_T[5] = -1
+    real = slots_T >= 0
     chosen = chosen_by_reference(given, spec)
-    routed, fused = torch.zeros(x_TD.shape), torch.zeros(x_TD.shape)
+    total = torch.zeros(x_TD.shape)
     for first, last in (0, 3), (3, 4), (4, NUM_EXPERTS):
         share = ExpertWeights(*(type(w)(w.data[first:last], w.scale[first:last], w.block, w.parts) for w in layer()))
-        local_TK = torch.where((chosen.ids_TK >= first) & (chosen.ids_TK < last), chosen.ids_TK - first, -1)
-        runner = RoutedTrtllmRunner(others=True)
-        routed += runner(x_TD, Routing(local_TK, chosen.weights_TK), runner.prepare(share, torch.bfloat16)).float()
+        runner = make_runner(name, share=Share(first, NUM_EXPERTS))
+        own, routes = range(first, last), RouteStore(13, 2, TOP_K, NUM_EXPERTS)
+        rank = MoE(1, given.gate_ED, given.bias_E, share, spec, ROUTERS["reference"], runner, torch.bfloat16, own)
+        total += rank.run(RouterInput(x_TD, given.gate_ED, given.bias_E, 1, slots_T, routes, None, own)).float()
+        assert torch.equal(routes.rows_SLK[slots_T[real], 1].long(), chosen.ids_TK[real])
         call = emulated.calls[-1][1]
-        # what others do is chosen, but not here: no rows of expert 0
-        assert ((call["topk_ids"] >> 16) == 0).sum() == (local_TK == 0).sum() and call["local_num_experts"] == last - first
-        itself = TrtllmRunner(first_expert=first)
-        fused += itself(given, spec, itself.prepare(share, torch.bfloat16)).float()
+        if name == "flashinfer_cutlass":
+            continue
+        assert (call["num_experts"], call["local_expert_offset"], call["local_num_experts"]) == (NUM_EXPERTS, first, last - first)
+        if name == "flashinfer_trtllm_routed":
+            mine = ((chosen.ids_TK >= first) & (chosen.ids_TK < last))[real].sum()
+            words_TK = call["topk_ids"] >> 16
+            assert ((words_TK >= first) & (words_TK < last)).sum() == mine, "what others do is chosen, but not here"
+    assert name == "flashinfer_trtllm" or not total[~real].any(), "that kernel alone routes what pads"
     want = oracle(x_TD, chosen, layer())
-    assert distance(routed, want) < 2 * EXACT and distance(fused, want) < 2 * EXACT  # the sum of three that were rounded
+    # the sum of three that were rounded
+    assert distance(total[real], want[real]) < (CUTLASS if name == "flashinfer_cutlass" else 2 * EXACT)
 
 
 @versions
@@ -273,7 +286,7 @@ def test_packing_keeps_ids_and_weights_apart() -> None:
     assert words_TK.dtype == torch.int32 and (words_TK >> 16).tolist() == [[0, 255, 32767], [0, 3, 0]]
     bits_TK = (words_TK & 0xFFFF).short().view(torch.bfloat16)
     assert torch.equal(bits_TK, torch.where(ids_TK < 0, 0, weights_TK).bfloat16())
-    assert (trtllm_layout.pack(ids_TK, weights_TK, 256) >> 16).tolist() == [[0, 255, 32767], [256, 3, 256]]
+    assert (trtllm_layout.pack(ids_TK[:, :2], weights_TK[:, :2], first=64, nobody=256) >> 16).tolist() == [[64, 319], [256, 67]]
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,9 @@ def test_ranks_with_some_of_the_experts_make_parts_of_the_sum(name: str, num_tok
 def test_runners_that_cannot_have_some_of_the_experts_say_so() -> None:
     some = FORM._replace(some=True)
     reason = unsupported("fused", SPEC, some, Device(type="cuda", capability=(9, 0), triton=(3, 6)), "bfloat16")
-    assert reason == "it chooses among all experts inside its kernel; with --ep a rank has some of them"
-    assert "which" in (unsupported("flashinfer_cutlass", SPEC, some, CUDA, "bfloat16") or "")
+    assert reason == "it chooses among all experts inside its kernel, and runs them; with --ep a rank has some of them"
+    for name in "flashinfer_trtllm", "flashinfer_trtllm_routed", "flashinfer_cutlass":
+        assert unsupported(name, SPEC, some, CUDA, "bfloat16") == unsupported(name, SPEC, FORM, CUDA, "bfloat16")
     assert unsupported("cpu", SPEC, some, CPU, "float32") is None
 
 
