@@ -37,7 +37,7 @@ from pointsman.models import architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.decoder import Decoder
 from pointsman.models.folder import locate, read_json
-from pointsman.models.loader import load_model
+from pointsman.models.loader import load_model, rows_for
 from pointsman.models.revision import Revision
 from pointsman.request import FIRST_VERSION, MAX_VERSION_LENGTH, MemoryTag
 
@@ -214,7 +214,7 @@ class Weights:
         """The update that is under way, taken out: it is put back when this part of it has come."""
         revision, self._revision = self._revision, None
         if begin:
-            return Revision(self._shard)
+            return Revision(self._shard, rows_for(self._backends.moe, self.architecture))
         if revision is None:
             raise ValueError("begin is false, but no update has begun, or a part of it was refused; begin it anew")
         return revision

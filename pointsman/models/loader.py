@@ -33,9 +33,10 @@ from pointsman.models.checkpoint import Checkpoint, open_checkpoint
 from pointsman.models.choices import choices_of
 from pointsman.models.decoder import ALONE, Decoder
 from pointsman.models.folder import locate, read_json
-from pointsman.models.names import Kind, Place, Row, places
+from pointsman.models.names import Kind, Place, Row, places, up_before_gate
 from pointsman.models.parameters import Parameters, Storage
 from pointsman.models.sharding import Shard, describe_split
+from pointsman.moe.runner import AnyRunner, takes_up_first
 
 logger = logging.getLogger(__name__)
 
@@ -97,18 +98,24 @@ def load_model(
     backends = take(choices, shard)
     if backends.glue.takes_mailbox:
         mesh = with_mailboxes(mesh, architecture.hidden_size)
+    rows = rows_for(backends.moe, architecture)
     parameters = (
-        make_parameters(shard, seed=seed, device=on, progress=progress)
+        make_parameters(shard, rows, seed=seed, device=on, progress=progress)
         if load_format == "dummy"
-        else read_parameters(folder, shard, device=on, progress=progress)
+        else read_parameters(folder, shard, rows, device=on, progress=progress)
     )
     return Decoder(shard, parameters, backends, DTYPES[choices.dtype], mesh)
 
 
-def read_parameters(folder: Path, shard: Shard, *, device: torch.device, progress: bool | None = None) -> Parameters:
+def rows_for(runner: AnyRunner, architecture: Architecture) -> tuple[Row, ...]:
+    """The model's table of names, with the parts of its parameters as the runner of its experts takes them."""
+    rows = MODELS[architecture.name].rows
+    return up_before_gate(rows) if takes_up_first(runner) else rows
+
+
+def read_parameters(folder: Path, shard: Shard, rows: tuple[Row, ...], *, device: torch.device, progress: bool | None = None) -> Parameters:
     """A shard of a checkpoint's weights; all its headers are checked against the architecture."""
     architecture = shard.architecture
-    rows = MODELS[architecture.name].rows
     expected = places(rows, architecture)
     checkpoint = open_checkpoint(folder)
     check_headers(checkpoint, expected, architecture)
@@ -212,7 +219,7 @@ def loading_bar(progress: bool | None, total: int, what: str = "loading weights"
         yield lambda: bar.advance(task)
 
 
-def make_parameters(shard: Shard, *, seed: int, device: torch.device, progress: bool | None = None) -> Parameters:
+def make_parameters(shard: Shard, rows: tuple[Row, ...], *, seed: int, device: torch.device, progress: bool | None = None) -> Parameters:
     """Random weights whose router spreads tokens evenly: norms 1, a wide router, no bias, matrices of standard deviation 0.02.
 
     Embeddings have standard deviation 1. With smaller ones what attention adds, which neighbours share, outweighs what tells
@@ -220,7 +227,6 @@ def make_parameters(shard: Shard, *, seed: int, device: torch.device, progress: 
     given and its name, so that it is the same whatever else is loaded, and a shard has its part of the same.
     """
     architecture = shard.architecture
-    rows = MODELS[architecture.name].rows
     storage = Storage(rows, shard, {row.parameter: DTYPES[architecture.dtype] for row in rows}, device)
     generator = torch.Generator(device)
     named = places(rows, architecture)

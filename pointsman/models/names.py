@@ -80,6 +80,11 @@ def pair_rows(at: str, where: Part, width: str, prefix: str = "", names: tuple[s
     )
 
 
+def up_before_gate(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The same table with the experts' gate and up in the other order of their parts."""
+    return tuple(row._replace(part=1 - row.part) if row.parameter == "gate_up" else row for row in rows)
+
+
 class Place(NamedTuple):
     """Where a tensor belongs: part `part` of `parameter` of a layer, of an expert; its numbers or their scales."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pointsman.kernels.reference import quantize_weight
 from pointsman.models import MODELS
 from pointsman.models.loader import FILE_DTYPES, MOST_LISTED, form, is_broken
-from pointsman.models.names import SCALE_SUFFIX, Kind, places
+from pointsman.models.names import SCALE_SUFFIX, Kind, Row, places
 from pointsman.models.parameters import Parameters, Storage
 from pointsman.models.sharding import Shard
 
@@ -22,12 +22,16 @@ _NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
 
 class Revision:
-    """An update of a model's weights that is being collected."""
+    """An update of a model's weights that is being collected.
 
-    def __init__(self, shard: Shard) -> None:
+    Args:
+        rows: the model's table, as its parameters were loaded by it (`loader.rows_for`); None: as it is.
+    """
+
+    def __init__(self, shard: Shard, rows: tuple[Row, ...] | None = None) -> None:
         architecture = shard.architecture
         self._shard, self._architecture = shard, architecture
-        self._rows = MODELS[architecture.name].rows
+        self._rows = MODELS[architecture.name].rows if rows is None else rows
         self._expected = places(self._rows, architecture)
         self._tensors: dict[str, Tensor] = {}  # whole, whatever part of them is here
 

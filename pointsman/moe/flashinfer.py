@@ -29,7 +29,7 @@ from pointsman.moe.flashinfer_limits import method_of
 from pointsman.moe.router import RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.spec import Share
-from pointsman.moe.trtllm_layout import TrtllmWeights, block_weights, pack, transposed_scales, up_first
+from pointsman.moe.trtllm_layout import TrtllmWeights, block_weights, pack, transposed_scales, turned
 from pointsman.moe.weights import ExpertWeights
 
 TUNED_RUNNERS = frozenset({"flashinfer_trtllm", "flashinfer_trtllm_routed"})
@@ -65,16 +65,18 @@ class _Trtllm:
 
     Args:
         layout: of weights, see `trtllm_layout`.
+        up_first: weights come with up before gate; otherwise `prepare` makes a copy of them that has.
     """
 
-    def __init__(self, function: str, needs: tuple[str, ...], layout: str) -> None:
+    def __init__(self, function: str, needs: tuple[str, ...], layout: str, up_first: bool) -> None:
+        self.up_first = up_first
         self._function = Function(function, (*TRTLLM_NEEDS, *needs))
         self._layout = layout
         self._quantization = member("Fp8QuantizationType", "DeepSeekFp8")
         self._weight_layout = member("WeightLayout", layout)
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> TrtllmWeights:
-        return block_weights(weights, self._layout)
+        return block_weights(weights if self.up_first else turned(weights), self._layout)
 
     def _run(self, x_TD: Tensor, weights: TrtllmWeights, also: dict[str, Any], **arguments: Any) -> Tensor:
         """One call over the rows; `arguments` say who routes, and how."""
@@ -112,8 +114,8 @@ class TrtllmRunner(_Trtllm):
     routes_itself: ClassVar[Literal[True]] = True
     replays: ClassVar[bool] = False
 
-    def __init__(self, *, layout: str = "MajorK", share: Share | None = None) -> None:
-        super().__init__("trtllm_fp8_block_scale_moe", ("routing_logits", "routing_replay_out"), layout)
+    def __init__(self, *, layout: str = "MajorK", share: Share | None = None, up_first: bool = False) -> None:
+        super().__init__("trtllm_fp8_block_scale_moe", ("routing_logits", "routing_replay_out"), layout, up_first)
         self._first_expert = 0 if share is None else share.first
 
     def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: TrtllmWeights) -> Tensor:
@@ -161,8 +163,8 @@ class RoutedTrtllmRunner(_Trtllm):
     name: ClassVar[str] = "flashinfer_trtllm_routed"
     routes_itself: ClassVar[Literal[False]] = False
 
-    def __init__(self, *, layout: str = "MajorK", share: Share | None = None) -> None:
-        super().__init__("trtllm_fp8_block_scale_routed_moe", ("topk_ids", "output"), layout)
+    def __init__(self, *, layout: str = "MajorK", share: Share | None = None, up_first: bool = False) -> None:
+        super().__init__("trtllm_fp8_block_scale_routed_moe", ("topk_ids", "output"), layout, up_first)
         self._share = share
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: TrtllmWeights) -> Tensor:
@@ -192,17 +194,21 @@ class CutlassRunner:
     """The engine's choice, and bfloat16 rows that the library quantizes; sums in an order that does not change.
 
     Ids count from the first expert that is here, and the library passes over those below zero: of other ranks it need not know.
+
+    Args:
+        up_first: as for the others.
     """
 
     name: ClassVar[str] = "flashinfer_cutlass"
     routes_itself: ClassVar[Literal[False]] = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, up_first: bool = False) -> None:
+        self.up_first = up_first
         needs = ("input", "token_selected_experts", "token_final_scales", "fc1_expert_weights", "fc2_expert_weights", "output_dtype")
         self._function = Function("cutlass_fused_moe", (*needs, "quant_scales", "output", "use_deepseek_fp8_block_scale"))
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
-        return ExpertWeights(up_first(weights.gate_up), weights.down)
+        return weights if self.up_first else turned(weights)
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         if len(x_TD) == 0:

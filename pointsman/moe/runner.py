@@ -73,18 +73,27 @@ RUNNERS: dict[str, type[MoERunner] | type[RoutingRunner]] = {
 INVARIANT_RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed": RoutedRunner, "triton": TritonRunner}
 
 
-# told which of the experts are here, where not all are: to others' choices they are just ids below zero
-SHARING_RUNNERS: dict[str, type[RoutedTrtllmRunner] | type[TrtllmRunner]] = {
-    "flashinfer_trtllm_routed": RoutedTrtllmRunner,
-    "flashinfer_trtllm": TrtllmRunner,
-}
-
-
 def make_runner(name: str, *, deterministic: bool = False, share: Share | None = None) -> AnyRunner:
-    """The runner of this name, which can serve; `share` where some of the experts are here."""
+    """The runner of this name, which can serve and may say how weights are loaded for it.
+
+    Args:
+        share: where some of the experts are here; most runners need not know, for others' choices are ids below zero to them.
+    """
     if deterministic:
         return INVARIANT_RUNNERS[name](deterministic=True)
-    return SHARING_RUNNERS[name](share=share) if share is not None and name in SHARING_RUNNERS else RUNNERS[name]()
+    match name:
+        case RoutedTrtllmRunner.name:
+            return RoutedTrtllmRunner(share=share, up_first=True)
+        case TrtllmRunner.name:
+            return TrtllmRunner(share=share, up_first=True)
+        case CutlassRunner.name:
+            return CutlassRunner(up_first=True)
+    return RUNNERS[name]()
+
+
+def takes_up_first(runner: AnyRunner) -> bool:
+    """Whether its experts' weights are to be loaded with the rows of up before those of gate."""
+    return isinstance(runner, TrtllmRunner | RoutedTrtllmRunner | CutlassRunner) and runner.up_first
 
 
 def reason_against_replay(runner: AnyRunner) -> str | None:

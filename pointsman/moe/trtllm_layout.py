@@ -28,13 +28,14 @@ LAYOUTS = ("MajorK", "BlockMajorK")
 TILE = {"BlockMajorK": 64, "interleaved": 128}
 
 
-def up_first(gate_up: Weight) -> Weight:
+def turned(weights: ExpertWeights) -> ExpertWeights:
     """[gate; up] as [up; gate], numbers and scales."""
+    gate_up = weights.gate_up
     gate, up = gate_up.parts
     assert gate == up and gate % gate_up.block[0] == 0
     data = torch.cat(list(reversed(gate_up.data.view(torch.uint8).chunk(2, dim=-2))), dim=-2)
     scale = None if gate_up.scale is None else torch.cat(list(reversed(gate_up.scale.chunk(2, dim=-2))), dim=-2)
-    return Weight(data.view(gate_up.data.dtype), scale, gate_up.block, (up, gate))
+    return ExpertWeights(Weight(data.view(gate_up.data.dtype), scale, gate_up.block, (up, gate)), weights.down)
 
 
 class TrtllmWeights(NamedTuple):
@@ -53,9 +54,9 @@ class TrtllmWeights(NamedTuple):
 
 
 def block_weights(weights: ExpertWeights, layout: str) -> TrtllmWeights:
-    """Weights of 128x128 blocks for the kernel, in this layout."""
+    """Weights of 128x128 blocks, up before gate, for the kernel in this layout; as MajorK the numbers are not copied."""
     assert layout in LAYOUTS
-    both, down = up_first(weights.gate_up), weights.down
+    both, down = weights
     assert both.scale is not None and down.scale is not None
     scales = both.scale.clamp(min=LEAST_SCALE), down.scale.clamp(min=LEAST_SCALE)
     data = both.data, down.data

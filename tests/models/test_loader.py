@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pointsman.models import architecture_of
+from pointsman.models import MODELS, architecture_of
 from pointsman.models.loader import load_model, make_parameters
 from pointsman.models.parameters import Parameters
 from pointsman.models.sharding import Shard
@@ -17,6 +17,7 @@ from tests.models.checkpoints import Harness, Shape, write
 from tests.models.test_architecture import PUBLISHED
 
 FP8 = Shape(hidden=48, heads=5, kv_heads=1, head_dim=16, width=40, experts=4, block=(32, 20))
+ROWS = MODELS["MiniMaxM2ForCausalLM"].rows
 CPU = torch.device("cpu")
 
 
@@ -234,7 +235,7 @@ class TestDummy:
         assert len(torch.unique(routes_TNK.sort(-1).values.flatten(1), dim=0)) > 250, "tokens must not share their experts"
 
     def test_weights_have_the_promised_spread(self) -> None:
-        parameters = make_parameters(Shard(architecture_of(self.CONFIG)), seed=0, device=CPU)
+        parameters = make_parameters(Shard(architecture_of(self.CONFIG)), ROWS, seed=0, device=CPU)
         layer = parameters.layers[0]
         for weight in (layer.qkv, layer.o, *layer.experts, parameters.head):
             assert abs(float(weight.dequantize(torch.float32).std()) - 0.02) < 0.001
@@ -244,13 +245,13 @@ class TestDummy:
 
     def test_the_seed_decides(self) -> None:
         architecture = architecture_of(self.CONFIG)
-        first, again, other = (make_parameters(Shard(architecture), seed=seed, device=CPU).layers[1].experts for seed in (3, 3, 4))
+        first, again, other = (make_parameters(Shard(architecture), ROWS, seed=seed, device=CPU).layers[1].experts for seed in (3, 3, 4))
         assert same(first.down.data, again.down.data) and not same(first.down.data, other.down.data)
         assert not same(first.down.data[0], first.down.data[1])
 
     def test_full_size_only_needs_the_config(self) -> None:
         # one layer of few experts: the widths are the published ones
         config = PUBLISHED | {"num_hidden_layers": 1, "attn_type_list": [1], "num_local_experts": 8, "vocab_size": 512}
-        parameters = make_parameters(Shard(architecture_of(config)), seed=0, device=CPU)
+        parameters = make_parameters(Shard(architecture_of(config)), ROWS, seed=0, device=CPU)
         assert parameters.layers[0].qkv.data.shape == (8192, 3072)
         assert parameters.layers[0].qkv.scale is not None and parameters.layers[0].qkv.scale.shape == (64, 24)

@@ -160,7 +160,7 @@ def test_ranks_with_shares_of_the_experts_sum_to_the_whole(name: str, emulated: 
         share = ExpertWeights(*(type(w)(w.data[first:last], w.scale[first:last], w.block, w.parts) for w in layer()))
         runner = make_runner(name, share=Share(first, NUM_EXPERTS))
         own, routes = range(first, last), RouteStore(13, 2, TOP_K, NUM_EXPERTS)
-        rank = MoE(1, given.gate_ED, given.bias_E, share, spec, ROUTERS["reference"], runner, torch.bfloat16, own)
+        rank = MoE(1, given.gate_ED, given.bias_E, trtllm_layout.turned(share), spec, ROUTERS["reference"], runner, torch.bfloat16, own)
         total += rank.run(RouterInput(x_TD, given.gate_ED, given.bias_E, 1, slots_T, routes, None, own)).float()
         assert torch.equal(routes.rows_SLK[slots_T[real], 1].long(), chosen.ids_TK[real])
         call = emulated.calls[-1][1]
