@@ -13,7 +13,6 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from pointsman.config import EngineConfig
 from pointsman.distributed import Mesh
 from pointsman.distributed.rendezvous import listen
 from pointsman.engine.build import Parts, build
+from pointsman.engine.candidates import ranks_choice
 from pointsman.engine.device import choose_device
 from pointsman.engine.ending import end_without
 from pointsman.engine.executor import Executor, Leading, choose_executor
@@ -91,6 +91,8 @@ def _check(config: EngineConfig) -> None:
             f"data_parallel_size is {replicas}; this version runs one replica: start a server for each, and a balancer before them"
         )
     tp, ep = config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size
+    if reason := ranks_choice(config.parallel.distributed_executor_backend, tp).refusal:
+        raise ValueError(reason)
     if (tp, ep) == (1, 1):
         return
     folder = locate(config.model.model_path or str(tiny.path()), revision=config.model.revision, weights=False)
@@ -109,12 +111,10 @@ def _for_ranks(config: EngineConfig) -> EngineConfig:
 
 def _start(config: EngineConfig) -> Places:
     """Start the other ranks as the configuration says. Raises ValueError where it says what cannot be, and RankLost."""
-    size, backend = config.parallel.tensor_parallel_size, config.parallel.distributed_executor_backend
+    size = config.parallel.tensor_parallel_size
     on_gpus = choose_device(config.kernel.device).type == "cuda"
-    if backend == "uni":
-        raise ValueError(f"distributed_executor_backend is 'uni', which is one rank, and tensor_parallel_size is {size}; 'mp' runs several")
-    if backend == "ray":
-        places: Places = _ray().start_actors(size, on_gpus=on_gpus)
+    if ranks_choice(config.parallel.distributed_executor_backend, size).take() == "ray":
+        places: Places = importlib.import_module("pointsman.engine.ray").start_actors(size, on_gpus=on_gpus)
         return places
     if on_gpus and (found := torch.cuda.device_count()) < size:
         raise ValueError(f"tensor_parallel_size is {size}, and this machine has {found} CUDA devices; 'ray' spreads ranks over machines")
@@ -123,16 +123,6 @@ def _start(config: EngineConfig) -> Places:
         return Places(links=start_processes(range(1, size)), devices=devices, address=LOOPBACK)
     except OSError as error:
         raise RankLost(f"the processes of {size - 1} ranks could not be started: {error}") from error
-
-
-def _ray() -> Any:
-    try:
-        return importlib.import_module("pointsman.engine.ray")
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        reason = "distributed_executor_backend is 'ray', and Ray is not installed: pip install 'pointsman[ray]'"
-        raise ValueError(reason) from None
 
 
 def _meet(config: EngineConfig, places: Places, workers: Workers) -> Mesh:

@@ -32,7 +32,7 @@ from pointsman.engine.device_options import check_options
 from pointsman.engine.device_sampler import DeviceSampler, choose_way
 from pointsman.engine.device_step import DeviceMemory, make_device_step, make_planner
 from pointsman.engine.grammars import Grammars
-from pointsman.engine.memory import CacheSize, cache_for, context_length_of, kv_dtype_of, memory_bytes
+from pointsman.engine.memory import CacheSize, cache_for, context_length_of, kv_dtype_of, memory_bytes, num_ranks_here
 from pointsman.engine.model_runner import ModelRunner, Step
 from pointsman.engine.plan import Plan, make_plan
 from pointsman.engine.step_sizes import bounds_of
@@ -189,10 +189,11 @@ def _rank(
 
 def _size(config: EngineConfig, mesh: Mesh, decoder: Decoder) -> CacheSize:
     """What fits; of several ranks all have as much as the one with the least room."""
-    total, free, device = memory_bytes(), None, decoder.device
+    device, free = decoder.device, None
+    total = memory_bytes() // num_ranks_here(config, device.type)
     if device.type == "cuda":
         total, free = device_memory(device)
-    weights = sum(size.num_bytes for size in held(decoder.parameters).values())
+    weights = sum(size.num_bytes for size in held(decoder.parameters).values()) + sum(_plan(config, decoder).forms.values())
     plans = 0
     if decoder.backends.attention.planner is not None:
         plans = planner_bytes(decoder.attention_shape, bounds_of(config, decoder.architecture))

@@ -1,10 +1,14 @@
-"""How steps can run, tokens be drawn: the engine's own choices, each with the reasons. No tensors, and no device is asked."""
+"""How steps can run, tokens be drawn and ranks work together: choices of the engine, with reasons, and without tensors or a device."""
 
 from __future__ import annotations
 
 from pointsman.config import KernelConfig
 from pointsman.kernels.choice import Choice
+from pointsman.kernels.library import reason_against_library
 from pointsman.models.sharding import Shard
+
+# as `distributed.peer_memory` has it, which a test compares
+MOST_MAILBOX_RANKS = 8
 
 
 def cpu_step_choice(wanted: str, shard: Shard, *, runner: str, linear: str, dtype: str) -> Choice:
@@ -54,3 +58,24 @@ def executor_choice(*, overlap: bool, on_device: bool) -> Choice:
         "inline": None,
     }
     return Choice("executor", "auto" if overlap else "inline", reasons)
+
+
+def ranks_choice(wanted: str, num_ranks: int) -> Choice:
+    """The choice of what runs the ranks past the first."""
+    several = f"it is one rank, and tensor_parallel_size is {num_ranks}; 'mp' runs several" if num_ranks > 1 else None
+    alone = None if num_ranks > 1 else "there is one rank, which runs in the engine's own process"
+    return Choice(
+        "distributed_executor_backend", wanted, {"uni": several, "mp": None, "ray": alone or reason_against_library("ray", ("ray",), "ray")}
+    )
+
+
+def sums_choice(device_type: str, num_ranks: int, *, glue: str) -> Choice:
+    """The choice of what carries sums over ranks: for few rows mailboxes, which ranks have where their GPUs reach each other's memory."""
+    on_gpus = device_type == "cuda"
+    against = None if on_gpus else f"the device is {device_type}"
+    if against is None and glue != "triton":
+        against = f"they are read by the glue 'triton', and it is {glue!r}"
+    if against is None and num_ranks > MOST_MAILBOX_RANKS:
+        against = f"there are {num_ranks} ranks, and at most {MOST_MAILBOX_RANKS} write to each other"
+    reasons = {"mailboxes": against, "nccl": None if on_gpus else "it connects GPUs", "gloo": "it connects CPUs" if on_gpus else None}
+    return Choice("sums over ranks", "auto", reasons)

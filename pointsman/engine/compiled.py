@@ -23,6 +23,7 @@ from torch import Tensor
 from pointsman.config import EngineConfig
 from pointsman.engine.batch import Batch, Lanes
 from pointsman.engine.candidates import cpu_step_choice
+from pointsman.engine.device import return_memory
 from pointsman.engine.model_runner import Step, TorchStep
 from pointsman.kernels import reference
 from pointsman.kernels.cpu_pack import Matrix
@@ -70,6 +71,8 @@ def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: Rou
     shape = _shape(decoder.architecture)
 
     def make() -> CompiledStep:
+        decoder.release()  # what the torch step multiplied with
+        return_memory(decoder.device)
         return CompiledStep(CpuStep(shape, weights, cache, max_rows=max_rows, num_threads=num_threads), cache.routes)
 
     if wanted == "compiled" or is_cached(kinds):

@@ -46,6 +46,12 @@ def memory_bytes() -> int:
     return total
 
 
+def num_ranks_here(config: EngineConfig, device_type: str) -> int:
+    """How many ranks share a device and its memory: on a CPU all that are processes of this machine."""
+    parallel = config.parallel
+    return parallel.tensor_parallel_size if device_type == "cpu" and parallel.distributed_executor_backend != "ray" else 1
+
+
 def workspace(architecture: Architecture, max_tokens: int, max_logits: int) -> dict[str, int]:
     """What a step of so many rows may hold at once on a device, beside weights and cache: generously, as nothing is gained by less.
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from pointsman.config import EngineConfig
 from pointsman.engine import floor
-from pointsman.engine.candidates import cpu_step_choice, executor_choice, graph_choice, sampler_choice
+from pointsman.engine.candidates import cpu_step_choice, executor_choice, graph_choice, ranks_choice, sampler_choice, sums_choice
 from pointsman.engine.device_models import DeviceModel
 from pointsman.engine.device_options import check_options
 from pointsman.engine.floor import Rates, Share
-from pointsman.engine.memory import CacheSize, cache_for, context_length_of, kv_dtype_of, token_bytes, workspace
+from pointsman.engine.memory import CacheSize, cache_for, context_length_of, kv_dtype_of, num_ranks_here, token_bytes, workspace
 from pointsman.engine.step_sizes import bounds_of
-from pointsman.kernels.candidates import UNCAPTURED_ATTENTIONS
+from pointsman.kernels.candidates import MAILBOX_ROWS, UNCAPTURED_ATTENTIONS
 from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
 from pointsman.kernels.dtypes import NUM_BYTES
@@ -24,7 +24,8 @@ from pointsman.kernels.flashinfer_room import num_bytes as planner_bytes
 from pointsman.models.architecture import Architecture
 from pointsman.models.choices import Choices, attention_shape, choices_of, reason_against_capture
 from pointsman.models.sharding import Shard
-from pointsman.models.sizes import PLAIN_KINDS, Size, described
+from pointsman.models.sizes import PLAIN_KINDS, Size, described, forms
+from pointsman.moe.candidates import ROUTED_ALIKE
 
 CONTEXT_BYTES = 600 << 20  # what a CUDA context and its libraries are assumed to take; not measured
 
@@ -34,7 +35,9 @@ class Plan:
     """An engine's first rank, which no other exceeds.
 
     Attributes:
+        ranks, sums: what runs the others, and what adds up over all; None for one rank alone.
         weights: what it holds, by kind.
+        forms: bytes of weights that stand once more in another form.
         token: what its cache holds of a token.
         beside: memory for neither weights nor cache.
         cache: None where it does not fit.
@@ -48,8 +51,11 @@ class Plan:
     step: Choice
     sampler: Choice
     executor: Choice
+    ranks: Choice
+    sums: Choice | None
     context_length: int
     weights: dict[str, Size]
+    forms: dict[str, int]
     token: dict[str, int]
     beside: dict[str, int]
     cache: CacheSize | None
@@ -64,7 +70,28 @@ class Plan:
         """Every choice by the operation that it is of."""
         named = {"attention": self.choices.attention, "linears": self.choices.linear, "experts": self.choices.moe}
         named |= {"router": self.choices.router, "glue": self.choices.glue}
-        return named | {"sampler": self.sampler, "step": self.step, "executor": self.executor}
+        named |= {"sampler": self.sampler, "step": self.step, "executor": self.executor, "ranks": self.ranks}
+        return named if self.sums is None else named | {"sums over ranks": self.sums}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a table of choices does not tell, in sentences."""
+        runner = self.choices.moe.chosen
+        found = [f"Every token's experts are recorded, in {self.token['routing rows']:,} bytes a token."]
+        if runner in ROUTED_ALIKE:
+            found.append(f"The runner {runner} cannot be given experts to replay; {ROUTED_ALIKE[runner]} can.")
+        elif runner is not None:
+            found.append("Experts can be given to replay.")
+        if self.sums is not None and self.sums.chosen == "mailboxes":
+            rows = MAILBOX_ROWS // (self.shard.tp - 1)
+            found.append(
+                f"Mailboxes carry sums of up to {rows:,} rows; NCCL carries more, and all where the GPUs do not reach each other's memory, "
+                "which is seen when the ranks meet."
+            )
+        if self.step.chosen == "graphs":
+            sizes = self.config.kernel.cuda_graph_max_bs or self.config.scheduler.chunked_prefill_size
+            found.append(f"Steps of up to {sizes:,} tokens are CUDA graphs.")
+        return found
 
     def short(self) -> str:
         """The decisions in a line."""
@@ -83,7 +110,7 @@ def make_plan(config: EngineConfig, architecture: Architecture, device: Device, 
 
     Args:
         name: what the device is called.
-        memory_bytes: all that it has.
+        memory_bytes: all that it has; ranks that are on one CPU share it.
 
     Raises:
         ValueError: an option has no meaning on the device, or the model cannot be split as asked.
@@ -105,8 +132,11 @@ def make_plan(config: EngineConfig, architecture: Architecture, device: Device, 
     )
     on_device = device.type == "cuda"
     weights, beside, plans = described(shard), {}, 0
-    num_bytes = sum(size.num_bytes for size in weights.values())
-    free = None
+    step = _step(config, shard, choices, device.type)
+    linear, runner = choices.linear.chosen, choices.moe.chosen
+    again = forms(shard, step=step.chosen, linear=linear, runner=runner, dtype=choices.dtype)
+    num_bytes = sum(size.num_bytes for size in weights.values()) + sum(again.values())
+    memory_bytes, free = memory_bytes // num_ranks_here(config, device.type), None
     if on_device:
         beside = {"context of CUDA": CONTEXT_BYTES}
         beside |= workspace(architecture, config.scheduler.chunked_prefill_size, config.scheduler.max_running_requests)
@@ -115,8 +145,9 @@ def make_plan(config: EngineConfig, architecture: Architecture, device: Device, 
         beside |= {"plans of attention": plans} if plans else {}
         free = memory_bytes - CONTEXT_BYTES - num_bytes
     cache, refusals = None, [choice.refusal for choice in choices.all()]
-    step = _step(config, shard, choices, device.type)
     refusals.append(None if None in (choices.moe.chosen, choices.linear.chosen, choices.attention.chosen) else step.refusal)
+    ranks = ranks_choice(config.parallel.distributed_executor_backend, shard.tp)
+    refusals.append(ranks.refusal)
     try:
         cache = cache_for(
             config,
@@ -137,8 +168,11 @@ def make_plan(config: EngineConfig, architecture: Architecture, device: Device, 
         step=step,
         sampler=sampler_choice(device.type),
         executor=executor_choice(overlap=not config.scheduler.disable_overlap_schedule, on_device=on_device),
+        ranks=ranks,
+        sums=sums_choice(device.type, shard.tp, glue=choices.glue.chosen or "none") if shard.tp > 1 else None,
         context_length=context_length_of(config, architecture),
         weights=weights,
+        forms=again,
         token=token_bytes(shard, kv_dtype_of(config)),
         beside=beside,
         cache=cache,
@@ -184,12 +218,13 @@ def share_of(plan: Plan) -> Share:
 
 
 def rates_of(plan: Plan, model: DeviceModel) -> Rates:
-    """What bounds a step of this plan. Products are FP8 where weights are and the device has them."""
+    """What bounds a step of this plan. Products are FP8 where weights are and the device has them; ranks on one CPU share what it does."""
     fp8 = model.fp8 if plan.shard.architecture.quantization_block is not None else None
+    shared_by = num_ranks_here(plan.config, model.device.type)
     return Rates(
-        read=model.read.value,
-        matrices=(fp8 or model.plain).value,
-        plain=model.plain.value,
+        read=model.read.value / shared_by,
+        matrices=(fp8 or model.plain).value / shared_by,
+        plain=model.plain.value / shared_by,
         num_ranks=plan.shard.tp,
         link=float("inf") if model.link is None else model.link.value,
         reduce_seconds=0.0 if model.reduce_seconds is None else model.reduce_seconds.value,

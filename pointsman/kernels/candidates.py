@@ -94,6 +94,9 @@ def _flashinfer_attention(device: Device, dtype: str, shape: AttentionShape, kv_
     return reason_against_flashinfer()
 
 
+# rows that go by mailbox between two ranks; between more, so many that each sends as much
+MAILBOX_ROWS = 2048
+
 # in the order in which "auto" asks them
 LINEARS: dict[str, Callable[[Device, str, Block], str | None]] = {"triton": _triton_linear, "cpu": _needs_cpu, "reference": _anywhere}
 ATTENTIONS: dict[str, Callable[[Device, str, AttentionShape, str], str | None]] = {

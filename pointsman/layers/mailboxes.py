@@ -1,7 +1,7 @@
 """The exchange of ranks whose GPUs write into each other's memory: sums of rows go by mailbox, in the kernel that needs them where there is
 one (`layers.norm`, `layers.attention`); more rows than a mailbox has, and everything else, by the exchange that was there before.
 
-How many rows that is follows from what each rank sends, all of its rows to every other: as much as two ranks do with MOST_ROWS.
+How many rows that is follows from what each rank sends, all of its rows to every other: as much as two ranks do with MAILBOX_ROWS.
 
 Shape suffixes: T rows, D hidden.
 """
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from pointsman.distributed import Mesh
 from pointsman.distributed.mesh import Exchange
+from pointsman.kernels.candidates import MAILBOX_ROWS
 
 if TYPE_CHECKING:
     from pointsman.kernels.mailbox import Mailbox
 
 logger = logging.getLogger(__name__)
-
-MOST_ROWS = 2048
 
 
 class Mailboxes:
@@ -58,7 +57,7 @@ def with_mailboxes(mesh: Mesh, hidden: int) -> Mesh:
     if mesh.size == 1 or mailboxes_of(mesh) is not None:
         return mesh
     kernels = importlib.import_module("pointsman.kernels.mailbox")
-    num_rows = MOST_ROWS // (mesh.size - 1)
+    num_rows = MAILBOX_ROWS // (mesh.size - 1)
     made, kept = [], []
     for name, rows, width, dtype in (("rows", num_rows, hidden, torch.bfloat16), ("squares", 2 * num_rows, 1, torch.float32)):
         letter = kernels.LETTERS[dtype]

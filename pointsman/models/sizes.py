@@ -47,6 +47,27 @@ def described(shard: Shard) -> dict[str, Size]:
     return sizes
 
 
+def forms(shard: Shard, *, step: str | None, linear: str | None, runner: str | None, dtype: str) -> dict[str, int]:
+    """Bytes of weights that stand once more beside the checkpoint's, as what was chosen multiplies with them.
+
+    The compiled step packs all, with a scale for each output and block of columns. A CPU's torch step has matrices in the dtype that is
+    computed in, made when they are first used. Plain ones of another dtype are converted by all but the reference.
+    """
+    sizes, block = described(shard), shard.architecture.quantization_block
+    if step == "compiled":
+        byte = 1.0 if block is None else 1 + 4 / block[1]
+        plain = PLAIN_KINDS if block is not None else sizes.keys()
+        return {"packed": sum(size.num_bytes if kind in plain else int(size.num_elements * byte) for kind, size in sizes.items())}
+    converts, found = shard.architecture.dtype != dtype, 0
+    for kind, size in sizes.items():
+        how = runner if kind == "experts" else linear
+        quantized = block is not None and kind not in PLAIN_KINDS
+        made = how == "cpu" if quantized else converts and how not in (None, "reference")
+        if made and kind not in ("router", "norms", "embedding"):
+            found += size.num_elements * NUM_BYTES[dtype]
+    return {f"in {dtype}": found} if found else {}
+
+
 def _num_bytes(row: Row, lengths: list[int], shard: Shard) -> int:
     architecture, numbers = shard.architecture, math.prod(lengths)
     if row.kind is Kind.FLOAT32:

@@ -45,7 +45,7 @@ def boxed(mesh: Mesh, folder: Path) -> Mesh:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Mesh, "share_memory", share)
-        patch.setattr(mailboxes, "MOST_ROWS", ROWS)
+        patch.setattr(mailboxes, "MAILBOX_ROWS", ROWS)
         found = with_mailboxes(mesh, HIDDEN)
     assert mailboxes_of(found) is not None and mailboxes_of(mesh) is None
     assert with_mailboxes(found, HIDDEN) is found

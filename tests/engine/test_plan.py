@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
 from pathlib import Path
@@ -12,14 +13,21 @@ import pytest
 
 from pointsman import LLM, tiny
 from pointsman.config import engine_config
+from pointsman.distributed import peer_memory
+from pointsman.engine import candidates
 from pointsman.engine.build import Parts, build
+from pointsman.engine.compiled import _pack
 from pointsman.engine.device import choose_device
-from pointsman.engine.device_models import MODELS, model_of
+from pointsman.engine.device_models import MODELS, Figure, model_of
 from pointsman.engine.memory import memory_bytes
-from pointsman.engine.plan import Plan, make_plan, plan_on
+from pointsman.engine.plan import Plan, make_plan, plan_on, rates_of
 from pointsman.kernels.capability import describe
+from pointsman.kernels.cpu_pack import PackedLinear
+from pointsman.kernels.device import Device
+from pointsman.layers.moe import MoE
 from pointsman.models import architecture_of
 from pointsman.models.backends import take
+from pointsman.models.decoder import Decoder
 from pointsman.models.folder import read_json
 from pointsman.models.parameters import held
 from pointsman.models.sharding import Shard
@@ -54,6 +62,9 @@ def test_what_is_planned_is_what_is_built(folder: Path, bundled: bool, options: 
     decoder = parts.weights._decoder
     assert decoder is not None
     assert plan.weights == held(decoder.parameters)
+    if plan.step.chosen == "torch":
+        decoder.prepare()
+        assert sum(plan.forms.values()) == again(decoder)
     assert plan.cache == parts.cache and plan.context_length == parts.context_length
     assert plan.choices.moe.chosen == parts.choices["moe_runner_backend"]
     assert plan.choices.dtype == parts.choices["dtype"]
@@ -64,6 +75,72 @@ def test_what_is_planned_is_what_is_built(folder: Path, bundled: bool, options: 
     slots = storage._kv.num_slots
     assert storage._kv.k.nbytes + storage._kv.v.nbytes == slots * plan.token["keys and values"]
     assert storage._routes.rows_SLK.nbytes == slots * plan.token["routing rows"]
+
+
+def again(decoder: Decoder) -> int:
+    """Bytes of what implementations have made of the weights, as far as it is not the same memory."""
+    found = 0
+    for part in decoder._parts():
+        ready = part.prepare()
+        for made, own in zip(*((ready, part.weights) if isinstance(part, MoE) else ([ready], [part.weight])), strict=True):
+            found += made.data.nbytes if made.data.data_ptr() != own.data.data_ptr() else 0
+    return found
+
+
+def test_what_the_compiled_step_packs_is_foreseen() -> None:
+    """Within what panels are padded by."""
+    plan, parts = made(None, cpu_step="compiled")
+    decoder = parts.weights._decoder
+    packed = _pack(decoder, len_positions=1)
+    arrays = [
+        array for linear in vars(packed).values() if isinstance(linear, PackedLinear) for array in (linear.values_PK, linear.scales_PB)
+    ]
+    real = sum(array.nbytes for array in arrays) + packed.embed.nbytes
+    assert plan.forms.keys() == {"packed"}
+    assert plan.forms["packed"] == pytest.approx(real, rel=0.02)
+
+
+def test_ranks_on_one_cpu_share_its_memory_and_its_rates() -> None:
+    cpu = dataclasses.replace(model_of("cpu"), memory=Figure(2.0**28, "made up"))
+    plan = plan_on(engine_config(tp=2), architecture_of(read_json(tiny.path(), "config.json")), cpu)
+    assert plan.cache is not None
+    held = plan.cache.num_bytes + plan.weight_bytes + sum(plan.forms.values())
+    assert 0 <= 0.5 * 2**27 - held < plan.cache.page_size * plan.cache.bytes_per_token
+    assert rates_of(plan, cpu).read == cpu.read.value / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "sums"),
+    [
+        ({}, "uni", None),
+        ({"tp": 2}, "mp", "mailboxes"),
+        ({"tp": 8}, "mp", "mailboxes"),
+        ({"tp": 16}, "mp", "nccl"),
+        ({"tp": 4, "dtype": "float32"}, "mp", "nccl"),
+    ],
+)
+def test_what_ranks_are_and_what_adds_up_over_them(options: dict[str, Any], ranks: str, sums: str | None) -> None:
+    plan = plan_on(engine_config(**options), M25, MODELS["h200"])
+    assert plan.ranks.chosen == ranks and (None if plan.sums is None else plan.sums.chosen) == sums
+    cpu = plan_on(engine_config(tp=2), M25, dataclasses.replace(MODELS["h200"], device=Device(type="cpu")))
+    assert cpu.sums is not None and cpu.sums.chosen == "gloo" and cpu.sums.reasons["nccl"] == "it connects GPUs"
+    assert candidates.MOST_MAILBOX_RANKS == peer_memory.MOST_RANKS
+
+
+def test_an_executor_that_has_nothing_to_run_is_refused() -> None:
+    for options, reason in (
+        ({"distributed_executor_backend": "ray"}, "there is one rank"),
+        ({"tp": 2, "distributed_executor_backend": "uni"}, "it is one rank, and tensor_parallel_size is 2; 'mp' runs several"),
+    ):
+        assert any(reason in refusal for refusal in plan_on(engine_config(**options), M25, MODELS["h200"]).refusals)
+        with pytest.raises(ValueError, match=reason):
+            LLM(progress=False, **options)
+
+
+def test_what_is_noted_beside_the_choices() -> None:
+    few, fused = (plan_on(engine_config(tp=4, **options), M25, MODELS["h200"]).notes for options in ({}, {"moe_runner_backend": "fused"}))
+    assert any("682 rows" in note for note in few) and "Experts can be given to replay." in few and "496 bytes a token" in few[0]
+    assert any("fused cannot be given experts to replay; routed can" in note for note in fused)
 
 
 def test_the_step_and_the_executor_are_those_that_run() -> None:

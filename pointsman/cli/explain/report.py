@@ -79,6 +79,7 @@ class Report:
                 name: {"wanted": choice.wanted, "chosen": choice.chosen, "candidates": dict(choice.reasons)}
                 for name, choice in plan.all_choices.items()
             },
+            "notes": plan.notes,
             "memory": self._memory(),
             "floor": {
                 "context": self.context,
@@ -91,6 +92,7 @@ class Report:
         plan, cache = self.plan, self.plan.cache
         return {
             "weights": {kind: size.num_bytes for kind, size in plan.weights.items()},
+            "weights_again": plan.forms,
             "beside": plan.beside,
             "token": plan.token,
             "cache": None if cache is None else {"tokens": cache.num_tokens, "pages": cache.num_pages, "bytes": cache.num_bytes},
@@ -107,8 +109,11 @@ class Report:
         prefill = f"A prompt of {self.context:,} tokens alone takes at least {1000 * self.prefill:.3g} ms: "
         for line in [*lines, ""]:
             _print(console, line)
-        for table in (_memory_table(plan), _choices_table(plan), _floors_table(self.floors, self.context)):
-            console.print(table)
+        console.print(_memory_table(plan))
+        console.print(_choices_table(plan))
+        for line in [*plan.notes, ""]:
+            _print(console, line)
+        console.print(_floors_table(self.floors, self.context))
         _print(console, f"{prefill}{self.context / self.prefill:,.0f} tokens a second.\n")
         for name, figure in _figures(self.model).items():
             _print(console, f"{UNITS[name]}: {figure.value:.4g} ({figure.source})")
@@ -124,6 +129,8 @@ def _memory_table(plan: Plan) -> Table:
     table.add_column("GiB", justify="right")
     for kind, size in sorted(plan.weights.items(), key=lambda item: -item[1].num_bytes):
         table.add_row(f"weights: {kind}", f"{size.num_bytes / 2**30:.3f}")
+    for form, number in plan.forms.items():
+        table.add_row(f"the same weights, {form}", f"{number / 2**30:.3f}")
     for part, number in plan.beside.items():
         table.add_row(part, f"{number / 2**30:.3f}")
     num_tokens = 0 if plan.cache is None else plan.cache.num_tokens
