@@ -35,7 +35,7 @@ from pointsman.distributed import Mesh
 from pointsman.kernels import mailbox, norm_quant, reference
 from pointsman.kernels.mailbox import Mailbox
 from pointsman.kernels.qkv_post import qkv_post
-from pointsman.kernels.weight import FP8
+from pointsman.kernels.weight import FP8, Quantized
 from pointsman.layers.mailboxes import mailboxes_of, with_mailboxes
 
 RESULTS = Path(__file__).parent / "results"
@@ -105,16 +105,18 @@ def check_sums(rank: Rank, replays: int, wrong: Tensor) -> int:
             wrong.add_(differing(mailbox.all_reduce(now[rank.rank], rank.rows), want_TD))
             added_TD, normed_TD = norm_quant.norm(residuals[rows], want_TD, weight_D, EPSILON)
             got_added, got_normed = norm_quant.norm(residuals[rows], now[rank.rank], weight_D, EPSILON, mailbox=rank.rows)
+            assert isinstance(normed_TD, Tensor) and isinstance(got_normed, Tensor)
             wrong.add_(differing(got_added, added_TD)).add_(differing(got_normed, normed_TD))
             _, quantized = norm_quant.norm(residuals[rows], want_TD, weight_D, EPSILON, quantize=True)
             _, got = norm_quant.norm(residuals[rows], now[rank.rank], weight_D, EPSILON, quantize=True, mailbox=rank.rows)
+            assert isinstance(quantized, Quantized) and isinstance(got, Quantized)
             wrong.add_(differing(got.data, quantized.data)).add_(differing(got.scale, quantized.scale))
 
     graph = captured(one_round)
     delays = random.Random(rank.rank)
     for index in range(replays):
         if index % 3 == rank.rank % 3:
-            torch.cuda._sleep(delays.randrange(200_000))
+            torch.cuda._sleep(delays.randrange(200_000))  # type: ignore[no-untyped-call]
         if index % 10 == 0:
             one_round()  # launched one by one, between replays
         graph.replay()
@@ -183,7 +185,7 @@ def microseconds(rank: Rank, call: Callable[[], Any]) -> float:
     times = []
     for _ in range(REPLAYS):
         rank.say_together()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
         graph.replay()  # brings the ranks together on the device
         events[0].record()
         graph.replay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import bookkeeping
@@ -10,7 +11,7 @@ from pointsman.bench.plot import Line, Panel, chart
 Result = dict[str, Any]
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
 
@@ -190,4 +191,7 @@ def scaling(result: Result) -> str:
 
 
 PARTS = {"cpu": cpu, "bookkeeping": bookkeeping_part, "load_client": load_client, "accuracy": accuracy, "agreement": agreement}
-PLOTS = {"cpu.svg": cpu_plot, "bookkeeping.svg": lambda results: bookkeeping.figure(results["bookkeeping"]["rows"])}
+PLOTS: dict[str, Callable[[dict[str, Result]], str]] = {
+    "cpu.svg": cpu_plot,
+    "bookkeeping.svg": lambda results: bookkeeping.figure(results["bookkeeping"]["rows"]),
+}

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pointsman.bench.kernels import measure_ceilings, time_graph, versions
+from pointsman.bench.expert_layer import time_graph
+from pointsman.bench.kernels import measure_ceilings, versions
 from pointsman.kernels import block_gemm, norm_quant, paged_attention, reference
 from pointsman.kernels.candidates import AttentionShape
 from pointsman.kernels.qkv_post import qkv_post
@@ -72,9 +73,9 @@ def linears(tp: int) -> Iterator[Case]:
             moved = height * width + rows * (width + 2 * height)
             row = {"kernel": "linear", "name": name, "tp": tp, "M": rows}
             runs: dict[str, Work] = {
-                "ours": lambda i, q=q, ready=ready: block_gemm.linear(q, ready["ours"][i]),
-                "ours, quantizing": lambda i, x=x_MK, ready=ready: block_gemm.linear(x, ready["ours"][i]),
-                "invariant": lambda i, q=q, ready=ready: block_gemm.linear(q, ready["invariant"][i]),
+                "ours": functools.partial(multiply, q, ready["ours"]),
+                "ours, quantizing": functools.partial(multiply, x_MK, ready["ours"]),
+                "invariant": functools.partial(multiply, q, ready["invariant"]),
             }
             library = scaled_mm(q, weights, want)
             if isinstance(library, str):
@@ -84,6 +85,15 @@ def linears(tp: int) -> Iterator[Case]:
             for variant, work in runs.items():
                 fault = functools.partial(check_twice, work, want, BOUNDS["linear"])
                 yield row | {"variant": variant}, work, fault, moved, 2.0 * rows * height * width
+
+
+def multiply(x: Tensor | Quantized, ready: list[block_gemm.BlockWeight], i: int) -> Tensor:
+    return block_gemm.linear(x, ready[i])
+
+
+def alone(run: Callable[[], Any], i: int) -> Any:
+    """A call whose inputs are few beside what it reads anew."""
+    return run()
 
 
 def check_twice(work: Work, want: Tensor, bound: float) -> str | None:
@@ -97,16 +107,11 @@ def scaled_mm(q: Quantized, weights: list[Weight], want: Tensor) -> Work | str:
     if scaling is None:
         return "this torch has none"
     reasons = []
+    scales = [weight.scale for weight in weights if weight.scale is not None]
+    orders = [[scale.t() for scale in scales], [scale.t().contiguous() for scale in scales], scales]
     for left in (q.scale.t().contiguous().t(), q.scale):
-        for right in (lambda scale: scale.t(), lambda scale: scale.t().contiguous(), lambda scale: scale):
-            rights = [right(weight.scale) for weight in weights]
-
-            def work(i: int, left: Tensor = left, rights: list[Tensor] = rights) -> Tensor:
-                kinds = (scaling.BlockWise1x128, scaling.BlockWise128x128)
-                product = F.scaled_mm(q.data, weights[i].data.t(), left, kinds[0], rights[i], kinds[1], output_dtype=torch.bfloat16)
-                assert isinstance(product, Tensor)
-                return product
-
+        for rights in orders:
+            work = functools.partial(_scaled_mm, q.data, weights, left, rights, (scaling.BlockWise1x128, scaling.BlockWise128x128))
             try:
                 fault = off(work(0), want, BOUNDS["linear"])
             except (RuntimeError, ValueError, TypeError) as error:
@@ -117,6 +122,12 @@ def scaled_mm(q: Quantized, weights: list[Weight], want: Tensor) -> Work | str:
     return "; ".join(dict.fromkeys(reasons))
 
 
+def _scaled_mm(data: Tensor, weights: list[Weight], left: Tensor, rights: list[Tensor], kinds: tuple[Any, Any], i: int) -> Tensor:
+    product: Any = F.scaled_mm
+    out: Tensor = product(data, weights[i].data.t(), left, kinds[0], rights[i], kinds[1], output_dtype=torch.bfloat16)
+    return out
+
+
 def heads(tp: int) -> Iterator[Case]:
     height = VOCABULARY // tp
     weight = Weight(normal(height, HIDDEN).mul_(HIDDEN**-0.5).bfloat16())
@@ -125,8 +136,8 @@ def heads(tp: int) -> Iterator[Case]:
         x_MK = normal(rows, HIDDEN, seed=1).bfloat16()
         want = x_MK.float() @ weight.data.float().T
         runs: dict[str, Work] = {
-            "torch": lambda i, x=x_MK: block_gemm.linear_or_torch(x, torchs),
-            "invariant": lambda i, x=x_MK: block_gemm.linear_or_torch(x, ours),
+            "torch": functools.partial(alone, functools.partial(block_gemm.linear_or_torch, x_MK, torchs)),
+            "invariant": functools.partial(alone, functools.partial(block_gemm.linear_or_torch, x_MK, ours)),
         }
         for variant, work in runs.items():
             row = {"kernel": "head", "name": "head", "tp": tp, "M": rows, "variant": variant}
@@ -151,9 +162,10 @@ def attentions(tp: int) -> Iterator[Case]:
             most = -(-max(past + new for past, new in lanes) // PAGE)
             used = most * len(lanes)
             size = (used, shape.num_kv_heads, PAGE, CHANNELS)
-            caches = [[normal(*size, seed=2 * copy + part).to(dtype) for part in range(2)] for copy in range(COPIES)]
+            caches = [(normal(*size, seed=2 * copy).to(dtype), normal(*size, seed=2 * copy + 1).to(dtype)) for copy in range(COPIES)]
             table = torch.randperm(used, generator=torch.Generator().manual_seed(1)).view(len(lanes), most).int().to(DEVICE)
-            spans, positions = [], []
+            spans: list[Span] = []
+            positions: list[int] = []
             for lane, (past, new) in enumerate(lanes):
                 spans.append(Span(lane, len(positions), new))
                 positions += range(past, past + new)
@@ -172,7 +184,7 @@ def attentions(tp: int) -> Iterator[Case]:
                 yield row, work, functools.partial(check_attention, work, want), moved, 4 * pairs * shape.num_heads * CHANNELS
 
 
-def attend(run: Any, q_TQC: Tensor, caches: list[list[Tensor]], tiles: Any, positions_T: Tensor, table: Tensor, i: int) -> Any:
+def attend(run: Any, q_TQC: Tensor, caches: list[tuple[Tensor, Tensor]], tiles: Any, positions_T: Tensor, table: Tensor, i: int) -> Any:
     return run(q_TQC, *caches[i], tiles, positions_T, table, CHANNELS**-0.5)
 
 
@@ -193,18 +205,18 @@ def glue(tp: int) -> Iterator[Case]:
         want = reference.rms_norm(x + delta, weight_D, 1e-6)
         for quantize in (False, True):
             row = {"kernel": "glue", "name": f"sum and norm{', quantizing' if quantize else ''}", "tp": tp, "M": rows, "variant": "ours"}
-            run = functools.partial(norm_quant.norm, x, delta, weight_D, 1e-6, quantize)
-            yield row, lambda i, run=run: run(), functools.partial(check_norm, run, want), rows * HIDDEN * (7.0 if quantize else 8.0), 0.0
+            norm = functools.partial(norm_quant.norm, x, delta, weight_D, 1e-6, quantize)
+            moved = rows * HIDDEN * (7.0 if quantize else 8.0)
+            yield row, functools.partial(alone, norm), functools.partial(check_norm, norm, want), moved, 0.0
         qkv_TN = normal(rows, (num_heads + 2 * kv_heads) * CHANNELS).bfloat16()
-        pages = [torch.zeros(1024, kv_heads, PAGE, CHANNELS, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
+        k = torch.zeros(1024, kv_heads, PAGE, CHANNELS, dtype=torch.bfloat16, device=DEVICE)
+        pages, others = (k, torch.zeros_like(k)), (torch.zeros_like(k), torch.zeros_like(k))
         slots_T = torch.randperm(1024 * PAGE, device=DEVICE)[:rows]
-        angles = reference.rotary_angles(slots_T, CHANNELS // 2, 5e6)
-        arguments = (qkv_TN, *norms, 1e-6, *angles)
-        run = functools.partial(qkv_post, *arguments, *pages, slots_T)
-        others = [torch.zeros_like(page) for page in pages]
-        want = reference.qkv_post(*arguments, *others, slots_T)
+        cos, sin = reference.rotary_angles(slots_T, CHANNELS // 2, 5e6)
+        run = functools.partial(qkv_post, qkv_TN, *norms, 1e-6, cos, sin, *pages, slots_T)
+        want = reference.qkv_post(qkv_TN, *norms, 1e-6, cos, sin, *others, slots_T)
         row = {"kernel": "glue", "name": "qkv_post", "tp": tp, "M": rows, "variant": "ours"}
-        yield row, lambda i, run=run: run(), functools.partial(check_post, run, want, pages, others), 4.0 * qkv_TN.numel(), 0.0
+        yield row, functools.partial(alone, run), functools.partial(check_post, run, want, pages, others), 4.0 * qkv_TN.numel(), 0.0
 
 
 def check_norm(run: Callable[[], Any], want: Tensor) -> str | None:
@@ -214,7 +226,7 @@ def check_norm(run: Callable[[], Any], want: Tensor) -> str | None:
     return off(got, want, 1e-3)
 
 
-def check_post(run: Callable[[], Tensor], want: Tensor, pages: list[Tensor], others: list[Tensor]) -> str | None:
+def check_post(run: Callable[[], Tensor], want: Tensor, pages: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> str | None:
     return off(run(), want, 1e-3) or off(pages[0], others[0], 1e-3) or off(pages[1], others[1], 1e-9)
 
 
@@ -239,7 +251,7 @@ def sampling(tp: int) -> Iterator[Case]:
                 run = functools.partial(draw, logits_RV, given, few=few, whole=not few, nucleus=kind.top_p < 1 and not few, score=score)
                 row = {"kernel": "sampling", "name": name, "tp": tp, "M": rows, "variant": "scored" if score else "token"}
                 check = functools.partial(check_tokens, run, logits_RV, kind)
-                yield row, lambda i, run=run: run(), check, 4.0 * logits_RV.numel(), 0.0
+                yield row, functools.partial(alone, run), check, 4.0 * logits_RV.numel(), 0.0
 
 
 def check_tokens(run: Callable[[], Any], logits_RV: Tensor, kind: SamplingParams) -> str | None:

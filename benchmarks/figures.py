@@ -11,10 +11,12 @@ documents with it.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +171,7 @@ def _accuracy(result: dict[str, Any]) -> str:
     return f"{result['accuracy']:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
 
@@ -195,8 +197,12 @@ def documents(results: Results) -> dict[Path, str]:
         served, summed = (json.loads((RESULTS / f"{name}_2xh100.json").read_text()) for name in ("serve", "allreduce"))
         measured = f"### Two GPUs, measured\n\n{comparisons.served(served)}\n### Sums over them\n\n{comparisons.summed(summed)}"
         tables[ROOT / "docs" / "scaling.md"] = f"{measured}\n### Simulated\n\n{comparisons.scaling(results['scaling'])}"
-    texts = {path: PLACE.sub(lambda place, text=text: place[1] + text + place[2], path.read_text()) for path, text in tables.items()}
+    texts = {path: PLACE.sub(functools.partial(_filled, text), path.read_text()) for path, text in tables.items()}
     return texts | {ROOT / "docs" / name: draw(results) for name, draw in comparisons.PLOTS.items() if name.removesuffix(".svg") in results}
+
+
+def _filled(text: str, place: re.Match[str]) -> str:
+    return place[1] + text + place[2]
 
 
 def main(words: list[str]) -> int:

@@ -178,13 +178,14 @@ def measure_bandwidth() -> float:
     """Bytes a second that a kernel reads which does nothing else."""
     x = torch.ones((4 << 30) // 4 // BLOCK * BLOCK, device="cuda")
     read(x)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
     events[0].record()
     for _ in range(5):
         read(x)
     events[1].record()
     torch.cuda.synchronize()
-    return 5 * x.nbytes / (events[0].elapsed_time(events[1]) / 1000)
+    milliseconds: float = events[0].elapsed_time(events[1])
+    return 5 * x.nbytes / (milliseconds / 1000)
 
 
 def step_reads(batch: int, layers: int, context: int) -> dict[str, float]:

@@ -156,7 +156,7 @@ def against_floors(profiled: dict[str, Any], least: dict[str, float]) -> list[di
     for kernel in profiled["kernels"]:
         part = next((part for part, names in PARTS.items() if kernel["name"].startswith(names)), "rest")
         spent[part] += kernel["us"]
-    rows = [{"part": part, "us": us, "floor_us": least.get(part, 0.0)} for part, us in spent.items()]
+    rows: list[dict[str, Any]] = [{"part": part, "us": us, "floor_us": least.get(part, 0.0)} for part, us in spent.items()]
     print(f"{'part':<16}{'us':>10}{'floor':>10}{'over':>10}")
     for row in rows:
         print(f"{row['part']:<16}{row['us']:>10.0f}{row['floor_us']:>10.0f}{row['us'] - row['floor_us']:>10.0f}")

@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 LAYOUTS: dict[str, dict[str, Any]] = {"tp1": {}, "tp2": {"tp": 2}, "tp2+ep2": {"tp": 2, "ep": 2}}
 WITHOUT_GRAPHS = {"tp2, no graphs": {"tp": 2, "disable_cuda_graph": True}}
 REFERENCE = {"dtype": "bfloat16", "moe_runner_backend": "reference", "fp8_gemm_backend": "reference"}
-SIZES = {"chunked_prefill_size": 256, "max_running_requests": 16, "max_total_tokens": 16384}
+SIZES: dict[str, Any] = {"chunked_prefill_size": 256, "max_running_requests": 16, "max_total_tokens": 16384}
 DRAWN = SamplingParams(temperature=1.0, top_p=0.9, seed=5, presence_penalty=0.3, max_tokens=24)
 
 

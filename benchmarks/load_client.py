@@ -18,7 +18,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -130,7 +130,7 @@ async def with_httpx(port: int, streams: int, requests: int) -> Run:
     return Run(outcomes=outcomes, duration_s=duration, effort=effort)
 
 
-CLIENTS: dict[str, Callable[[int, int, int], Awaitable[Run]]] = {"ours": ours, "httpx": with_httpx}
+CLIENTS: dict[str, Callable[[int, int, int], Coroutine[Any, Any, Run]]] = {"ours": ours, "httpx": with_httpx}
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pointsman import LLM, RequestOutput, SamplingParams
 from pointsman.bench import arithmetic
@@ -84,7 +85,7 @@ def beside() -> dict[str, float]:
 
             figures[f"{name}: record a step of {num_rows} rows"] = microseconds(record)
             figures[f"{name}: count a step of {num_rows} rows"] = round(microseconds(count) / STEPS, 2)
-        figures[f"{name}: gather {ANSWER} rows"] = microseconds(lambda: routes.gather(np.arange(ANSWER)))  # noqa: B023
+        figures[f"{name}: gather {ANSWER} rows"] = microseconds(lambda: routes.gather(torch.arange(ANSWER)))  # noqa: B023
     for what, cost in figures.items():
         print(f"{what:<45}{cost:9.2f} us")
     return figures

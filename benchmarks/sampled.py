@@ -34,9 +34,10 @@ def sample_into(path: str, parts: Mapping[str, str]) -> None:
         return known[code]
 
     def look(number: int, frame: FrameType | None) -> None:
+        part = None
         while frame is not None and (part := part_of(frame)) is None:
             frame = frame.f_back
-        counts["other" if frame is None else part] += 1
+        counts[part or "other"] += 1
 
     def write() -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -152,12 +152,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     libraries = {"bundled vocabulary": library(None), f"{LARGE:,} tokens": library(LARGE)}
-    results = {"libraries": libraries, "step ms": company(arguments.steps)}
-    for title, rows in (*libraries.items(), ("step ms", results["step ms"])):
+    steps_ms = company(arguments.steps)
+    for title, rows in (*libraries.items(), ("step ms", steps_ms)):
         print(f"\n{title}")
         for name, row in rows.items():
             print(f"  {name:28}" + "".join(f"{label:>14} {value:9.3f}" for label, value in row.items()))
-    print(json.dumps(here() | results))
+    print(json.dumps(here() | {"libraries": libraries, "step ms": steps_ms}))
 
 
 if __name__ == "__main__":

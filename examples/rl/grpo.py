@@ -131,7 +131,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, groups: Sequ
         part = slice(start, start + MICRO_BATCH)
         new, agreement, count = logprobs(model, samples[part], forced=forced)
         loss = torch.stack([_surrogate(*each) for each in zip(new, old[part], weights[part], strict=True)]).sum() / num_tokens
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
         spoken[forced] += [each.detach() for each in new]
         with torch.no_grad():
