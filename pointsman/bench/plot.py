@@ -1,4 +1,4 @@
-"""Line charts as SVG, without a library: a few panels side by side, axes from zero, points with labels.
+"""Line and bar charts as SVG, without a library: a few panels side by side, axes from zero, points with labels, parts of a whole in a row.
 
 Enough to see where a curve bends. Colours are read on white and on black; text takes the colour of its surroundings.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 34, 46
 LEGEND_LINE = 18
-COLOURS = ("#4878cf", "#d1605e", "#59a14f", "#b07aa1", "#e0912f", "#499894", "#9c755f", "#8c8c8c")
+COLOURS = ("#4878cf", "#d1605e", "#59a14f", "#b07aa1", "#e0912f", "#499894", "#9c755f", "#8c8c8c", "#d4a6c8", "#86bcb6")
 STEPS = (1, 2, 2.5, 5, 10)
 MOST_TICKS = 6
 
@@ -39,9 +39,19 @@ class Panel:
     logarithmic: bool = False
 
 
-def chart(panels: Sequence[Panel]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """A bar for each row, made of parts one after the other. `limit` is a vertical line with a name, such as what there is in all."""
+
+    title: str
+    x: str
+    rows: Sequence[tuple[str, Mapping[str, float]]]
+    limit: tuple[str, float] | None = None
+
+
+def chart(panels: Sequence[Panel | Bars]) -> str:
     """An SVG document of all panels in a row, with one legend. Raises ValueError where a panel has no point."""
-    names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
+    names = list(dict.fromkeys(name for panel in panels for name in _names(panel)))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     width, height = WIDTH * len(panels), HEIGHT + LEGEND_LINE * len(names) + 8
     parts = [
@@ -49,12 +59,20 @@ def chart(panels: Sequence[Panel]) -> str:
         'font-family="sans-serif" font-size="11" fill="#777">'
     ]
     for index, panel in enumerate(panels):
-        parts += [f'<g transform="translate({index * WIDTH} 0)">', *_panel(panel, colours), "</g>"]
+        parts += [f'<g transform="translate({index * WIDTH} 0)">', *_drawn(panel, colours), "</g>"]
     for index, name in enumerate(names):
         y = HEIGHT + LEGEND_LINE * index + 8
         parts.append(f'<rect x="{LEFT}" y="{y}" width="10" height="10" fill="{colours[name]}"/>')
         parts.append(_text(LEFT + 16, y + 9, name))
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _drawn(panel: Panel | Bars, colours: dict[str, str]) -> list[str]:
+    return _bars(panel, colours) if isinstance(panel, Bars) else _panel(panel, colours)
+
+
+def _names(panel: Panel | Bars) -> list[str]:
+    return [name for _, parts in panel.rows for name in parts] if isinstance(panel, Bars) else [line.name for line in panel.lines]
 
 
 def ticks(most: float) -> list[float]:
@@ -96,6 +114,35 @@ def _panel(panel: Panel, colours: dict[str, str]) -> list[str]:
     for line in panel.lines:
         parts += _line([(across(x), up(y)) for x, y in line.points], line, colours[line.name])
     return parts
+
+
+def _bars(panel: Bars, colours: dict[str, str]) -> list[str]:
+    if not any(parts for _, parts in panel.rows):
+        raise ValueError(f"there is nothing to draw in {panel.title!r}")
+    limits = [] if panel.limit is None else [panel.limit[1]]
+    x_ticks = ticks(max(*(sum(parts.values()) for _, parts in panel.rows), *limits, 0.0))
+
+    def across(x: float) -> float:
+        return LEFT + x / x_ticks[-1] * (WIDTH - LEFT - RIGHT)
+
+    drawn = [_text(WIDTH / 2, 16, panel.title, anchor="middle", size=13), _text(WIDTH / 2, HEIGHT - 10, panel.x, anchor="middle")]
+    for x in x_ticks:
+        drawn.append(f'<path d="M{across(x):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#999" stroke-opacity=".3"/>')
+        drawn.append(_text(across(x), HEIGHT - BOTTOM + 16, f"{x:,g}", anchor="middle"))
+    room = (HEIGHT - TOP - BOTTOM) / len(panel.rows)
+    for index, (name, parts) in enumerate(panel.rows):
+        high, first = min(room * 0.8, 40), 0.0
+        top = TOP + room * (index + 0.5) - high / 2
+        for part, length in parts.items():
+            width = across(first + length) - across(first)
+            drawn.append(f'<rect x="{across(first):.1f}" y="{top:.1f}" width="{width:.2f}" height="{high:.1f}" fill="{colours[part]}"/>')
+            first += length
+        drawn.append(_text(LEFT - 6, TOP + room * (index + 0.5) + 4, name, anchor="end"))
+    if panel.limit is not None:
+        name, x = panel.limit
+        drawn.append(f'<path d="M{across(x):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#c33" stroke-dasharray="5 4"/>')
+        drawn.append(_text(across(x) - 2, TOP - 4, name, anchor="end"))
+    return drawn
 
 
 def _line(places: Sequence[tuple[float, float]], line: Line, colour: str) -> list[str]:

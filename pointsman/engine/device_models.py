@@ -32,6 +32,7 @@ class DeviceModel:
         memory: bytes.
         read: bytes a second from memory.
         fp8, plain: operations a second of products, in FP8 and in bfloat16 (float32 on a CPU); None where there is no such product.
+        cache, cached_read: bytes of its last cache, and bytes a second from there; told of a CPU, for models so small that they stay in it.
         num_processors: multiprocessors of a GPU, cores of a CPU.
         link: bytes a second to other devices, one way; None where there are none.
         reduce_seconds: the shortest sum over devices.
@@ -44,6 +45,8 @@ class DeviceModel:
     fp8: Figure | None
     plain: Figure
     num_processors: int
+    cache: Figure | None = None
+    cached_read: Figure | None = None
     link: Figure | None = None
     reduce_seconds: Figure | None = None
 

@@ -221,8 +221,11 @@ def rates_of(plan: Plan, model: DeviceModel) -> Rates:
     """What bounds a step of this plan. Products are FP8 where weights are and the device has them; ranks on one CPU share what it does."""
     fp8 = model.fp8 if plan.shard.architecture.quantization_block is not None else None
     shared_by = num_ranks_here(plan.config, model.device.type)
+    read = model.read
+    if model.cache is not None and model.cached_read is not None and plan.weight_bytes * shared_by <= model.cache.value:
+        read = model.cached_read  # a floor: keys and values may come from further away
     return Rates(
-        read=model.read.value / shared_by,
+        read=read.value / shared_by,
         matrices=(fp8 or model.plain).value / shared_by,
         plain=model.plain.value / shared_by,
         num_ranks=plan.shard.tp,

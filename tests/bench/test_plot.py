@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pointsman.bench.plot import HEIGHT, LEFT, MOST_TICKS, WIDTH, Line, Panel, chart, ticks
+from pointsman.bench.plot import HEIGHT, LEFT, MOST_TICKS, RIGHT, WIDTH, Bars, Line, Panel, chart, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -38,3 +38,26 @@ def test_every_point_is_inside(lines, logarithmic):
 def test_nothing_cannot_be_drawn():
     with pytest.raises(ValueError, match="there is nothing to draw in 'empty'"):
         chart([Panel(title="empty", x="x", y="y", lines=[])])
+    with pytest.raises(ValueError, match="there is nothing to draw in 'empty'"):
+        chart([Bars(title="empty", x="x", rows=[("a", {})])])
+
+
+PARTS = st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 1e6), min_size=1)
+
+
+@given(st.lists(PARTS, min_size=1, max_size=9), st.floats(1, 1e7))
+def test_bars_are_as_long_as_their_parts_and_stand_in_a_row(rows, limit):
+    drawn = Bars(title="t", x="x", rows=[(f"row {index}", parts) for index, parts in enumerate(rows)], limit=("all", limit))
+    root = ElementTree.fromstring(chart([drawn]))
+    most = ticks(max(*(sum(parts.values()) for parts in rows), limit))[-1]
+    rects = iter(root.find(f"{SVG}g").findall(f"{SVG}rect"))
+    for parts in rows:
+        first = LEFT
+        for length in parts.values():
+            rect = next(rects)
+            assert float(rect.get("x")) == pytest.approx(first, abs=0.1)
+            assert float(rect.get("width")) == pytest.approx(length / most * (WIDTH - LEFT - RIGHT), abs=0.01)
+            assert 0 <= float(rect.get("y")) <= HEIGHT
+            first = float(rect.get("x")) + float(rect.get("width"))
+        assert first <= WIDTH - RIGHT + 1
+    assert next(rects, None) is None

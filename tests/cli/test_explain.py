@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,18 @@ def test_neither_weights_nor_a_server_nor_a_compiler_are_touched() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr.strip()) == (0, "[]")
+
+
+def test_the_picture_has_every_rank_and_what_the_table_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.svg"
+    code, out = explain(capsys, str(M25), "--device", "h200", "--tp", "8", "--json", "--plot", str(file))
+    root, svg = ElementTree.parse(file).getroot(), "{http://www.w3.org/2000/svg}"
+    texts = [text.text for text in root.iter(f"{svg}text")]
+    assert code == 0 and [text for text in texts if text and text.startswith("rank ")] == [f"rank {rank}" for rank in range(8)]
+    assert {"experts", "keys and values", "the whole step", "links", "h200 has 139.8"} <= set(texts)
+    assert len(root.findall(f".//{svg}circle")) == 5 * len(json.loads(out)["floor"]["decode"])
+    with pytest.raises(OSError, match="No such file"):
+        cli._run(["explain", "--device", "h200", "--plot", str(tmp_path / "none" / "plan.svg")])
 
 
 PROGRAM = """

@@ -106,7 +106,10 @@ def test_ranks_on_one_cpu_share_its_memory_and_its_rates() -> None:
     assert plan.cache is not None
     held = plan.cache.num_bytes + plan.weight_bytes + sum(plan.forms.values())
     assert 0 <= 0.5 * 2**27 - held < plan.cache.page_size * plan.cache.bytes_per_token
-    assert rates_of(plan, cpu).read == cpu.read.value / 2
+    assert cpu.cached_read is not None and cpu.cache is not None
+    assert rates_of(plan, cpu).read == (cpu.cached_read if cpu.cache.value >= 2 * plan.weight_bytes else cpu.read).value / 2
+    far = dataclasses.replace(cpu, cache=Figure(2.0**20, "made up"))
+    assert rates_of(plan, far).read == cpu.read.value / 2
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ UNITS = {
     "read": "reading, bytes a second",
     "fp8": "FP8 products, operations a second",
     "plain": "other products, operations a second",
+    "cache": "last cache, bytes",
+    "cached_read": "reading what is in it, bytes a second",
     "link": "to other devices, bytes a second",
     "reduce_seconds": "the shortest sum over ranks, seconds",
 }

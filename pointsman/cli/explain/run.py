@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pointsman import tiny
 from pointsman.cli.explain.options import ExplainOptions
+from pointsman.cli.explain.picture import picture
 from pointsman.cli.explain.remedies import remedies
 from pointsman.cli.explain.report import Report
 from pointsman.config import engine_config
@@ -41,6 +42,8 @@ def run(engine: dict[str, Any], options: ExplainOptions) -> int:
         prefill=prefill_floor(plan, model, options.context),
         remedies=remedies(plan, model),
     )
+    if options.plot is not None:
+        Path(options.plot).write_text(picture(plan, model, report.floors, options.context), encoding="utf-8")
     if options.json:
         print(json.dumps(report.as_object(), allow_nan=False))
     else:
