@@ -38,6 +38,7 @@ class Verb:
         run: "module:function" that takes the engine's values and the options and returns the exit code.
         positional: the option that is given without its name.
         engine: the verb has an engine, and so its flags.
+        understood: "module:class" of more flags, checked and said to decide nothing: those of a command that this one tells of.
     """
 
     summary: str
@@ -45,6 +46,7 @@ class Verb:
     run: str
     positional: str | None = None
     engine: bool = True
+    understood: str | None = None
 
 
 VERBS = {
@@ -72,6 +74,7 @@ VERBS = {
         "pointsman.cli.explain.options:ExplainOptions",
         "pointsman.cli.explain.run:run",
         positional="checkpoint",
+        understood="pointsman.config:ServerConfig",
     ),
     "routes": Verb(
         "load of the experts, of records or of a server",
@@ -111,11 +114,12 @@ VERBS = {
 
 @dataclass(frozen=True)
 class Command:
-    """What was typed: the verb, the engine's values that were given, and the verb's own options."""
+    """What was typed: the verb, the engine's values that were given, the verb's own options, and flags that decide nothing here."""
 
     name: str
     engine: dict[str, Any]
     options: Any
+    idle: tuple[str, ...] = ()
 
 
 def read(words: Sequence[str]) -> Command:
@@ -127,12 +131,18 @@ def read(words: Sequence[str]) -> Command:
     add_flags(parser, options, verb.positional)
     if verb.engine:
         add_flags(parser, EngineConfig, without=flags(options))
+    understood = _load(verb.understood) if verb.understood is not None else None
+    if understood is not None:
+        add_flags(parser, understood, without=flags(options))
     values = parse(parser, rest)
+    idle = {field: values.pop(field) for field in (() if understood is None else flags(understood)) if field in values}
     own = {field: values.pop(field) for field in flags(options) if field in values}
     if "model_path" in values:
         values["model"] = values.pop("model_path")  # its name in Python
     try:
-        return Command(name, values, build(options, own))
+        if understood is not None:
+            build(understood, idle)
+        return Command(name, values, build(options, own), tuple(f"--{field.replace('_', '-')}" for field in idle))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -198,6 +208,8 @@ def _run(words: Sequence[str]) -> int:
     command = read(words)
     if command.engine.get("trust_remote_code") or getattr(command.options, "trust_remote_code", False):
         print("--trust-remote-code has no effect: no code of a checkpoint ever runs", file=sys.stderr)
+    if command.idle:
+        print(f"of the server, and without effect on what is explained: {', '.join(command.idle)}", file=sys.stderr)
     with _interruptible_imports():
         run = _load(VERBS[command.name].run)
     return int(run(command.engine, command.options))

@@ -159,6 +159,11 @@ def size_cache(
             )
         return CacheSize(num_pages, page_size, bytes_per_token)
     num_pages = min(max(room, 0) // (page_size * bytes_per_token), pages_per_request * max_running)
+    if room <= 0:
+        raise ValueError(
+            f"mem_fraction_static is {fraction:g}: {weight_bytes / 2**30:.2f} GiB of weights, in all forms that they stand in, do not fit "
+            f"in {total_bytes * fraction / 2**30:.2f} GiB"
+        )
     if num_pages < pages_per_request:
         raise ValueError(
             f"mem_fraction_static is {fraction:g}: {total_bytes * fraction / 2**30:.2f} GiB hold {weight_bytes / 2**30:.2f} GiB "

@@ -27,6 +27,7 @@ from pointsman.models.sharding import Shard
 from pointsman.models.sizes import PLAIN_KINDS, Size, described, forms
 from pointsman.moe.candidates import ROUTED_ALIKE
 
+RANKS_OF_A_HOST = 8
 CONTEXT_BYTES = 600 << 20  # what a CUDA context and its libraries are assumed to take; not measured
 
 
@@ -88,6 +89,8 @@ class Plan:
                 f"Mailboxes carry sums of up to {rows:,} rows; NCCL carries more, and all where the GPUs do not reach each other's memory, "
                 "which is seen when the ranks meet."
             )
+        if self.sums is not None and self.shard.tp > RANKS_OF_A_HOST and self.sums.chosen == "nccl":
+            found.append(f"More than {RANKS_OF_A_HOST} ranks are on several hosts; floors count the link within one.")
         if self.step.chosen == "graphs":
             sizes = self.config.kernel.cuda_graph_max_bs or self.config.scheduler.chunked_prefill_size
             found.append(f"Steps of up to {sizes:,} tokens are CUDA graphs.")
@@ -102,7 +105,8 @@ class Plan:
     def words(self) -> str:
         """The model and the ranks."""
         ranks = f"{self.shard.tp} x {self.device_name}" if self.shard.tp > 1 else self.device_name
-        return f"{self.shard.architecture.name} on {ranks}"
+        replicas = self.config.parallel.data_parallel_size
+        return f"{self.shard.architecture.name} on {ranks}{f', each of {replicas} replicas,' if replicas > 1 else ''}"
 
 
 def make_plan(config: EngineConfig, architecture: Architecture, device: Device, *, name: str, memory_bytes: int) -> Plan:

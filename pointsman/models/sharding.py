@@ -146,7 +146,7 @@ def reason_against(architecture: Architecture, tp: int, ep: int) -> str | None:
     groups = [size for size in range(1, min(tp, architecture.num_experts) + 1) if tp % size == 0]
     if ep not in groups:
         return (
-            f"expert_parallel_size is {ep}: groups with whole experts are made of the {tp} ranks of tensor_parallel_size, as many in each, "
+            f"expert_parallel_size is {ep}: groups with whole experts are made of the ranks ({tp}, by --tp), as many in each, "
             f"and a group needs one of the {architecture.num_experts} experts; it can be {', '.join(map(str, groups))}"
         )
     return None

@@ -82,7 +82,7 @@ def test_the_flagship_over_eight_ranks() -> None:
     [
         (5, 1, ["tensor_parallel_size is 5", "48 query heads and 8 key/value heads", "1, 2, 4, 8, 16, 24, 48"]),
         (3, 1, ["tensor_parallel_size is 3", "1, 2, 4, 8, 16, 24, 48"]),
-        (4, 3, ["expert_parallel_size is 3", "4 ranks", "1, 2, 4"]),
+        (4, 3, ["expert_parallel_size is 3", "(4, by --tp)", "1, 2, 4"]),
         (2, 4, ["expert_parallel_size is 4", "1, 2"]),
     ],
 )

@@ -29,7 +29,7 @@ def run(engine: dict[str, Any], options: ExplainOptions) -> int:
     if named is not None and options.checkpoint is not None:
         raise ValueError(f"the model is given twice, as {options.checkpoint!r} and with --model-path as {named!r}; leave one out")
     config = engine_config(**engine)
-    architecture = _architecture(named or options.checkpoint, config.model.revision)
+    architecture = _architecture(options.checkpoint if named is None else named, config.model.revision)
     model = model_of(options.device)
     plan = plan_on(config, architecture, model)
     if options.context > plan.context_length:
@@ -57,5 +57,7 @@ def _architecture(checkpoint: str | None, revision: str | None) -> Architecture:
     if checkpoint is not None and checkpoint.endswith(".json"):
         path = Path(checkpoint).expanduser()
         return architecture_of(read_json(path.parent, path.name))
-    folder = locate(checkpoint or str(tiny.path()), revision=revision, weights=False)
+    if checkpoint == "":
+        raise ValueError("the model is ''; give a folder, a Hugging Face id or a config.json, or leave it out for the bundled checkpoint")
+    folder = locate(str(tiny.path()) if checkpoint is None else checkpoint, revision=revision, weights=False)
     return architecture_of(read_json(folder, "config.json"))
