@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.dense_kernels import BOUNDS, CHANNELS, DEVICE, HEADS, KV_HEADS, PAGE, Row, normal, off
-from pointsman.bench.kernels import measure_ceilings, time_graph, versions
+from pointsman.bench.expert_layer import time_graph
+from pointsman.bench.kernels import measure_ceilings, versions
 from pointsman.kernels import candidates, reference
 from pointsman.kernels.candidates import AttentionShape, StepBounds
 from pointsman.kernels.capability import describe
@@ -55,7 +56,7 @@ class Step(NamedTuple):
     q_TQC: Tensor
     positions_T: Tensor
     table_LP: Tensor
-    caches: list[list[Tensor]]
+    caches: list[tuple[Tensor, Tensor]]
 
     @property
     def row(self) -> Row:
@@ -82,7 +83,7 @@ def draw(name: str, shape: AttentionShape, kv_dtype: torch.dtype) -> Step:
     size = (most * len(lanes), shape.num_kv_heads, PAGE, CHANNELS)
     num_bytes = 2 * int(np.prod(size)) * kv_dtype.itemsize
     copies = min(max(CACHE_BYTES // num_bytes, 2), 16)
-    caches = [[normal(*size, seed=2 * copy + part).to(kv_dtype) for part in range(2)] for copy in range(copies)]
+    caches = [(normal(*size, seed=2 * copy).to(kv_dtype), normal(*size, seed=2 * copy + 1).to(kv_dtype)) for copy in range(copies)]
     table_LP = torch.randperm(size[0], generator=torch.Generator().manual_seed(1)).view(len(lanes), most).int()
     spans: list[Span] = []
     positions: list[int] = []
@@ -111,6 +112,10 @@ def planned(name: str, step: Step) -> tuple[Callable[[], Any], Any]:
     return again, again()
 
 
+def _each(work: Callable[[int], Tensor], count: int) -> list[Tensor]:
+    return [work(copy) for copy in range(count)]
+
+
 def rows_of(step: Step, names: list[str], ceilings: dict[str, float]) -> Iterator[Row]:
     table_LP = step.table_LP.to(DEVICE)
     scale = CHANNELS**-0.5
@@ -130,7 +135,7 @@ def rows_of(step: Step, names: list[str], ceilings: dict[str, float]) -> Iterato
             yield row | {"fault": fault}
             continue
         error = float((work(0).double() - want.double()).norm() / want.double().norm())
-        seconds = time_graph(lambda work=work: [work(copy) for copy in range(len(step.caches))]) / len(step.caches)
+        seconds = time_graph(functools.partial(_each, work, len(step.caches))) / len(step.caches)
         yield row | {
             "us": round(1e6 * seconds, 2),
             "read_fraction": round(step.moved / seconds / (1e9 * ceilings["read_gb_s"]), 4),
