@@ -311,7 +311,7 @@ def spread(ids_TK: Tensor, num_experts: int, block: int, x_TD: Tensor, *, pdl: b
         BLOCK_M=block,
         CHUNK=SPREAD_CHUNK,
         CHUNKS_AT_ONCE=16,
-        OTHERS=64,
+        OTHERS=32,
         PDL=pdl,
         num_warps=8,
         **options,
