@@ -1,8 +1,11 @@
 """What is asked of the engine and what it answers.
 
-Plain data that every layer may hold: no tensors, no clock, nothing but the standard library. Values are checked here, once,
+Plain data that every layer may hold: no tensors, no clock. Values are checked here, once,
 so that a request that reaches the scheduler is one that can be run: every number is bounded, and an error names the value
 and what would be right.
+
+Hundreds of `ChoiceDelta` are made, sent and read in each step, so that one is a struct, at a tenth of what a dataclass costs, and crosses
+without the fields that have nothing to say.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
+
+import msgspec
 
 from pointsman.grammar import Grammar
 
@@ -318,8 +323,7 @@ class RequestOutput:
     finished: bool = False
 
 
-@dataclass(kw_only=True, slots=True)
-class ChoiceDelta:
+class ChoiceDelta(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """What one step added to one choice.
 
     Attributes:
@@ -339,7 +343,7 @@ class ChoiceDelta:
     rid: str
     index: int
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     logprobs: list[dict[int, Logprob]] | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finish_reason: FinishReason | None = None
@@ -347,9 +351,9 @@ class ChoiceDelta:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     routed_experts: Any = None
-    routed_experts_missing: list[tuple[int, int]] = field(default_factory=list)
+    routed_experts_missing: tuple[tuple[int, int], ...] = ()
     routing_agreement: float | None = None
-    weight_versions: list[tuple[int, int, str]] = field(default_factory=list)
+    weight_versions: tuple[tuple[int, int, str], ...] = ()
     weight_version: str = ""
     error: str | None = None
     refused: bool = False

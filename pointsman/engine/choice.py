@@ -27,26 +27,24 @@ class Choice:
 
     def take(self, advance: Advance, delta: ChoiceDelta) -> str | None:
         """Put into the delta what the step brought. Returns the stop string that is complete by it."""
-        if advance.token is not None:
-            delta.token_ids = [advance.token]
-            if self._sampling.logprobs is not None:
-                assert advance.logprobs is not None
+        if (token := advance.token) is not None:
+            delta.token_ids = [token]
+            if advance.logprobs is not None:
                 delta.logprobs = [self.decoded(dict(advance.logprobs))]
-        if not self.delivered and self._sampling.prompt_logprobs is not None:
-            delta.prompt_logprobs = self.prompt_logprobs
-        self.delivered = True
-        return self._spell(advance, delta)
+        if not self.delivered:
+            self.delivered = True
+            if self._sampling.prompt_logprobs is not None:
+                delta.prompt_logprobs = self.prompt_logprobs
+        return None if self._detokenizer is None else self._spell(self._detokenizer, advance, delta)
 
-    def _spell(self, advance: Advance, delta: ChoiceDelta) -> str | None:
+    def _spell(self, detokenizer: Detokenizer, advance: Advance, delta: ChoiceDelta) -> str | None:
         """Turn the token into text."""
-        if self._detokenizer is None:
-            return None
-        ended = advance.sequence.finish_reason
+        ended, token = advance.sequence.finish_reason, advance.token
         text = ""
-        if advance.token is not None and not (ended is FinishReason.STOP and not self._sampling.include_stop_str_in_output):
-            text = self._detokenizer.push(advance.token)
+        if token is not None and not (ended is FinishReason.STOP and not self._sampling.include_stop_str_in_output):
+            text = detokenizer.push(token)
         if ended is not None:
-            text += self._detokenizer.flush()
+            text += detokenizer.flush()
         if self._stops is None or advance.sequence.num_output < self._sampling.min_tokens:
             delta.text = text
             return None

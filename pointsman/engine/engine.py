@@ -246,39 +246,33 @@ class Engine:
             self._rows.keep(sequence)
 
     def _deliver(self, advances: list[Advance]) -> list[ChoiceDelta]:
-        deltas = []
+        deltas, choices, version = [], self._choices, self.weight_version
         for advance in advances:
-            choice = self._choices[advance.sequence.number]
+            sequence = advance.sequence
+            choice = choices[sequence.number]
             if advance.prompt_logprobs:
                 choice.prompt_logprobs.extend(choice.decoded(entry) for entry in advance.prompt_logprobs)
-            if advance.token is not None or advance.finish_reason is not None:
-                deltas.append(self._delta(advance, choice))
+            if advance.token is None and advance.finish_reason is None:
+                continue
+            delta = _blank(sequence, version)
+            matched = choice.take(advance, delta)
+            if matched is not None:
+                self._stop(sequence, matched)
+            if sequence.finish_reason is not None:
+                self._close(sequence, delta)
+                delta.error = advance.error
+            deltas.append(delta)
         return deltas
 
-    def _delta(self, advance: Advance, choice: Choice) -> ChoiceDelta:
-        sequence = advance.sequence
-        delta = self._blank(sequence)
-        matched = choice.take(advance, delta)
-        if matched is not None and sequence.finish_reason is None:
+    def _stop(self, sequence: Sequence, matched: str) -> None:
+        """A stop string ends it, be it that the same token has ended it in another way."""
+        if sequence.finish_reason is None:
             self.scheduler.finish(sequence, FinishReason.STOP, matched)
-        elif matched is not None:
+        else:
             sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, matched
-        if sequence.finish_reason is not None:
-            self._close(sequence, delta)
-            delta.error = advance.error
-        return delta
-
-    def _blank(self, sequence: Sequence) -> ChoiceDelta:
-        return ChoiceDelta(
-            rid=sequence.request.rid,
-            index=sequence.index,
-            num_prompt_tokens=sequence.num_prompt,
-            num_cached_tokens=sequence.num_cached,
-            weight_version=self.weight_version,
-        )
 
     def _finished(self, sequence: Sequence) -> ChoiceDelta:
-        delta = self._blank(sequence)
+        delta = _blank(sequence, self.weight_version)
         self._close(sequence, delta)
         return delta
 
@@ -360,3 +354,13 @@ class Engine:
         self._executor.close()
         if self._grammars is not None:
             self._grammars.close()
+
+
+def _blank(sequence: Sequence, version: str) -> ChoiceDelta:
+    return ChoiceDelta(
+        rid=sequence.request.rid,
+        index=sequence.index,
+        num_prompt_tokens=sequence.num_prompt,
+        num_cached_tokens=sequence.num_cached,
+        weight_version=version,
+    )

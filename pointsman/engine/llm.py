@@ -349,9 +349,9 @@ def merge(result: RequestOutput, delta: ChoiceDelta) -> None:
         result.num_cached_tokens = delta.num_cached_tokens
     if delta.finish_reason is not None:
         output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
-        output.routed_experts, output.routed_experts_missing = delta.routed_experts, delta.routed_experts_missing
+        output.routed_experts, output.routed_experts_missing = delta.routed_experts, list(delta.routed_experts_missing)
         output.routing_agreement = delta.routing_agreement
-        output.weight_version, output.weight_versions = delta.weight_version, delta.weight_versions
+        output.weight_version, output.weight_versions = delta.weight_version, list(delta.weight_versions)
         result.finished = all(choice.finish_reason is not None for choice in result.outputs)
 
 

@@ -42,8 +42,8 @@ class RoutingRows:
             last = min(kept.end, end)
             rows[first - start : last - start] = rows_of(kept)[first:last]
             missing = [(last - start, end - start)] if last < end else []
-        delta.routed_experts, delta.routed_experts_missing = rows, missing
-        delta.weight_versions = self._runner.versions.named(clip(self._versions(sequence), start, end), start)
+        delta.routed_experts, delta.routed_experts_missing = rows, tuple(missing)
+        delta.weight_versions = tuple(self._runner.versions.named(clip(self._versions(sequence), start, end), start))
 
     def _versions(self, sequence: Sequence) -> list[Run]:
         """Which weights chose the experts of its positions: what was computed again under rows that were kept, those of the rows."""

@@ -7,7 +7,6 @@ and other clients are waiting for their tokens. numpy is loaded with the first r
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -81,7 +80,7 @@ class Routing:
             return delta
         from pointsman.routed_experts import encode  # noqa: PLC0415 - numpy comes with it, and most servers never need it
 
-        return dataclasses.replace(delta, routed_experts=encode(self._record(delta), self.form))
+        return msgspec.structs.replace(delta, routed_experts=encode(self._record(delta), self.form))
 
     def _record(self, delta: ChoiceDelta) -> RoutedExperts:
         import numpy as np  # noqa: PLC0415
@@ -94,8 +93,8 @@ class Routing:
             num_experts=self.num_experts,
             start=self.starts[delta.rid],
             layers=self.layers,
-            missing=tuple((first, last) for first, last in delta.routed_experts_missing),
-            weight_versions=tuple((first, last, version) for first, last, version in delta.weight_versions),
+            missing=delta.routed_experts_missing,
+            weight_versions=delta.weight_versions,
         )
 
 

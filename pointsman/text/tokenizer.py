@@ -37,6 +37,7 @@ class Tokenizer:
         eos_ids: ids that end the text; empty where the checkpoint names none.
         special_ids: ids that `skip_special_tokens` leaves out.
         special_texts: the texts of those.
+        whole_texts: what tokens spell that are whole characters, as far as that was asked for: special ones spelt out, and skipped.
         special_tokens: names as in tokenizer_config.json (`bos_token`, ...) to texts, which chat templates see as variables.
         chat_template: None where the checkpoint has none.
         folder: where it was read from, None where it was made in memory.
@@ -58,6 +59,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._bytes: dict[int, bytes] = {}
+        self.whole_texts: tuple[dict[int, str], dict[int, str]] = ({}, {})
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_ids = eos_ids
         special = {added.content: token for token, added in backend.get_added_tokens_decoder().items() if added.special}

@@ -249,7 +249,7 @@ def test_what_is_under_way_goes_on_with_the_new_weights(
             harness.decoder = load_model(folders[1], progress=False)
         logits = harness.step({0: [token]})[0][-1]
     num_rows = len(PROMPT) + 13
-    assert deltas[-1].weight_versions == [(0, len(PROMPT) + num_old - 1, "0"), (len(PROMPT) + num_old - 1, num_rows, "1")]
+    assert deltas[-1].weight_versions == ((0, len(PROMPT) + num_old - 1, "0"), (len(PROMPT) + num_old - 1, num_rows, "1"))
     slots = harness.slots(0, 0, num_rows)
     assert np.array_equal(harness.routes.gather(slots).numpy(), deltas[-1].routed_experts)
     llm.close()
@@ -307,7 +307,7 @@ def test_what_goes_back_to_the_queue_keeps_its_rows(llm: LLM, folders: list[Path
     num_old = len(tokens([delta for delta in deltas if delta.weight_version == "0"]))
     num_rows, num_kept = len(PROMPT) + 13, len(PROMPT) + num_old - 1
     assert 0 < num_old < 14 and tokens(deltas)[:num_old] == expected.token_ids[:num_old]
-    assert deltas[-1].weight_versions == [(0, num_kept, "0"), (num_kept, num_rows, "1")]
+    assert deltas[-1].weight_versions == ((0, num_kept, "0"), (num_kept, num_rows, "1"))
     assert np.array_equal(deltas[-1].routed_experts[:num_kept], expected.routed_experts[:num_kept])
     fresh = make(folders[1])
     other = llm.generate(list(PROMPT), PARAMS.replace(max_tokens=1))[0]
@@ -331,7 +331,7 @@ def test_an_abort_while_it_waits_to_compute_again(llm: LLM, folders: list[Path])
         deltas += [delta for _ in range(steps) for delta in engine.step()]
         deltas += engine.abort("a")
         num_kept = len(PROMPT) + len(tokens([delta for delta in deltas if delta.weight_version == version])) - 1
-        assert deltas[-1].weight_versions[0] == (0, num_kept, version) and deltas[-1].routed_experts_missing == []
+        assert deltas[-1].weight_versions[0] == (0, num_kept, version) and deltas[-1].routed_experts_missing == ()
         drive(engine)
 
 
@@ -349,7 +349,7 @@ def test_who_comes_back_goes_on_from_its_own_pages(folders: list[Path]) -> None:
             deltas += llm.engine.step()
         assert llm.engine.num_preemptions == 1 and all(delta.weight_version == "new" for delta in deltas)
         first_drawn_at = len(PROMPT) - 1
-        assert deltas[-1].weight_versions == [(0, first_drawn_at, "0"), (first_drawn_at, len(PROMPT) + PARAMS.max_tokens - 1, "new")]
+        assert deltas[-1].weight_versions == ((0, first_drawn_at, "0"), (first_drawn_at, len(PROMPT) + PARAMS.max_tokens - 1, "new"))
 
 
 def test_who_comes_back_knows_its_pages_from_those_written_anew(folders: list[Path]) -> None:
@@ -379,7 +379,7 @@ def test_who_comes_back_knows_its_pages_from_those_written_anew(folders: list[Pa
         assert found and found == pages[: len(found)], "the case is not there"
         deltas += [delta for delta in drive(engine) if delta.rid == "a"]
         num_kept = len(PROMPT) + len(old) - 1
-        assert deltas[-1].weight_versions == [(0, num_kept, "0"), (num_kept, len(PROMPT) + PARAMS.max_tokens - 1, "1")]
+        assert deltas[-1].weight_versions == ((0, num_kept, "0"), (num_kept, len(PROMPT) + PARAMS.max_tokens - 1, "1"))
     with contextlib.closing(make(folders[0])) as llm:
         expected = llm.generate(list(PROMPT), PARAMS)[0].outputs[0]
     assert old == expected.token_ids[: len(old)]

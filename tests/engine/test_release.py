@@ -194,7 +194,7 @@ def test_sent_back_and_aborted_while_memory_is_released(llm: LLM, answers: dict[
     control.release_memory()
     (delta,) = engine.abort("a")[-1:]
     rows = delta.routed_experts.tolist()
-    assert delta.finish_reason is FinishReason.ABORT and delta.routed_experts_missing == []
+    assert delta.finish_reason is FinishReason.ABORT and delta.routed_experts_missing == ()
     assert rows == answers["compiled"][0].routed_experts[: len(rows)] and len(rows) >= len(PROMPT)
 
 

@@ -80,7 +80,7 @@ def test_an_aborted_choice_has_the_rows_that_were_computed(folder: Path, whole: 
         delta = aborted(engine, rid)
         assert delta.routed_experts.shape == (num_tokens - 1 - 5, LAYERS, TOP_K)
         known = min(max(8 * steps - 5, 0), num_tokens - 6)
-        assert delta.routed_experts_missing == ([(known, num_tokens - 6)] if known < num_tokens - 6 else [])
+        assert delta.routed_experts_missing == (((known, num_tokens - 6),) if known < num_tokens - 6 else ())
         assert np.array_equal(delta.routed_experts[:known], whole[5 : 5 + known])
         while engine.has_work:
             engine.step()

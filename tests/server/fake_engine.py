@@ -198,8 +198,8 @@ class FakeEngine:
             rows = numpy.array([routes_of(token) for token in tokens[:-1]], numpy.uint8).reshape(-1, LAYERS, TOP_K)
             delta.routed_experts = rows[sampling.routed_experts_start :]
             missing = (max(num_known - sampling.routed_experts_start, 0), len(delta.routed_experts))
-            delta.routed_experts_missing = [missing] if missing[0] < missing[1] else []
-            delta.weight_versions = [(0, missing[0], self.weight_version)] if missing[0] else []
+            delta.routed_experts_missing = (missing,) if missing[0] < missing[1] else ()
+            delta.weight_versions = ((0, missing[0], self.weight_version),) if missing[0] else ()
 
     def _take(self, choice: _Choice, delta: ChoiceDelta) -> None:
         token = choice.tokens[choice.done]
