@@ -24,14 +24,14 @@ from pointsman.bench.machine import here
 from pointsman.engine.channel import Channel
 from pointsman.engine.orders import MAX_BYTES, SIZE, Answer, Leave, Run, decode_order, encode
 from pointsman.engine.processes import command
-from pointsman.step import PENDING, Segment, StepPlan
+from pointsman.step import StepPlan
 
 PLANS = 300
 
 
 def plan(index: int, sequences: int) -> StepPlan:
-    segments = [Segment(lane, lane, 900 + lane, (PENDING,), (7 * lane,) if lane % 16 == 0 else (), True) for lane in range(sequences)]
-    return StepPlan(index, (), tuple(segments))
+    growths = [(lane, 7 * lane) for lane in range(0, sequences, 16)]
+    return StepPlan(index, (), tuple(range(sequences)), tuple(growths), ())
 
 
 def answer(descriptor: int) -> None:

@@ -1,24 +1,23 @@
 """What the scheduler tells a rank to do, and what the rank answers.
 
 A plan is small and made of integers, because it crosses to every rank: it names what changed since the plan before (which
-sequence took a lane, which pages its table grew by) and the tokens to feed. A *lane* is a row of the rank's own tables: page
-table, last sampled token, sampling state. A token that the step in flight is still choosing is written PENDING: the rank takes
-it from the lane's last sample, so that the host can plan a step before it has seen the one before.
+sequence took a lane, which pages its table grew by) and the tokens of prompts to feed. A *lane* is a row of the rank's own tables: page
+table, how far it is, last sampled token, sampling state. So of a lane that decodes there is nothing to say but that it does: the rank feeds
+what it sampled there last, at the position that comes next. The host can plan such a step before it has seen that token.
 
-What a plan is made of are structs that cross as arrays, without the names of their fields: hundreds of them are made, written and read
-in each step, at a fifth of what dataclasses cost.
+What a plan is made of are structs that cross as arrays, without the names of their fields, and what is there for each lane of each step
+is a number and not an object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import msgspec
 
 from pointsman.request import Logprob, Replay, SamplingParams
-
-PENDING = -1
 
 
 class LaneStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -39,14 +38,13 @@ class LaneStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """Consecutive tokens of one sequence, fed in this step.
+    """Consecutive known tokens of one sequence, fed in this step: a part of a prompt, or of what comes back after a preemption.
 
     Attributes:
         lane: where the sequence lives on the rank.
         seq: the sequence's number, unique while the engine lives.
         start: position of the first token; keys and values of all positions before it are in the cache.
-        tokens: what to feed; at most the last is PENDING.
-        pages: pages to append to the lane's page table before the step runs (all of them when the lane has just started).
+        pages: the lane's page table, when it has just started; else empty.
         sample: choose the next token from the last row's logits.
         prompt_logits: return the log-probability of the prompt token that follows each row.
     """
@@ -61,26 +59,23 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One step of the engine: lanes to set up, then rows to run. Decode segments come first."""
+    """One step of the engine: lanes to set up, then rows to run.
+
+    Attributes:
+        decoding: lanes that feed the token that they sampled last, and sample the next; their rows come first, in this order.
+        growths: (lane, page) to append to the page tables of those lanes before the step runs.
+        segments: whose rows follow.
+    """
 
     index: int
     starts: tuple[LaneStart, ...]
+    decoding: tuple[int, ...]
+    growths: tuple[tuple[int, int], ...]
     segments: tuple[Segment, ...]
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(segment.tokens) for segment in self.segments)
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The token chosen for one segment that asked. `final`: it completes a grammar. `error` ends that sequence alone."""
-
-    seq: int
-    token: int
-    logprobs: Mapping[int, Logprob] | None = None
-    error: str | None = None
-    final: bool = False
+        return len(self.decoding) + sum(len(segment.tokens) for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +83,17 @@ class StepResult:
     """The answer to the plan of the same index.
 
     Attributes:
-        sampled: one entry for each segment with `sample`, in the plan's order.
+        tokens: those that were chosen, for the plan's decoding lanes and then for its segments with `sample`, in the plan's order. The
+            other fields but the last name them by their index.
+        errors: what went wrong with a token, which ends its sequence alone.
+        logprobs: of tokens whose sequences asked for them.
+        final: tokens that complete a grammar.
         prompt_logprobs: sequence number to one entry for each row of its segment that a prompt token follows.
     """
 
     index: int
-    sampled: tuple[Sampled, ...]
+    tokens: Sequence[int]
+    errors: Mapping[int, str] = field(default_factory=dict)
+    logprobs: Mapping[int, Mapping[int, Logprob]] = field(default_factory=dict)
+    final: AbstractSet[int] = frozenset()
     prompt_logprobs: Mapping[int, list[dict[int, Logprob]]] = field(default_factory=dict)

@@ -8,17 +8,11 @@ Shape suffixes: L lanes, P pages of a lane, T rows, G pages that were handed out
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
+from pointsman.engine.batch import PENDING, Ints
 from pointsman.engine.transfer import Upload
-from pointsman.step import PENDING
-
-Growth = tuple[int, int, tuple[int, ...]]
-"""A lane, where in its table the pages come, and the pages."""
 
 
 class DeviceLanes:
@@ -29,15 +23,11 @@ class DeviceLanes:
         self.last_token_L = torch.zeros(max_lanes, dtype=torch.int64, device=device)
         self._upload = Upload(device)
 
-    def grow(self, growths: Sequence[Growth]) -> None:
-        """Append pages to the tables."""
-        if not growths:
-            return
-        max_pages = self.page_table_LP.shape[1]
-        places = [np.arange(len(pages)) + (lane * max_pages + first) for lane, first, pages in growths]
-        pages = [np.array(pages, np.int32) for _, _, pages in growths]
-        places_G, pages_G = self._upload((np.concatenate(places), np.concatenate(pages)))
-        self.page_table_LP.view(-1).index_copy_(0, places_G, pages_G)
+    def grow(self, places_G: Ints, pages_G: Ints) -> None:
+        """Enter pages at these places of the whole table, counted row by row."""
+        if len(places_G):
+            places, pages = self._upload((places_G, pages_G.astype("int32")))
+            self.page_table_LP.view(-1).index_copy_(0, places, pages)
 
     def fill_in(self, tokens_T: Tensor, lanes_T: Tensor) -> Tensor:
         """The tokens of a step, PENDING ones as their lanes drew them."""

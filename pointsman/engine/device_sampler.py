@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,21 +18,13 @@ import torch
 from torch import Tensor
 
 from pointsman.distributed import Mesh
+from pointsman.engine.batch import Draw
 from pointsman.engine.candidates import sampler_choice
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.transfer import Array, Download, Upload
 from pointsman.request import Logprob
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE, Drawn, greedy
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A token to be drawn: for which lane, from which row of the logits."""
-
-    lane: int
-    row: int
-    sampling: LaneSampling
 
 
 class Answer(NamedTuple):
@@ -130,12 +121,13 @@ class Drawing:
         tokens: list[int] = numbers[0].tolist()
         errors = {index: NOT_FINITE for index, token in enumerate(tokens) if token == NO_TOKEN}
         if len(numbers) == 1:
-            return Drawn(tokens, None, errors)
+            return Drawn(tokens, {}, errors)
         told = zip(tokens, numbers[1].view(np.float64).tolist(), numbers[2].tolist(), self._draws, strict=True)
-        logprobs = [
-            {token: Logprob(logprob, rank)} if token != NO_TOKEN and draw.sampling.sampling.logprobs is not None else None
-            for token, logprob, rank, draw in told
-        ]
+        logprobs = {
+            index: {token: Logprob(logprob, rank)}
+            for index, (token, logprob, rank, draw) in enumerate(told)
+            if token != NO_TOKEN and draw.sampling.sampling.logprobs is not None
+        }
         return Drawn(tokens, logprobs, errors)
 
 

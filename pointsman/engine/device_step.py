@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from pointsman.config import EngineConfig
-from pointsman.engine.batch import Batch, Ints, Lanes
+from pointsman.engine.batch import NONE, Batch, Ints, Lanes
 from pointsman.engine.candidates import graph_choice
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.memory import kv_dtype_of
@@ -103,7 +103,7 @@ class DeviceStep:
     @torch.inference_mode()
     def __call__(self, batch: Batch, lanes: Lanes) -> Tensor:
         """Float32 logits [R, V] of the rows asked for, on the device; nothing is waited for."""
-        self._memory.lanes.grow(batch.growths)
+        self._memory.lanes.grow(batch.places_G, batch.pages_G)
         size = size_for(len(batch.tokens_T), self._sizes)
         inputs = self._upload(self._arrays(batch, size), into=self._inputs if size <= self._sizes[-1] else None)
         forced = () if batch.forced is None else (batch.forced.spread(size),)
@@ -187,8 +187,7 @@ class DeviceStep:
         )
 
 
-NOTHING: Ints = np.zeros(0, np.int64)
-EMPTY = Batch(NOTHING, NOTHING, NOTHING, NOTHING, [], NOTHING, [], [], [])
+EMPTY = Batch(NONE, NONE, NONE, NONE, 0, [], NONE, [], NONE, [], NONE, NONE)
 """A step without rows; padded, it is nothing but padding."""
 NO_PAGES = np.zeros((0, 0), np.int32)
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from pointsman.distributed import Mesh
-from pointsman.engine.batch import Batch, Lanes
-from pointsman.engine.device_sampler import DeviceSampler, Draw, Drawing
+from pointsman.engine.batch import PENDING, Batch, Lanes
+from pointsman.engine.device_sampler import DeviceSampler, Drawing
 from pointsman.engine.versions import Run, SlotVersions
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
@@ -31,10 +31,9 @@ from pointsman.models.decoder import Decoder
 from pointsman.moe.capture import RouteStore
 from pointsman.request import Logprob
 from pointsman.routed_experts import fill_missing
-from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.logprobs import prompt_logprobs
-from pointsman.sampling.sampler import NO_TOKEN, Drawn, sample
-from pointsman.step import PENDING, Sampled, StepPlan, StepResult
+from pointsman.sampling.sampler import NO_TOKEN, Drawn, joined, sample
+from pointsman.step import StepPlan, StepResult
 
 
 class Pending(Protocol):
@@ -172,67 +171,58 @@ class ModelRunner:
         logits_RV = self._step(batch, self._lanes)
         self.load.after_step(batch.slots_T)
         self.versions.record(batch.slots_T)
-        draws = self._draws(plan, batch)
         drawing = None
         if self._sampler is not None:
-            drawing = self._sampler.draw(logits_RV, draws)
-            for index in drawing.indices:
-                self._lanes.last_token_L[draws[index].lane] = PENDING
-        launched = _Launched(lambda: self._finish(plan, batch, logits_RV, draws, drawing))
-        if batch.prompts or drawing is None or len(drawing.indices) < len(draws):
+            drawing = self._sampler.draw(logits_RV, batch.draws)
+            self._lanes.last_token_L[batch.draws_B[drawing.indices]] = PENDING
+        launched = _Launched(lambda: self._finish(plan.index, batch, logits_RV, drawing))
+        if batch.prompts or drawing is None or len(drawing.indices) < len(batch.draws):
             self._unfinished = launched
             if self._mesh.rank > 0:
                 launched.result()  # what rank 0 draws is waited for now, as rank 0 may wait for us
         return launched
 
-    def _draws(self, plan: StepPlan, batch: Batch) -> list[Draw]:
-        wanting = [segment for segment in plan.segments if segment.sample]
-        return [Draw(segment.lane, row, self._sampling(segment.lane)) for segment, row in zip(wanting, batch.samples, strict=True)]
-
-    def _finish(self, plan: StepPlan, batch: Batch, logits_RV: Tensor, draws: list[Draw], drawing: Drawing | None) -> StepResult:
-        sampled: dict[int, Sampled] = {}
-        seqs = [segment.seq for segment in plan.segments if segment.sample]
-
-        def take(indices: Sequence[int], drawn: Drawn) -> None:
-            logprobs: Sequence[Any] = drawn.logprobs or [None] * len(indices)
-            for at, (index, token) in enumerate(zip(indices, drawn.tokens, strict=True)):
-                sampled[index] = Sampled(seqs[index], token, logprobs[at], drawn.errors.get(at), draws[index].sampling.ended)
-
-        if drawing is not None and self._mesh.rank == 0:
-            take(drawing.indices, drawing.drawn())
-        drawn_there = set() if drawing is None else set(drawing.indices)
-        if here := [index for index in range(len(draws)) if index not in drawn_there]:
-            take(here, self._sample(batch, logits_RV, [draws[index] for index in here]))
+    def _finish(self, index: int, batch: Batch, logits_RV: Tensor, drawing: Drawing | None) -> StepResult:
+        drawn = self._drawn(batch, logits_RV, drawing)
         scores = self._score_prompts(batch, logits_RV) if self._mesh.rank == 0 else {}
-        return StepResult(plan.index, tuple(sampled[index] for index in sorted(sampled)), scores)
+        final = {at for at, draw in enumerate(batch.draws) if draw.sampling.constraint is not None and draw.sampling.ended}
+        return StepResult(index, drawn.tokens, drawn.errors, drawn.logprobs, final, scores)
 
-    def _sample(self, batch: Batch, logits_RV: Tensor, draws: list[Draw]) -> Drawn:
+    def _drawn(self, batch: Batch, logits_RV: Tensor, drawing: Drawing | None) -> Drawn:
+        """What the step draws, there and here. Ranks past the first, whom nobody asks, do not wait for what is drawn there."""
+        number = len(batch.draws)
+        if drawing is None:
+            return self._sample(batch, logits_RV, range(number))
+        there = drawing.drawn() if self._mesh.rank == 0 else Drawn([NO_TOKEN] * len(drawing.indices), {}, {})
+        if len(drawing.indices) == number:
+            return there
+        drawn_there = set(drawing.indices)
+        here = [index for index in range(number) if index not in drawn_there]
+        return joined((drawing.indices, there), (here, self._sample(batch, logits_RV, here)))
+
+    def _sample(self, batch: Batch, logits_RV: Tensor, indices: Sequence[int]) -> Drawn:
         """Draw these on the host, or be told what rank 0 has drawn."""
-        rows = [draw.row for draw in draws]
+        draws = [batch.draws[index] for index in indices]
         if self._mesh.rank == 0:
-            drawn = sample(logits_RV if len(rows) == len(batch.rows_R) else logits_RV[rows], [draw.sampling for draw in draws])
+            whole = len(draws) == len(batch.rows_R)
+            drawn = sample(logits_RV if whole else logits_RV[[draw.row for draw in draws]], [draw.sampling for draw in draws])
             if self._mesh.size > 1:
                 self._mesh.broadcast(torch.tensor(drawn.tokens, device=self._mesh.device))
         else:
-            drawn = Drawn(self._mesh.broadcast(torch.empty(len(rows), dtype=torch.int64, device=self._mesh.device)).tolist(), None, {})
+            drawn = Drawn(self._mesh.broadcast(torch.empty(len(draws), dtype=torch.int64, device=self._mesh.device)).tolist(), {}, {})
             for draw, token in zip(draws, drawn.tokens, strict=True):
                 if token != NO_TOKEN:
                     draw.sampling.commit(token)
-        for draw, token in zip(draws, drawn.tokens, strict=True):
-            self._lanes.last_token_L[draw.lane] = max(token, 0)  # a lane with an error ends at commit; until then it runs on
+        lanes_B = batch.draws_B if len(draws) == len(batch.draws) else batch.draws_B[indices]
+        self._lanes.last_token_L[lanes_B] = np.maximum(drawn.tokens, 0)  # a lane with an error ends at commit; until then it runs on
         return drawn
-
-    def _sampling(self, lane: int) -> LaneSampling:
-        state = self._lanes.sampling_L[lane]
-        assert state is not None, f"lane {lane} was never started"
-        return state
 
     def _score_prompts(self, batch: Batch, logits_RV: Tensor) -> dict[int, list[dict[int, Logprob]]]:
         return {
             rows.seq: prompt_logprobs(
                 logits_RV[rows.first : rows.first + len(rows.following)],
                 rows.following,
-                self._sampling(rows.lane).sampling.prompt_logprobs or 0,
+                rows.num_likeliest,
             )
             for rows in batch.prompts
         }

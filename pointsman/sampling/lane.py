@@ -41,9 +41,23 @@ class LaneSampling:
         seed: of its random numbers.
         num_output: tokens of output so far; the position of the next one.
         constraint: what keeps it to its grammar, if it has one.
+        simple: every token is the likeliest of the model's own logits, and to be counted is all that becomes of it.
     """
 
-    __slots__ = ("_bias", "_biased", "_edited", "_keys", "_seen", "_suppressed", "constraint", "greedy", "num_output", "sampling", "seed")
+    __slots__ = (
+        "_bias",
+        "_biased",
+        "_edited",
+        "_keys",
+        "_seen",
+        "_suppressed",
+        "constraint",
+        "greedy",
+        "num_output",
+        "sampling",
+        "seed",
+        "simple",
+    )
 
     def __init__(self, start: LaneStart, vocab_size: int, eos_ids: Sequence[int], constraint: Constraint | None = None) -> None:
         sampling = start.sampling
@@ -61,6 +75,8 @@ class LaneSampling:
         penalised = bool(sampling.presence_penalty or sampling.frequency_penalty) or sampling.repetition_penalty != 1.0
         self._seen = _SeenTokens(start.prompt, start.output) if penalised else None
         self._edited = penalised or len(self._biased) > 0
+        plain = self.greedy and not self._edited and constraint is None and not sampling.min_tokens
+        self.simple = plain and sampling.logprobs is None
 
     @property
     def plain(self) -> bool:

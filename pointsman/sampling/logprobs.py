@@ -36,17 +36,18 @@ def prompt_logprobs(logits_RV: torch.Tensor, next_tokens: Sequence[int], k: int)
     to one sequence, and ends it when it is sampled.
     """
     rows_RV = host_rows(logits_RV)
-    finite_R = finite_rows(rows_RV)
+    _, finite_R = likeliest_rows(rows_RV)
     return [
         row_logprobs(row_V, token, k) if finite else {token: Logprob(math.nan, len(row_V))}
         for row_V, token, finite in zip(rows_RV, next_tokens, finite_R, strict=True)
     ]
 
 
-def finite_rows(rows_RV: Floats) -> list[bool]:
-    """Which rows are finite. The largest of a row with a NaN is NaN."""
-    finite: list[bool] = (np.isfinite(rows_RV.max(axis=1)) & np.isfinite(rows_RV.min(axis=1))).tolist()
-    return finite
+def likeliest_rows(rows_RV: Floats) -> tuple[list[int], list[bool]]:
+    """The likeliest token of each row, and which rows are finite. In a row with a NaN the first of these counts as the largest."""
+    likeliest_R = rows_RV.argmax(axis=1)
+    largest_R = rows_RV[np.arange(len(rows_RV)), likeliest_R]
+    return likeliest_R.tolist(), (np.isfinite(largest_R) & np.isfinite(rows_RV.min(axis=1))).tolist()
 
 
 def host_rows(logits_BV: torch.Tensor) -> Floats:

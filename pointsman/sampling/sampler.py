@@ -25,7 +25,7 @@ from pointsman.request import Logprob
 from pointsman.sampling.constraint import ConstraintFault
 from pointsman.sampling.filters import Floats, kept, pick
 from pointsman.sampling.lane import LaneSampling
-from pointsman.sampling.logprobs import finite_rows, host_rows, row_logprobs
+from pointsman.sampling.logprobs import host_rows, likeliest_rows, row_logprobs
 
 NO_TOKEN = -1
 
@@ -38,37 +38,51 @@ class Drawn(NamedTuple):
 
     Attributes:
         tokens: one for each lane; NO_TOKEN where there is an error.
-        logprobs: None where no lane asked; else an entry for each lane, None for lanes that did not ask or have an error.
+        logprobs: of the lanes that asked and have no error.
         errors: row to what is wrong with it; the other rows are not touched by it.
     """
 
     tokens: list[int]
-    logprobs: list[dict[int, Logprob] | None] | None
+    logprobs: dict[int, dict[int, Logprob]]
     errors: dict[int, str]
+
+
+def joined(*parts: tuple[Sequence[int], Drawn]) -> Drawn:
+    """What was drawn in parts, each with the indices of its lanes, as if at once."""
+    tokens: dict[int, int] = {}
+    logprobs: dict[int, dict[int, Logprob]] = {}
+    errors: dict[int, str] = {}
+    for indices, drawn in parts:
+        tokens.update(zip(indices, drawn.tokens, strict=True))
+        logprobs.update((indices[at], entry) for at, entry in drawn.logprobs.items())
+        errors.update((indices[at], error) for at, error in drawn.errors.items())
+    return Drawn([tokens[index] for index in sorted(tokens)], logprobs, errors)
 
 
 def sample(logits_BV: torch.Tensor, lanes: Sequence[LaneSampling]) -> Drawn:
     """Draw a token for each lane from its row of float32 logits, and tell the lane."""
     assert len(logits_BV) == len(lanes)
-    errors: dict[int, str] = {}
+    drawn = Drawn([], {}, {})
     rows_BV = host_rows(logits_BV)
-    tokens = rows_BV.argmax(axis=1).tolist()
-    finite = finite_rows(rows_BV)
-    for index, lane in enumerate(lanes):
-        if finite[index] and not lane.plain:
-            try:
-                tokens[index] = _draw(rows_BV[index], lane)
-            except ConstraintFault as fault:
-                tokens[index], errors[index] = NO_TOKEN, str(fault)
-    logprobs = _logprobs(rows_BV, lanes, tokens, finite)
-    for index, lane in enumerate(lanes):
-        if not finite[index]:
-            tokens[index], errors[index] = NO_TOKEN, NOT_FINITE
-        elif tokens[index] == NO_TOKEN:
-            errors.setdefault(index, NONE_LEFT)
+    for index, (lane, likeliest, finite) in enumerate(zip(lanes, *likeliest_rows(rows_BV), strict=True)):
+        token = likeliest
+        if not finite:
+            token, drawn.errors[index] = NO_TOKEN, NOT_FINITE
+        elif lane.simple:
+            lane.num_output += 1
         else:
-            lane.commit(tokens[index])
-    return Drawn(tokens, logprobs, errors)
+            try:
+                token = likeliest if lane.plain else _draw(rows_BV[index], lane)
+            except ConstraintFault as fault:
+                token, drawn.errors[index] = NO_TOKEN, str(fault)
+            if token == NO_TOKEN:
+                drawn.errors.setdefault(index, NONE_LEFT)
+            else:
+                if lane.sampling.logprobs is not None:
+                    drawn.logprobs[index] = row_logprobs(rows_BV[index], token, lane.sampling.logprobs)
+                lane.commit(token)
+        drawn.tokens.append(token)
+    return drawn
 
 
 def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,16 +99,3 @@ def _draw(row_V: Floats, lane: LaneSampling) -> int:
     if lane.greedy:
         return int(row_V.argmax())
     return pick(*kept(row_V, lane.sampling), lane.uniform())
-
-
-def _logprobs(
-    rows_BV: Floats, lanes: Sequence[LaneSampling], tokens: Sequence[int], finite: Sequence[bool]
-) -> list[dict[int, Logprob] | None] | None:
-    entries: list[dict[int, Logprob] | None] | None = None
-    for index, lane in enumerate(lanes):
-        k = lane.sampling.logprobs
-        if k is not None:
-            entries = entries or [None] * len(lanes)
-            if finite[index] and tokens[index] != NO_TOKEN:
-                entries[index] = row_logprobs(rows_BV[index], tokens[index], k)
-    return entries

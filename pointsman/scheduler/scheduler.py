@@ -15,7 +15,7 @@ waits again, with all its tokens.
 only when it runs alone, and alone it has every page that it does not hold itself at its disposal, so it never is. It never loses what
 it has computed, so it ends after finitely many steps, and so does the next, and what waits for their pages gets them.
 
-**Overlap.** One more step may be planned while the one before is still in flight. What that step is still choosing is PENDING;
+**Overlap.** One more step may be planned while the one before is still in flight. What that step is still choosing is fed all the same;
 who certainly ends with it is left out. Who turns out to have ended is struck from the newer plan when that is committed: the row
 was computed for nothing, into a page that was given away only to later steps. A sequence is preempted only with nothing in flight, for
 then all its tokens are known; where it comes to that, `plan` answers None until the step in flight is committed.
@@ -34,11 +34,9 @@ from pointsman.cache.radix import RadixCache
 from pointsman.request import FinishReason, Logprob, Request
 from pointsman.scheduler.queue import Queue, order
 from pointsman.scheduler.sequence import Advance, Sequence, check_replay, limit_of
-from pointsman.step import PENDING, LaneStart, Sampled, Segment, StepPlan, StepResult
+from pointsman.step import LaneStart, Segment, StepPlan, StepResult
 
 MAX_IN_FLIGHT = 2
-
-_PENDING_TOKENS = (PENDING,)
 
 
 class Scheduler:
@@ -81,7 +79,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []  # running, part of the prompt not yet planned; sorted by order
         self._decoding: dict[int, Sequence] = {}  # running, all known tokens planned
         self._requests: dict[str, list[Sequence]] = {}
-        self._in_flight: deque[StepPlan] = deque()
+        self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()  # with those that decode in it
         self._num_added = 0
         self._num_plans = 0
         self.preempted: list[Sequence] = []
@@ -149,54 +147,50 @@ class Scheduler:
         """The next step; None when nothing can run before the step in flight is committed, or nothing is there to run."""
         assert len(self._in_flight) < MAX_IN_FLIGHT, "commit the oldest plan first"
         self.preempted = []
-        growing = self._make_room()
-        if growing is None:
+        room = self._make_room()
+        if room is None:
             return None
-        segments = self._decode(growing)
-        starts = self._prefill(segments, self._token_budget - len(segments))
-        if not segments:
+        decoding, growing = room
+        lanes, growths = self._decode(decoding, growing)
+        segments: list[Segment] = []
+        starts = self._prefill(segments, self._token_budget - len(lanes))
+        if not lanes and not segments:
             assert self._in_flight or not (self._running or self._queue), "there is work, but none that could run"
             return None
-        plan = StepPlan(self._num_plans, tuple(starts), tuple(segments))
+        plan = StepPlan(self._num_plans, tuple(starts), lanes, growths, tuple(segments))
         self._num_plans += 1
-        self._in_flight.append(plan)
+        self._in_flight.append((plan, decoding))
         return plan
 
-    def _make_room(self) -> int | None:
-        """How many decoding sequences grow by a page, which are then to be had; None if someone must be preempted but not now."""
+    def _make_room(self) -> tuple[list[Sequence], list[Sequence]] | None:
+        """Who decodes in this step: all who do not end with a token already in flight. And who of them grow by a page, which is then
+        to be had; None if someone must be preempted but not now."""
+        page_size = self._page_size
         while True:
-            growing = 0
-            for sequence in self._decoding.values():
-                if sequence.num_planned % self._page_size == 0 and len(sequence.tokens) + sequence.num_pending < sequence.limit:
-                    growing += 1
-            if growing <= self._num_available:
-                return growing
+            decoding = [sequence for sequence in self._decoding.values() if len(sequence.tokens) + sequence.num_pending < sequence.limit]
+            growing = [sequence for sequence in decoding if not sequence.num_planned % page_size]
+            if len(growing) <= self._num_available:
+                return decoding, growing
             if self._in_flight:
                 return None
             assert len(self._running) > 1, "a sequence does not fit the cache alone"
             self._preempt(max(self._running.values(), key=order))
 
-    def _decode(self, num_growing: int) -> list[Segment]:
-        """One token for every decoding sequence that does not end with a token already in flight."""
-        page_size, fresh = self._page_size, self._take(num_growing)
-        segments: list[Segment] = []
-        for sequence in self._decoding.values():
-            if len(sequence.tokens) + sequence.num_pending >= sequence.limit:
-                continue
-            start = sequence.num_planned
-            pages: tuple[int, ...] = ()
-            if start % page_size == 0:
-                assert start == len(sequence.pages) * page_size
-                page = fresh.pop()
-                sequence.pages.append(page)
-                pages = (page,)
-            tokens = _PENDING_TOKENS if sequence.num_pending else (sequence.tokens[-1],)
+    def _decode(self, decoding: list[Sequence], growing: list[Sequence]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """One token for each: their lanes, and what their page tables grow by."""
+        assert len(decoding) <= self._token_budget
+        growths: list[tuple[int, int]] = []
+        for sequence, page in zip(growing, self._take(len(growing)), strict=True):
+            assert sequence.lane is not None and sequence.num_planned == len(sequence.pages) * self._page_size
+            sequence.pages.append(page)
+            growths.append((sequence.lane, page))
+        lanes: list[int] = []
+        for sequence in decoding:
             assert sequence.lane is not None
-            segments.append(Segment(sequence.lane, sequence.number, start, tokens, pages, True))
-            sequence.num_planned = start + 1
+            lanes.append(sequence.lane)
+            sequence.num_planned += 1
             sequence.num_pending += 1
-        assert not fresh and len(segments) <= self._token_budget
-        return segments
+        return tuple(lanes), tuple(growths)
 
     def _prefill(self, segments: list[Segment], budget: int) -> list[LaneStart]:
         """Chunks of prompts, in order, of the sequences under way and of those that can start now; returns the starts.
@@ -285,45 +279,54 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Advance]:
         """Take in the result of the oldest plan in flight; returns what it added, in the plan's order."""
-        assert self._in_flight and plan is self._in_flight[0], "plans are committed in the order in which they were made"
+        assert self._in_flight and plan is self._in_flight[0][0], "plans are committed in the order in which they were made"
         assert result.index == plan.index
-        self._in_flight.popleft()
-        answers = iter(result.sampled)
+        _, decoding = self._in_flight.popleft()
         advances: list[Advance] = []
+        for index, sequence in enumerate(decoding):
+            if sequence.finish_reason is None:  # else it ended while the step was in flight
+                sequence.num_computed += 1
+                advances.append(self._grow(sequence, index, result, None))
+        index = len(decoding)
         for segment in plan.segments:
-            sampled = next(answers) if segment.sample else None
-            assert sampled is None or sampled.seq == segment.seq
-            sequence = self._running.get(segment.seq)
-            if sequence is not None:  # else it ended while the step was in flight
-                advance = self._advance(sequence, segment, sampled, result)
+            running = self._running.get(segment.seq)
+            if running is not None:
+                advance = self._feed(running, segment, index, result)
                 if advance is not None:
                     advances.append(advance)
-        assert next(answers, None) is None
+            index += segment.sample
+        assert index == len(result.tokens)
         return advances
 
-    def _advance(self, sequence: Sequence, segment: Segment, sampled: Sampled | None, result: StepResult) -> Advance | None:
-        end = segment.start + len(segment.tokens)
-        sequence.num_computed = end
-        if sampled is not None:
-            sequence.num_pending -= 1
-            if sampled.error is not None:
-                self.finish(sequence, FinishReason.ERROR)
-                return Advance(sequence, finish_reason=FinishReason.ERROR, error=sampled.error)
-        rows = self._prompt_rows(sequence, segment, result) if segment.prompt_logits else None
-        if segment.start < sequence.num_prompt:
-            self._extend_cache(sequence)
-        if sampled is not None:
-            sequence.tokens.append(sampled.token)
-            ended = sequence.ending(self._eos, sampled.final)
-            advance = Advance(sequence, sampled.token, sampled.logprobs, rows)
-        elif end == sequence.limit:  # nothing was to be generated
-            ended, advance = (FinishReason.LENGTH, None), Advance(sequence, prompt_logprobs=rows)
-        else:
-            return Advance(sequence, prompt_logprobs=rows) if rows else None
+    def _grow(self, sequence: Sequence, index: int, result: StepResult, rows: list[dict[int, Logprob]] | None) -> Advance:
+        """The token of that index in the result joins the sequence."""
+        sequence.num_pending -= 1
+        if index in result.errors:
+            self.finish(sequence, FinishReason.ERROR)
+            return Advance(sequence, finish_reason=FinishReason.ERROR, error=result.errors[index])
+        token = result.tokens[index]
+        sequence.tokens.append(token)
+        advance = Advance(sequence, token, result.logprobs.get(index), rows)
+        ended = sequence.ending(self._eos, index in result.final)
         if ended is not None:
             advance.finish_reason, advance.stop_reason = ended
             self.finish(sequence, *ended)
         return advance
+
+    def _feed(self, sequence: Sequence, segment: Segment, index: int, result: StepResult) -> Advance | None:
+        """A part of its known tokens is computed; where it samples, the token of that index follows."""
+        sequence.num_computed = end = segment.start + len(segment.tokens)
+        rows = None
+        if not (segment.sample and index in result.errors):
+            rows = self._prompt_rows(sequence, segment, result) if segment.prompt_logits else None
+            if segment.start < sequence.num_prompt:
+                self._extend_cache(sequence)
+        if segment.sample:
+            return self._grow(sequence, index, result, rows)
+        if end < sequence.limit:
+            return Advance(sequence, prompt_logprobs=rows) if rows else None
+        self.finish(sequence, FinishReason.LENGTH)  # nothing was to be generated
+        return Advance(sequence, prompt_logprobs=rows, finish_reason=FinishReason.LENGTH)
 
     def _prompt_rows(self, sequence: Sequence, segment: Segment, result: StepResult) -> list[dict[int, Logprob]]:
         """The rows not handed out before: after a preemption the prompt is computed again."""

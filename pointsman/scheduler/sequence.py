@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import msgspec
+
 from pointsman.request import FinishReason, Logprob, Replay, Request
 
 
@@ -105,7 +107,7 @@ class Sequence:
         A final token is one behind which there can be no other.
         """
         sampling, token = self.request.sampling, self.tokens[-1]
-        if final or self.num_output >= sampling.min_tokens:
+        if (token in eos or token in sampling.stop_token_ids) and (final or self.num_output >= sampling.min_tokens):
             if token in eos and (final or not sampling.ignore_eos):
                 return FinishReason.STOP, None
             if token in sampling.stop_token_ids:
@@ -154,8 +156,7 @@ def limit_of(request: Request, max_context: int, room: int) -> int:
     return limit
 
 
-@dataclass(slots=True)
-class Advance:
+class Advance(msgspec.Struct, gc=False):
     """What one step added to one sequence: a token, rows of prompt log-probabilities, its end, or several of these."""
 
     sequence: Sequence

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pointsman.engine.batch import Batch, Lanes
+from pointsman.engine.batch import NONE, PENDING, Batch, Lanes
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.device_step import DeviceMemory, DeviceStep
 from pointsman.kernels.operations import GLUES, INVARIANT_ATTENTIONS, INVARIANT_LINEARS
@@ -25,7 +25,6 @@ from pointsman.models.loader import load_model
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import DeviceExpertLoad
 from pointsman.moe.router import INVARIANT_ROUTERS
-from pointsman.step import PENDING
 from tests.kernels.interpreter import correct
 from tests.models.checkpoints import Shape
 from tests.models.families import model_of, save
@@ -56,7 +55,7 @@ def memory(model: Architecture) -> DeviceMemory:
     return DeviceMemory(kv=kv, routes=routes, lanes=DeviceLanes(MAX_LANES, PAGES, cpu), load=DeviceExpertLoad(routes, model.num_experts))
 
 
-def batch_of(feed: list[tuple[int, int, list[int]]], pages_LP: np.ndarray, growths: list) -> Batch:
+def batch_of(feed: list[tuple[int, int, list[int]]], pages_LP: np.ndarray, grown: bool) -> Batch:
     """Rows of (lane, start, tokens); logits of every row are wanted."""
     tokens, positions, lanes, segments = [], [], [], []
     for lane, start, ids in feed:
@@ -66,12 +65,12 @@ def batch_of(feed: list[tuple[int, int, list[int]]], pages_LP: np.ndarray, growt
         lanes += [lane] * len(ids)
     at = np.array(positions)
     slots = pages_LP[lanes, at // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + at % PAGE_SIZE
-    return Batch(np.array(tokens), at, np.array(lanes), slots, segments, np.arange(len(tokens)), [], [], growths)
+    growth = (np.arange(pages_LP.size), pages_LP.reshape(-1)) if grown else (NONE, NONE)
+    return Batch(np.array(tokens), at, np.array(lanes), slots, 0, segments, np.arange(len(tokens)), [], NONE, [], *growth)
 
 
 def test_padding_changes_no_bit_and_writes_nothing(decoder: Decoder) -> None:
     pages_LP = np.random.default_rng(0).permutation(MAX_LANES * PAGES).reshape(MAX_LANES, PAGES)
-    growths = [(lane, 0, tuple(pages_LP[lane].tolist())) for lane in range(MAX_LANES)]
     tables = Lanes(MAX_LANES, PAGES, PAGE_SIZE, SHAPE.vocab, (), lambda start: None)
     model = decoder.architecture
     mine, theirs = memory(model), memory(model)
@@ -83,7 +82,7 @@ def test_padding_changes_no_bit_and_writes_nothing(decoder: Decoder) -> None:
     ]
     mine.lanes.last_token_L[0] = 30
     for index, feed in enumerate(feeds):
-        batch = batch_of(feed, pages_LP, growths if index == 0 else [])
+        batch = batch_of(feed, pages_LP, index == 0)
         got = step(batch, tables)
         spans = [Span(*segment) for segment in batch.segments]
         context = StepContext(

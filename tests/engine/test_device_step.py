@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from pointsman import LLM, RequestOutput, SamplingParams
 from pointsman.distributed import Mesh
 from pointsman.engine import build, device_step
-from pointsman.engine.batch import Batch
+from pointsman.engine.batch import NONE, PENDING, Batch, Draw
 from pointsman.engine.device_lanes import DeviceLanes
-from pointsman.engine.device_sampler import DeviceSampler, Draw, Greedy
+from pointsman.engine.device_sampler import DeviceSampler, Greedy
 from pointsman.engine.device_step import pad
 from pointsman.engine.step_sizes import size_for, step_sizes
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE
-from pointsman.step import PENDING, LaneStart
+from pointsman.step import LaneStart
 from tests.engine.test_invariance import same, workload
 from tests.engine.test_replay import rows
 
@@ -108,7 +108,7 @@ def test_sizes_hold_every_step_and_waste_little(max_tokens: int, num_tokens: int
 def test_padding_leaves_the_rows_and_writes_nowhere(num_rows: int, room: int) -> None:
     rng = np.random.default_rng(num_rows)
     columns = [rng.integers(0, 1 << 40, num_rows) for _ in range(4)]
-    batch = Batch(*columns, [(0, 0, num_rows)], np.arange(num_rows), [], [], [])
+    batch = Batch(*columns, 0, [(0, 0, num_rows)], np.arange(num_rows), [], NONE, [], NONE, NONE)
     padded = pad(batch, num_rows + room)
     for mine, given_T in zip(padded, columns, strict=True):
         assert np.array_equal(mine[:num_rows], given_T) and len(mine) == num_rows + room
@@ -125,13 +125,14 @@ def test_a_token_that_only_the_device_knows_comes_from_its_lane() -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 99), min_size=1, max_size=3)), max_size=12))
 def test_pages_on_the_device_are_those_of_the_host(handed_out: list[tuple[int, list[int]]]) -> None:
     lanes, host_LP = DeviceLanes(4, 64, torch.device("cpu")), np.zeros((4, 64), np.int32)
-    length, steps = [0] * 4, []
+    length, places, given = [0] * 4, [], []
     for lane, pages in handed_out:
         host_LP[lane, length[lane] : length[lane] + len(pages)] = pages
-        steps.append((lane, length[lane], tuple(pages)))
+        places += range(64 * lane + length[lane], 64 * lane + length[lane] + len(pages))
+        given += pages
         length[lane] += len(pages)
-    lanes.grow(steps[:5])
-    lanes.grow(steps[5:])
+    for part in (slice(5), slice(5, None)):
+        lanes.grow(np.array(places[part], np.int64), np.array(given[part], np.int64))
     assert np.array_equal(lanes.page_table_LP.numpy(), host_LP)
 
 

@@ -16,10 +16,10 @@ from pointsman.engine import orders
 from pointsman.engine.channel import Channel
 from pointsman.engine.orders import SIZE, Run, decode_order, decode_reply, encode
 from pointsman.request import Replay, SamplingParams
-from pointsman.step import PENDING, LaneStart, Segment, StepPlan
+from pointsman.step import LaneStart, Segment, StepPlan
 
 IDS = st.integers(0, 2**31 - 1)
-TOKENS = st.lists(st.integers(PENDING, 200_063), max_size=6).map(tuple)
+TOKENS = st.lists(st.integers(0, 200_063), max_size=6).map(tuple)
 SAMPLING = st.builds(
     SamplingParams,
     seed=st.none() | st.integers(-(2**63), 2**64 - 1),
@@ -31,7 +31,8 @@ SAMPLING = st.builds(
 REPLAYS = st.binary(min_size=6, max_size=6).map(lambda data: Replay(start=3, shape=(1, 3, 2), data=data))
 STARTS = st.builds(LaneStart, IDS, IDS, TOKENS, TOKENS, SAMPLING, st.integers(0, 2**64 - 1), st.lists(REPLAYS, max_size=2).map(tuple))
 SEGMENTS = st.builds(Segment, IDS, IDS, IDS, TOKENS, TOKENS, st.booleans(), st.booleans())
-PLANS = st.builds(StepPlan, IDS, st.lists(STARTS, max_size=2).map(tuple), st.lists(SEGMENTS, max_size=4).map(tuple))
+GROWTHS = st.lists(st.tuples(IDS, IDS), max_size=3).map(tuple)
+PLANS = st.builds(StepPlan, IDS, st.lists(STARTS, max_size=2).map(tuple), TOKENS, GROWTHS, st.lists(SEGMENTS, max_size=4).map(tuple))
 TAGS = st.lists(st.sampled_from(["weights", "kv_cache"]), max_size=2)
 WORK = st.one_of(
     st.builds(orders.FromDisk, st.text()),
@@ -110,7 +111,7 @@ def test_values_out_of_bounds_are_refused(change: dict[str, object]) -> None:
 
 
 def test_a_cut_message_is_refused() -> None:
-    data = encode(Run(StepPlan(1, (), (Segment(0, 1, 2, (3, PENDING), (4,), True),))))[SIZE.size :]
+    data = encode(Run(StepPlan(1, (), (5,), ((5, 6),), (Segment(0, 1, 2, (3, 4), (4,), True),))))[SIZE.size :]
     for end in range(len(data)):
         with pytest.raises(ValueError, match="no message"):
             decode_order(data[:end])

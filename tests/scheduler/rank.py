@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pointsman.request import FinishReason, Logprob, Request
-from pointsman.step import PENDING, LaneStart, Sampled, Segment, StepPlan, StepResult
+from pointsman.step import LaneStart, Segment, StepPlan, StepResult
 
 VOCAB = 7
 EOS = 0
@@ -76,11 +76,23 @@ class Lane:
     tokens: list[int]
     pages: list[int] = field(default_factory=list)
     num_fed: int | None = None
-    last_sample: int | None = None
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What of a sequence was fed in a step: so many tokens from a position on; whether the next was sampled, and whether it began then."""
+
+    seq: int
+    lane: int
+    start: int
+    count: int
+    sampled: bool
+    began: bool
 
 
 class Rank:
-    """Executes plans in order, and checks every row."""
+    """Executes plans in order, and checks every row. `steps`: what each has fed, in the order of its rows."""
 
     def __init__(self, num_lanes: int, page_size: int) -> None:
         self.num_lanes = num_lanes
@@ -88,7 +100,7 @@ class Rank:
         self.lanes: dict[int, Lane] = {}
         self.memory: dict[int, int] = {}
         self.written_in: dict[int, int] = {}
-        self.num_plans = 0
+        self.steps: list[list[Fed]] = []
 
     def slot(self, pages: list[int], position: int) -> int:
         return pages[position // self.page_size] * self.page_size + position % self.page_size
@@ -103,48 +115,68 @@ class Rank:
         return [self.written_in[self.slot(pages, position)] for position in range(num_tokens)]
 
     def execute(self, plan: StepPlan, requests: dict[int, Request]) -> StepResult:
-        assert plan.index == self.num_plans
-        self.num_plans += 1
+        assert plan.index == len(self.steps)
         for start in plan.starts:
             assert 0 <= start.lane < self.num_lanes
             self.lanes[start.lane] = Lane(start, requests[start.seq], [*start.prompt, *start.output])
-        assert len({segment.lane for segment in plan.segments}) == len(plan.segments)
+        for number, page in plan.growths:
+            assert number in plan.decoding
+            self.lanes[number].pages.append(page)
+        rows = [self.decode(number) for number in plan.decoding] + [self.check_segment(segment) for segment in plan.segments]
+        self.steps.append(rows)
+        assert len({row.lane for row in rows}) == len(rows)
         written: set[int] = set()
-        for segment in plan.segments:
-            slots = self.feed(self.lanes[segment.lane], segment)
+        for row in rows:
+            slots = self.feed(self.lanes[row.lane], row)
             assert not written & slots, "two rows of a step write one slot"
             written |= slots
-        sampled: list[Sampled] = []
-        prompt_logprobs: dict[int, list[dict[int, Logprob]]] = {}
-        for segment in plan.segments:
-            lane, end = self.lanes[segment.lane], segment.start + len(segment.tokens)
+        tokens: list[int] = []
+        errors: dict[int, str] = {}
+        logprobs: dict[int, dict[int, Logprob]] = {}
+        for row in rows:
+            lane, end = self.lanes[row.lane], row.start + row.count
             self.check_memory(lane.request, lane.tokens[:end], lane.pages)
-            if segment.prompt_logits:
-                prompt_logprobs[segment.seq] = self.prompt_rows(lane, segment.start, end)
-            if segment.sample:
+            if row.sampled:
                 assert end == len(lane.tokens)
-                sampled.append(self.sample(lane))
-        return StepResult(plan.index, tuple(sampled), prompt_logprobs)
+                fingerprint = fingerprints(lane.request, lane.tokens)[-1]
+                if fails(fingerprint, lane.start.seed):
+                    errors[len(tokens)] = "no finite logit"
+                token = self.sample(lane, fingerprint)
+                logprobs[len(tokens)] = {token: Logprob(float(fingerprint), 1)}
+                tokens.append(token)
+        scored = {
+            segment.seq: self.prompt_rows(self.lanes[segment.lane], segment.start, segment.start + len(segment.tokens))
+            for segment in plan.segments
+            if segment.prompt_logits
+        }
+        return StepResult(plan.index, tokens, errors, logprobs, prompt_logprobs=scored)
 
-    def feed(self, lane: Lane, segment: Segment) -> set[int]:
+    def decode(self, number: int) -> Fed:
+        """A lane feeds what it sampled last, which comes after all that was fed."""
+        lane = self.lanes[number]
+        assert lane.sampled and lane.num_fed == len(lane.tokens) - 1
+        return Fed(lane.start.seq, number, lane.num_fed, 1, True, False)
+
+    def check_segment(self, segment: Segment) -> Fed:
+        lane = self.lanes[segment.lane]
         assert lane.start.seq == segment.seq and segment.tokens
-        assert PENDING not in segment.tokens[:-1]
-        if segment.tokens[-1] == PENDING:
-            assert lane.last_sample is not None
-        tokens = [lane.last_sample if token == PENDING else token for token in segment.tokens]
-        end = segment.start + len(tokens)
-        assert tokens == lane.tokens[segment.start : end]
-        if lane.num_fed is None:
-            assert segment.start % self.page_size == 0, "a prefix hit is of whole pages"
-        else:
-            assert segment.start == lane.num_fed
-        lane.num_fed = end
+        assert list(segment.tokens) == lane.tokens[segment.start : segment.start + len(segment.tokens)]
+        assert not (segment.pages and lane.pages), "the table of a lane that has just started"
         lane.pages.extend(segment.pages)
+        return Fed(segment.seq, segment.lane, segment.start, len(segment.tokens), segment.sample, lane.num_fed is None)
+
+    def feed(self, lane: Lane, row: Fed) -> set[int]:
+        end = row.start + row.count
+        if lane.num_fed is None:
+            assert row.start % self.page_size == 0, "a prefix hit is of whole pages"
+        else:
+            assert row.start == lane.num_fed
+        lane.num_fed = end
         assert len(set(lane.pages)) == len(lane.pages)
         prints = fingerprints(lane.request, lane.tokens[:end])
-        slots = {self.slot(lane.pages, position): prints[position] for position in range(segment.start, end)}
+        slots = {self.slot(lane.pages, position): prints[position] for position in range(row.start, end)}
         self.memory |= slots
-        self.written_in |= dict.fromkeys(slots, self.num_plans)
+        self.written_in |= dict.fromkeys(slots, len(self.steps))
         return set(slots)
 
     def prompt_rows(self, lane: Lane, start: int, end: int) -> list[dict[int, Logprob]]:
@@ -152,11 +184,9 @@ class Rank:
         following = range(start, min(end, len(lane.start.prompt) - 1))
         return [{lane.tokens[position + 1]: Logprob(float(prints[position]), 1)} for position in following]
 
-    def sample(self, lane: Lane) -> Sampled:
+    def sample(self, lane: Lane, fingerprint: int) -> int:
         """After a fault, and after the end of a text, the lane goes on with some token: the host does not know yet."""
-        fingerprint = fingerprints(lane.request, lane.tokens)[-1]
         token = next_token(fingerprint, lane.start.seed)
         lane.tokens.append(token)
-        lane.last_sample = token
-        error = "no finite logit" if fails(fingerprint, lane.start.seed) else None
-        return Sampled(lane.start.seq, token, {token: Logprob(float(fingerprint), 1)}, error)
+        lane.sampled = True
+        return token

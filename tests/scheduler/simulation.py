@@ -98,14 +98,11 @@ class Simulation:
         plan, result = self.in_flight.popleft()
         live = {number for number, sequence in self.sequences.items() if sequence.lane is not None}
         advances = self.scheduler.commit(plan, result)
-        order = [segment.seq for segment in plan.segments]
+        rows = self.rank.steps[plan.index]
+        order = [row.seq for row in rows]
         assert [advance.sequence.number for advance in advances] == sorted((a.sequence.number for a in advances), key=order.index)
         assert {advance.sequence.number for advance in advances} <= live
-        self.prompt_done |= {
-            segment.seq
-            for segment in plan.segments
-            if segment.start + len(segment.tokens) >= self.sequences[segment.seq].num_prompt and segment.seq in live
-        }
+        self.prompt_done |= {row.seq for row in rows if row.start + row.count >= self.sequences[row.seq].num_prompt and row.seq in live}
         for advance in advances:
             self.take(advance)
         self.check_counts()
@@ -170,16 +167,20 @@ class Simulation:
     def check_plan(self, plan: StepPlan) -> None:
         setup = self.setup
         assert 0 < plan.num_tokens <= setup.token_budget
-        pending = [segment.seq for older, _ in self.in_flight for segment in older.segments if segment.sample]
+        pending = [row.seq for older, _ in self.in_flight for row in self.rank.steps[older.index] if row.sampled]
         due = {
             number
             for number in self.decoding
             if (sequence := self.sequences[number]).lane is not None and len(sequence.tokens) + pending.count(number) < sequence.limit
         }
-        decode = plan.segments[: len(due)]
-        assert {segment.seq for segment in decode} == due, "every decoding sequence first"
-        assert all(len(segment.tokens) == 1 and segment.sample for segment in decode)
-        prefill = [self.sequences[segment.seq] for segment in plan.segments[len(due) :]]
+        running = {sequence.lane: sequence for sequence in self.sequences.values() if sequence.lane is not None}
+        decode = [running[lane] for lane in plan.decoding]
+        assert len(decode) == len(due) and {sequence.number for sequence in decode} == due, "every decoding sequence"
+        for sequence in decode:
+            assert self.pool.count(sequence.pages[(sequence.num_planned - 1) // setup.page_size]) == 1, (
+                "a page that is written has one holder"
+            )
+        prefill = [self.sequences[segment.seq] for segment in plan.segments]
         assert [s.order for s in prefill] == sorted(s.order for s in prefill)
         for segment in plan.segments:
             sequence = self.sequences[segment.seq]

@@ -9,8 +9,7 @@ import pytest
 
 from pointsman.request import FinishReason, Replay, Request, SamplingParams
 from pointsman.scheduler import Sequence
-from pointsman.step import PENDING, StepPlan
-from tests.scheduler.rank import EOS, next_token
+from tests.scheduler.rank import EOS, Fed, next_token
 from tests.scheduler.simulation import Setup, Simulation
 
 LONG = {"ignore_eos": True, "max_tokens": 20}
@@ -22,16 +21,15 @@ def ask(rid: str, prompt: list[int], *, priority: int = 0, salt: str = "", **sam
     )
 
 
-def step(simulation: Simulation) -> StepPlan:
+def step(simulation: Simulation) -> list[Fed]:
     assert simulation.plan()
-    plan = simulation.in_flight[-1][0]
     simulation.commit()
-    return plan
+    return simulation.rank.steps[-1]
 
 
-def fed(plan: StepPlan) -> dict[int, tuple[int, int]]:
+def fed(rows: list[Fed]) -> dict[int, tuple[int, int]]:
     """Number of each sequence to its first position and how many tokens."""
-    return {segment.seq: (segment.start, len(segment.tokens)) for segment in plan.segments}
+    return {row.seq: (row.start, row.count) for row in rows}
 
 
 def add(simulation: Simulation, request: Request, *seeds: int) -> Sequence:
@@ -154,7 +152,7 @@ def test_other_choices_do_not_wait_for_one_that_ended(end: str) -> None:
     choices = simulation.add(ask("a", [1] * 9, n=3))
     step(simulation)
     simulation.scheduler.finish(choices[0], FinishReason.ABORT if end == "abort" else FinishReason.ERROR)
-    assert [start.seq for start in step(simulation).starts] == [1]
+    assert [row.seq for row in step(simulation) if row.began] == [1]
     while simulation.scheduler.has_work:
         step(simulation)
 
@@ -170,7 +168,7 @@ def test_overlap_feeds_what_is_still_being_chosen() -> None:
     simulation = Simulation(Setup())
     add(simulation, ask("a", [1] * 3, max_tokens=3), 1)
     assert simulation.plan() and simulation.plan()
-    assert simulation.in_flight[1][0].segments[0].tokens == (PENDING,)
+    assert fed(simulation.rank.steps[0]) == {0: (0, 3)} and fed(simulation.rank.steps[1]) == {0: (3, 1)}
     simulation.commit()
     assert simulation.plan()
     simulation.commit()
@@ -225,8 +223,8 @@ def test_the_preempted_resumes_on_its_own_pages() -> None:
         step(simulation)
     tokens = len(last.tokens)
     while last.lane is None:
-        plan = step(simulation)
-    start, count = fed(plan)[last.number]
+        rows = step(simulation)
+    start, count = fed(rows)[last.number]
     assert start > 4 and start + count == tokens and last.num_cached == 0
     simulation.run()
 
@@ -304,8 +302,7 @@ def test_endings() -> None:
 def test_prompt_logprobs_alone() -> None:
     simulation = Simulation(Setup(token_budget=4))
     sequence = add(simulation, ask("a", [1, 2] * 5, max_tokens=0, prompt_logprobs=1), 1)
-    plans = [step(simulation) for _ in range(3)]
-    assert [plan.segments[0].sample for plan in plans] == [False] * 3
+    assert [[row.sampled for row in step(simulation)] for _ in range(3)] == [[False]] * 3
     assert len(simulation.prompt_rows[0]) == 9 and sequence.finish_reason is FinishReason.LENGTH
     simulation.run()
 
@@ -319,8 +316,8 @@ def test_prompt_logprobs_are_handed_out_once_though_the_prompt_is_computed_twice
         step(simulation)
     assert 0 < len(simulation.prompt_rows[1]) < 15, "it was still at its prompt"
     while second.lane is None:
-        plan = step(simulation)
-    assert fed(plan)[1][0] == 0, "no prefix hit before all rows are handed out"
+        rows = step(simulation)
+    assert fed(rows)[1][0] == 0, "no prefix hit before all rows are handed out"
     simulation.run()
     assert len(simulation.prompt_rows[1]) == 15
 
@@ -330,8 +327,8 @@ def test_with_all_prompt_logprobs_handed_out_a_prefix_hit_is_welcome() -> None:
     add(simulation, ask("a", [1] * 4, max_tokens=11), 1)
     second = add(simulation, ask("b", [2] * 8, prompt_logprobs=0, max_tokens=14), 2)
     while not second.num_preemptions or second.lane is None:
-        plan = step(simulation)
-    assert fed(plan)[1][0] > 0
+        rows = step(simulation)
+    assert fed(rows)[1][0] > 0
     simulation.run()
 
 

@@ -18,7 +18,7 @@ from pointsman.cache.pages import PagePool
 from pointsman.cache.radix import RadixCache
 from pointsman.request import Request, SamplingParams
 from pointsman.scheduler import Scheduler
-from pointsman.step import Sampled, StepPlan, StepResult
+from pointsman.step import StepPlan, StepResult
 
 PAGE_SIZE = 16
 MAX_CONTEXT = 196_608
@@ -48,12 +48,20 @@ def new_scheduler(cache_tokens: int, max_running: int, token_budget: int) -> Sch
     )
 
 
-def load_of(plan: StepPlan) -> Load:
-    """What the plan's rows are to the layout."""
-    rows = sampled = read = 0
-    pairs = 0.0
+def load_of(plan: StepPlan, lengths: dict[int, int]) -> Load:
+    """What the plan's rows are to the layout.
+
+    Args:
+        lengths: how far each lane is, brought up to date.
+    """
+    rows = sampled = len(plan.decoding)
+    read, pairs = 0, 0.0
+    for lane in plan.decoding:
+        lengths[lane] += 1
+        read += lengths[lane]
     for segment in plan.segments:
         count = len(segment.tokens)
+        lengths[segment.lane] = segment.start + count
         rows += count
         sampled += segment.sample
         if count == 1:
@@ -78,6 +86,7 @@ def serve(
     rows: dict[int, Outcome] = {}  # by number of a sequence and scheduler
     running = 0
     busy = [(0, index) for index in range(len(schedulers))]
+    lengths: list[dict[int, int]] = [{} for _ in schedulers]
     now = 0.0
 
     def admit() -> None:
@@ -104,7 +113,7 @@ def serve(
             now = served.outcomes[waiting[0]].query.arrival_s or now
             continue
         plans = [scheduler.plan() if scheduler.has_work else None for scheduler in schedulers]
-        found = time_of([NOTHING if plan is None else load_of(plan) for plan in plans])
+        found = time_of([NOTHING if plan is None else load_of(plan, lengths[index]) for index, plan in enumerate(plans)])
         now += sum(found.values()) / 1e6
         served.steps += 1
         for name, us in found.items():
@@ -121,7 +130,7 @@ def serve(
 
 def _commit(scheduler: Scheduler, plan: StepPlan, now: float, rows: dict[int, Outcome]) -> int:
     """Take the step's tokens in; how many requests ended with it."""
-    result = StepResult(plan.index, tuple(Sampled(segment.seq, TOKEN) for segment in plan.segments if segment.sample))
+    result = StepResult(plan.index, [TOKEN] * (len(plan.decoding) + sum(segment.sample for segment in plan.segments)))
     ended = 0
     for advance in scheduler.commit(plan, result):
         outcome = rows[id(advance.sequence)]
