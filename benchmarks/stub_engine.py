@@ -58,7 +58,7 @@ class StubEngine:
             num_experts=EXPERTS,
             top_k=TOP_K,
         )
-        self.context_length = CONTEXT
+        self.context_length = self.cache_tokens = CONTEXT
         self.model_name = "stub"
         self.generation_defaults: dict[str, Any] = {}
         self._thought = self._words(f"{THOUGHT}</think>")

@@ -66,6 +66,7 @@ class Engine:
         self.generation_defaults = parts.generation_defaults
         self.choices = parts.choices
         self.scheduler = parts.scheduler
+        self.cache_tokens = parts.cache.num_tokens
         self.weights = assembled.weights
         self.paused = False
         self._grammars = parts.grammars

@@ -1,4 +1,4 @@
-"""Ranks as actors of a Ray cluster, on one host or several: Ray's only door.
+"""Ranks as actors of a Ray cluster, on one host or several.
 
 Ray finds room (a placement group with a bundle for each rank), starts an actor in each, and ends them with the engine. Orders do not go
 through it: each actor connects back to rank 0, and from there on it is a rank like any other (`worker_process`), at the price of a
@@ -16,13 +16,11 @@ import logging
 import os
 import secrets
 import select
-import signal
 import socket
 import struct
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -34,6 +32,7 @@ from pointsman.distributed.rendezvous import listen
 from pointsman.engine.channel import Channel
 from pointsman.engine.orders import MAX_BYTES, MAX_REPLY_BYTES
 from pointsman.engine.places import LOOPBACK, Places
+from pointsman.engine.ray_cluster import join_cluster, runtime_environment
 from pointsman.engine.worker_process import serve
 from pointsman.engine.workers import Link, RankLost
 
@@ -98,7 +97,7 @@ def start_actors(size: int, *, on_gpus: bool) -> Places:
         ValueError: the cluster has no room for as many ranks.
         RankLost: one does not come.
     """
-    own = _connect()
+    own = join_cluster()
     group: Any = None
     try:
         group, seats = _take_seats(size, on_gpus=on_gpus)
@@ -117,25 +116,6 @@ def start_actors(size: int, *, on_gpus: bool) -> Places:
     return Places(links=links, devices=devices, address=address, release=lambda: _leave(group, own))
 
 
-def _connect() -> bool:
-    """Be part of the cluster that RAY_ADDRESS or this host has, else of one of our own. Returns whether it was not so before."""
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _own_signals():
-        ray.init(logging_level=logging.WARNING, include_dashboard=False, configure_logging=False)
-    return True
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray takes SIGTERM for itself; who drives an engine has a say in that."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
-
-
 def _take_seats(size: int, *, on_gpus: bool) -> tuple[Any, list[Any]]:
     """A placement group and an actor in each of its bundles, the first of which is on this host."""
     needs: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}
@@ -147,14 +127,13 @@ def _take_seats(size: int, *, on_gpus: bool) -> tuple[Any, list[Any]]:
         raise ValueError(
             f"{size} ranks need {needs} each, the first of them on this host; the cluster has {there} in all, some of it in use"
         )
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
     seats = [
         ray.remote(_Seat)
         .options(
             num_cpus=needs["CPU"],
             num_gpus=needs.get("GPU", 0),
             max_restarts=0,
-            runtime_env=environment,
+            runtime_env=runtime_environment(),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
         )
         .remote()

@@ -149,6 +149,10 @@ class SpreadWeights:
             raise (ValueError if answer.refused else RuntimeError)(f"rank {rank}: {answer.error}")
         return fresh
 
+    def give_up(self) -> None:
+        """Drop what is staged, or has come of an update in parts, on every rank."""
+        self._forget()
+
     def _forget(self) -> None:
         self._workers.send(orders.Forget())
         if self._staged is not None:

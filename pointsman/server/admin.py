@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pointsman.server import bounds, controls, reading
-from pointsman.server.bridge import Bridge
 from pointsman.server.errors import ApiError
+from pointsman.server.fleet import Backend
 from pointsman.server.openapi import Route
 from pointsman.server.operations import (
     NO_EFFECT,
@@ -39,7 +39,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 class Admin:
     """The handlers, over one engine."""
 
-    def __init__(self, bridge: Bridge, bodies: BodyReader) -> None:
+    def __init__(self, bridge: Backend, bodies: BodyReader) -> None:
         self._bridge = bridge
         self._bodies = bodies
         self._updates = BodyReader(bounds.MAX_UPDATE_BYTES, UPDATE_SECONDS)

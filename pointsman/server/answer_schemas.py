@@ -185,7 +185,8 @@ ANSWERS: dict[str, Schema] = {
             "paused": TRUTH,
             "released": TAGS,
             "weight_version": TEXT,
-        }
+        },
+        {"replicas": _list(ANY_OBJECT)},
     ),
     "RoutingLoad": _object({"layers": IDS, "num_experts": WHOLE, "num_tokens": WHOLE, "counts": _list(IDS)}),
     "Flushed": _object({"flushed": TRUTH}),

@@ -21,8 +21,8 @@ from pointsman.config import EngineConfig, ServerConfig
 from pointsman.server import metrics, native, openapi, reading
 from pointsman.server.access import PLAYGROUND, Access
 from pointsman.server.admin import Admin, Handler
-from pointsman.server.bridge import Bridge
 from pointsman.server.errors import ApiError
+from pointsman.server.fleet import Backend, Fleet
 from pointsman.server.native import GenerateRequest
 from pointsman.server.openapi import Route
 from pointsman.server.playground import Page
@@ -46,7 +46,7 @@ CLIENT_GONE = 499
 Form = TypeVar("Form", bound=msgspec.Struct)
 
 
-def create_app(bridge: Bridge, server: ServerConfig, engine: EngineConfig) -> FastAPI:
+def create_app(bridge: Backend, server: ServerConfig, engine: EngineConfig) -> FastAPI:
     """The application for one engine."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     routes = Routes(bridge, server, engine).table()
@@ -67,7 +67,7 @@ def create_app(bridge: Bridge, server: ServerConfig, engine: EngineConfig) -> Fa
 class Routes:
     """The handlers, over one engine."""
 
-    def __init__(self, bridge: Bridge, server: ServerConfig, engine: EngineConfig) -> None:
+    def __init__(self, bridge: Backend, server: ServerConfig, engine: EngineConfig) -> None:
         self._bridge = bridge
         self._engine = engine
         self._seconds = server.request_timeout
@@ -121,11 +121,11 @@ class Routes:
 
     async def _metrics(self, http: Request) -> Response:
         info = self._bridge.served().info
-        body, media = metrics.expose(self._bridge.meter, info.name, info.layers, http.headers.get("accept", ""))
+        body, media = metrics.expose(self._bridge.meters, info.name, info.layers, http.headers.get("accept", ""))
         return Response(body, headers={"content-type": media})
 
     async def _routing_load(self, http: Request) -> Response:
-        info, load = self._bridge.served().info, self._bridge.meter.load
+        info, load = self._bridge.served().info, self._bridge.load
         counts = [list(load.layer(layer)) if load else [0] * info.num_experts for layer in range(len(info.layers))]
         shape = {"layers": list(info.layers), "num_experts": info.num_experts, "num_tokens": sum(counts[0]) // info.top_k}
         return json_response(shape | {"counts": counts})
@@ -157,6 +157,8 @@ class Routes:
         bridge = self._bridge
         state = {"paused": bridge.paused, "released": bridge.released, "weight_version": bridge.weight_version}
         state |= {"running": bridge.running}
+        if isinstance(bridge, Fleet):
+            state |= {"replicas": bridge.describe()}
         return json_response({"version": pointsman.__version__, "model": info, "engine": engine, **state})
 
     async def _document(self, http: Request) -> Response:
@@ -227,7 +229,7 @@ async def _aside(body: bytes, work: Callable[[], Any]) -> Any:
 class Ending:
     """Around the whole application: a client that does not read is cut off when the server ends, and that is no fault to log."""
 
-    def __init__(self, app: ASGIApp, bridge: Bridge) -> None:
+    def __init__(self, app: ASGIApp, bridge: Backend) -> None:
         self._app = app
         self._bridge = bridge
 

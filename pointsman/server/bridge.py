@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from pointsman.request import FIRST_VERSION, MemoryTag, Request
 from pointsman.server import controls, wire
 from pointsman.server.errors import ApiError
-from pointsman.server.meter import Meter, array_load
+from pointsman.server.meter import ExpertLoad, Meter, array_load
 from pointsman.server.prompts import ServedModel
 from pointsman.server.stream import Stream
 
@@ -36,8 +36,8 @@ WATCHDOG_LOOKS = 10
 class Process(Protocol):
     """What the bridge needs of the engine's process."""
 
-    end: wire.ServerEnd
-
+    @property
+    def end(self) -> wire.ServerSide: ...
     def wait(self) -> int: ...
 
 
@@ -50,6 +50,7 @@ class Bridge:
         max_requests: most prompts in the engine at once, running and waiting.
         meter: counts what passes.
         watchdog_seconds: an engine that has work and says nothing for so long is taken for stuck.
+        name: what the engine is called where it is one of several.
 
     Attributes:
         model: None until the engine is ready.
@@ -67,7 +68,9 @@ class Bridge:
         *,
         max_requests: int,
         watchdog_seconds: float,
+        name: str = "the engine",
     ) -> None:
+        self.name = name
         self._process = process
         self._load = load
         self.meter = meter
@@ -127,13 +130,22 @@ class Bridge:
         return self._halted_before + (0.0 if since is None else asyncio.get_running_loop().time() - since)
 
     @property
+    def meters(self) -> dict[str | None, Meter]:
+        """Of this one engine, which has no name among others."""
+        return {None: self.meter}
+
+    @property
+    def load(self) -> ExpertLoad | None:
+        return self.meter.load
+
+    @property
     def running(self) -> int:
         return len(self._streams)
 
     def served(self) -> ServedModel:
         """The model. Raises ApiError while there is none."""
         if self.reason is not None:
-            raise ApiError(503, "the engine has stopped", code="engine_stopped")
+            raise ApiError(503, f"{self.name} has stopped", code="engine_stopped")
         if self.model is None:
             raise ApiError(503, "the model is still loading", code="model_loading")
         return self.model
@@ -144,27 +156,39 @@ class Bridge:
         Args:
             names: what `abort_named` calls each of them; several may have one name.
         """
+        self.check_room(requests)
+        self.check_names(names)
+        stream = Stream(self, requests)
+        for request, name in zip(requests, names, strict=True):
+            self.enter(stream, request, name)
+        return stream
+
+    def check_room(self, requests: Sequence[Request]) -> None:
+        """Raises ApiError where the engine is not there or has too much to do for these."""
         self.served()
-        num_tokens = sum(map(_burden, requests))
         if len(requests) > self._max_requests:
             raise ApiError(400, f"{len(requests)} prompts are more than this server takes at once, which is {self._max_requests}")
-        if self.running + len(requests) > self._max_requests or self._num_tokens + num_tokens > MAX_WAITING_TOKENS:
+        num_tokens = self._num_tokens + sum(map(_burden, requests))
+        if self.running + len(requests) > self._max_requests or num_tokens > MAX_WAITING_TOKENS:
             raise _queue_full(f"{self.running} requests are running or waiting; try again later")
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raises ApiError where a request runs under one of these."""
         for name in names:
             if name in self._names:
                 raise ApiError(400, f"rid {name!r} is the name of a request that has not ended; each needs its own", param="rid")
+
+    def enter(self, stream: Stream, request: Request, name: str) -> None:
+        """Hand a request for which there is room to the engine; what it adds goes to this stream."""
         if not self._streams:
             self._sign = asyncio.get_running_loop().time()
-        stream = Stream(self, requests)
-        for request, name in zip(requests, names, strict=True):
-            self._streams[request.rid] = stream
-            self._names.setdefault(name, []).append(request.rid)
-            self._named[request.rid] = name
-            self.meter.begin(request, name)
-            self._process.end.send(wire.Submit(request))
-        self._num_tokens += num_tokens
+        self._streams[request.rid] = stream
+        self._names.setdefault(name, []).append(request.rid)
+        self._named[request.rid] = name
+        self.meter.begin(request, name)
+        self._process.end.send(wire.Submit(request))
+        self._num_tokens += _burden(request)
         self.idle.clear()
-        return stream
 
     def abort(self, rid: str, *, tell: bool = False) -> None:
         """Tell the engine to stop working on a request, and with `tell` to say what there is of it."""
@@ -187,7 +211,7 @@ class Bridge:
         try:
             await asyncio.wait_for(reply, REPLY_SECONDS)
         except TimeoutError:
-            raise ApiError(503, "the engine is busy; it flushes its cache after this step", code="engine_busy") from None
+            raise ApiError(503, f"{self.name} is busy; it flushes its cache after this step", code="engine_busy") from None
 
     async def control(self, message: controls.Control) -> controls.Controlled:
         """Have the engine do something, however long that takes. Raises ApiError where it does not."""
@@ -236,8 +260,8 @@ class Bridge:
             self._sign = now
         silent = now - self._sign
         if self._streams and silent > self._watchdog_seconds:
-            text = f"the engine has been stuck in a step for {silent:.0f} s, longer than --watchdog-timeout allows"
-            self.fail(text, _engine_failed())
+            text = f"{self.name} has been stuck in a step for {silent:.0f} s, longer than --watchdog-timeout allows"
+            self.fail(text, self._failed())
             return
         loop.call_at(now + pause, self._look, loop, now + pause, engine)
 
@@ -264,7 +288,7 @@ class Bridge:
             case wire.Ready():
                 self._loading = asyncio.get_running_loop().create_task(self._become_ready(message.model))
             case wire.Failed():
-                self.fail(message.reason, _engine_failed())
+                self.fail(message.reason, self._failed())
 
     def _controlled(self, answer: controls.Controlled) -> None:
         """The engine has done something, or not; either way it says how it is now."""
@@ -291,7 +315,7 @@ class Bridge:
         except Exception as error:
             if not isinstance(error, ValueError):
                 log.exception("the tokenizer of %s cannot be loaded", info.name)
-            self.fail(str(error), _engine_failed())
+            self.fail(str(error), self._failed())
             return
         self.ready.set()
 
@@ -308,7 +332,10 @@ class Bridge:
         if engine != self._engine:
             return
         how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
-        self.fail(f"the engine's process ended without saying why ({how})", _engine_failed())
+        self.fail(f"the engine's process ended without saying why ({how})", self._failed())
+
+    def _failed(self) -> ApiError:
+        return ApiError(500, f"{self.name} failed", code="engine_failed")
 
 
 def _burden(request: Request) -> int:
@@ -318,7 +345,3 @@ def _burden(request: Request) -> int:
 
 def _queue_full(message: str) -> ApiError:
     return ApiError(429, message, code="queue_full")
-
-
-def _engine_failed() -> ApiError:
-    return ApiError(500, "the engine failed", code="engine_failed")

@@ -6,6 +6,7 @@ itself, and what of it cannot be made ready beside the steps, is made by the thr
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable
@@ -24,15 +25,18 @@ log = logging.getLogger(__name__)
 
 LOOK_MS = 10
 
+Update = controls.UpdateFromDisk | controls.UpdateFromTensors | controls.UpdateFromGroup
+
 
 class Controller:
     """Does what is asked of one engine, and answers."""
 
-    def __init__(self, engine: Engine, end: wire.EngineEnd) -> None:
+    def __init__(self, engine: Engine, end: wire.EngineSide) -> None:
         self._engine = engine
         self._end = end
         self._made: Control | None = None
         self._work: tuple[controls.Work, Future[Fresh | None]] | None = None
+        self._held: tuple[Update, Fresh] | None = None
 
     @property
     def _control(self) -> Control:
@@ -52,7 +56,11 @@ class Controller:
                 self._answer(message, lambda: self._control.pause(message.mode))
             case controls.Continue():
                 self._answer(message, self._control.resume)
-            case _ if self._work is not None:
+            case controls.Install():
+                self._install(message)
+            case controls.Drop():
+                self._drop(message)
+            case _ if self._work is not None or self._held is not None:
                 text = "an update of the weights, or a return of memory, is under way; wait for its end"
                 self._end.send(self._controlled(message, text, 409))
             case controls.Release():
@@ -62,6 +70,24 @@ class Controller:
             case _:
                 weights = self._engine.weights
                 self._work = message, _aside(lambda: work(weights, message))
+
+    def _install(self, message: controls.Install) -> None:
+        """Put in force what is held."""
+        if self._held is None:
+            self._end.send(self._controlled(message, "no weights are held that could be put in force", 409))
+            return
+        (update, fresh), self._held = self._held, None
+        named = dataclasses.replace(fresh, version=message.weight_version)
+        flush, abort = update.flush_cache, update.abort_all_requests
+        self._answer(message, lambda: self._control.install(named, flush_cache=flush, abort_all_requests=abort))
+
+    def _drop(self, message: controls.Drop) -> None:
+        """Forget what is held, once nothing is being read; no error where there is nothing."""
+        if self._work is not None:
+            self._end.send(self._controlled(message, "an update of the weights is being read; wait for its end", 409))
+            return
+        self._held = None
+        self._answer(message, self._engine.weights.give_up)
 
     def _resume(self, message: controls.Resume) -> None:
         """Begin to have memory again, where that can be."""
@@ -94,6 +120,10 @@ class Controller:
             return
         if isinstance(message, controls.Resume):
             self._answer(message, lambda: self._control.install(fresh))
+            return
+        if message.hold:
+            self._held = message, fresh
+            self._end.send(self._controlled(message))
             return
         flush, abort = message.flush_cache, message.abort_all_requests
         self._answer(message, lambda: self._control.install(fresh, flush_cache=flush, abort_all_requests=abort))

@@ -36,24 +36,41 @@ class Resume(_Numbered, kw_only=True):
     tags: list[MemoryTag] | None
 
 
-class UpdateFromDisk(_Numbered, kw_only=True):
-    """Read the weights of a checkpoint and put them in force."""
+class _Update(_Numbered, kw_only=True):
+    """New weights.
 
-    model_path: str
+    Attributes:
+        hold: only make them ready; Install or Drop follows.
+    """
+
     flush_cache: bool
     abort_all_requests: bool
     weight_version: str | None
+    hold: bool = False
 
 
-class _Part(_Numbered, kw_only=True):
+class UpdateFromDisk(_Update, kw_only=True):
+    """Read the weights of a checkpoint and put them in force."""
+
+    model_path: str
+
+
+class Install(_Numbered, kw_only=True):
+    """Put the weights that are held in force, under this name."""
+
+    weight_version: str
+
+
+class Drop(_Numbered, kw_only=True):
+    """Give up the weights that are held, or the parts of an update that have come."""
+
+
+class _Part(_Update, kw_only=True):
     """A part of an update, or all of it."""
 
     begin: bool
     final: bool
     quantize: bool
-    flush_cache: bool
-    abort_all_requests: bool
-    weight_version: str | None
 
 
 class UpdateFromTensors(_Part, kw_only=True):
@@ -105,4 +122,4 @@ class Controlled(_Numbered, kw_only=True):
 
 Work = Resume | UpdateFromDisk | UpdateFromTensors | UpdateFromGroup | JoinGroup | LeaveGroup
 """What takes time, and is done beside the steps; one at a time."""
-Control = Pause | Continue | Release | Work
+Control = Pause | Continue | Release | Install | Drop | Work

@@ -60,13 +60,25 @@ def main(load: Callable[[EngineConfig], Engine] | None = None) -> int:
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     end = wire.EngineEnd(launch.directory, parent)
     try:
-        return _run(end, launch.engine, load or functools.partial(load_engine, on_lost=functools.partial(_lose, end)))
+        return run(end, launch.engine, load or loader(end))
     finally:
         end.close()
         shutil.rmtree(launch.directory, ignore_errors=True)  # the HTTP process may have been killed
 
 
-def _run(end: wire.EngineEnd, config: EngineConfig, load: Callable[[EngineConfig], Engine]) -> int:
+def loader(end: wire.EngineSide) -> Callable[[EngineConfig], Engine]:
+    """What makes the real engine, whose loss of a rank is told there."""
+    return functools.partial(load_engine, on_lost=functools.partial(_lose, end))
+
+
+def run(
+    end: wire.EngineSide, config: EngineConfig, load: Callable[[EngineConfig], Engine], ready: Callable[[], object] = lambda: None
+) -> int:
+    """Load, and serve the other side until it goes or something fails, which it is told. Returns the exit code.
+
+    Args:
+        ready: called when the engine is.
+    """
     try:
         engine = load(config)
     except ValueError as error:
@@ -77,6 +89,7 @@ def _run(end: wire.EngineEnd, config: EngineConfig, load: Callable[[EngineConfig
     gc.collect()
     gc.freeze()  # what the model is made of stays, and a collection that walks through it stops a step for tens of milliseconds
     end.send(wire.Ready(describe(engine)))
+    ready()
     try:
         loop(engine, end)
     except EOFError:
@@ -93,7 +106,7 @@ class Reporter:
         changed: there is something to tell.
     """
 
-    def __init__(self, engine: Engine, end: wire.EngineEnd) -> None:
+    def __init__(self, engine: Engine, end: wire.EngineSide) -> None:
         self._engine = engine
         self._end = end
         self._due = 0.0
@@ -110,7 +123,7 @@ class Reporter:
             self._end.send(wire.Stats(self._engine.stats()))
 
 
-def loop(engine: Engine, end: wire.EngineEnd) -> NoReturn:
+def loop(engine: Engine, end: wire.EngineSide) -> NoReturn:
     """Take messages, step, send; for ever. Raises EOFError when the HTTP process has gone, and what a step raises."""
     told = 0.0
     reporter, controller = Reporter(engine, end), Controller(engine, end)
@@ -133,7 +146,7 @@ def loop(engine: Engine, end: wire.EngineEnd) -> NoReturn:
             told = time.monotonic()
 
 
-def _take(engine: Engine, controller: Controller, end: wire.EngineEnd, message: wire.ToEngine) -> None:
+def _take(engine: Engine, controller: Controller, end: wire.EngineSide, message: wire.ToEngine) -> None:
     match message:
         case wire.Submit():
             try:
@@ -157,6 +170,7 @@ def describe(engine: Engine) -> wire.ModelInfo:
         architecture=engine.architecture.name,
         folder=None if engine.tokenizer is None else str(engine.folder),
         context_length=engine.context_length,
+        cache_tokens=engine.cache_tokens,
         vocab_size=engine.architecture.vocab_size,
         layers=engine.architecture.expert_layers,
         num_experts=engine.architecture.num_experts,
@@ -165,7 +179,7 @@ def describe(engine: Engine) -> wire.ModelInfo:
     )
 
 
-def _lose(end: wire.EngineEnd, error: Exception) -> None:
+def _lose(end: wire.EngineSide, error: Exception) -> None:
     """A rank is lost. The thread that drives the engine raises that, unless it is stuck, in a device or in an exchange with who is gone."""
     end.interrupt(error)
     time.sleep(GRACE_SECONDS)
@@ -175,7 +189,7 @@ def _lose(end: wire.EngineEnd, error: Exception) -> None:
         os._exit(1)
 
 
-def _report(end: wire.EngineEnd, what: str, error: Exception) -> int:
+def _report(end: wire.EngineSide, what: str, error: Exception) -> int:
     log.error("%s", what, exc_info=error)
     end.send(wire.Failed(f"{what}: {type(error).__name__}: {error}".splitlines()[0]))
     return 1

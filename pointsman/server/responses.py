@@ -18,8 +18,8 @@ from starlette.types import Receive, Scope, Send
 from pointsman.request import ChoiceDelta
 from pointsman.request import Request as EngineRequest
 from pointsman.server.bounds import MAX_BODY_BYTES
-from pointsman.server.bridge import Bridge
 from pointsman.server.errors import ApiError
+from pointsman.server.fleet import Backend
 from pointsman.server.routing import Routing
 from pointsman.server.stream import Stream
 
@@ -106,7 +106,7 @@ class BodyReader:
         return ApiError(413, f"the body is longer than {self._most} bytes", headers={"connection": "close"})
 
 
-async def respond(http: Request, bridge: Bridge, answer: Answer, seconds: float) -> Response:
+async def respond(http: Request, bridge: Backend, answer: Answer, seconds: float) -> Response:
     """Have the engine answer, in not more than so many seconds."""
     stream = bridge.submit(answer.requests, answer.names)
     stream.fail_after(seconds, _took_too_long())

@@ -48,6 +48,8 @@ def _serve(engine: EngineConfig, server: ServerConfig, program: str) -> str | No
     except OSError as error:
         return f"cannot listen on {server.host} port {server.port}: {error.strerror or error}"
     with listener:
+        if engine.parallel.data_parallel_size > 1:
+            return _serve_replicas(listener, engine, server)
         try:
             process = EngineProcess(engine, log_level=server.log_level, program=program)
         except (ValueError, OSError) as error:
@@ -60,6 +62,27 @@ def _serve(engine: EngineConfig, server: ServerConfig, program: str) -> str | No
         finally:
             with _on_signals(signal.SIG_IGN):
                 process.stop()
+
+
+def _serve_replicas(listener: socket.socket, engine: EngineConfig, server: ServerConfig) -> str | None:
+    """The same with replicas, each of which is an engine."""
+    if server.restart_engine:
+        return "--restart-engine is for one engine; with --dp a replica that fails is replaced in any case"
+    try:
+        # Imported only where they are asked for: Ray may not be there.
+        from pointsman.server.replicas import Replicas  # noqa: PLC0415
+
+        replicas = Replicas(engine, log_level=server.log_level)
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        number = engine.parallel.data_parallel_size
+        return f"--dp {number} runs replicas through Ray Serve, and Ray is not installed: pip install 'pointsman[ray]'"
+    except ValueError as error:
+        return str(error)
+    from pointsman.server.run import run  # noqa: PLC0415
+
+    return asyncio.run(run(listener, replicas, engine, server))
 
 
 @contextlib.contextmanager

@@ -117,8 +117,8 @@ class Stream:
         if self._timer is not None:
             self._timer.cancel()
         for rid in list(self._left):
-            self._end(rid)
             self._owner.abort(rid)
+            self._end(rid)
 
     def _end(self, rid: str) -> None:
         del self._left[rid]

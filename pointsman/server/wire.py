@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -59,6 +59,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         architecture: its entry in the registry of models.
+        cache_tokens: that the cache holds.
         layers: those that have experts.
         folder: where the tokenizer and the chat template are; None where the checkpoint has no tokenizer.
         generation_defaults: sampling values the checkpoint advises.
@@ -68,6 +69,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     folder: str | None
     context_length: int
+    cache_tokens: int
     vocab_size: int
     layers: tuple[int, ...]
     num_experts: int
@@ -159,6 +161,22 @@ def _address(directory: str, name: str) -> str:
     if len(os.fsencode(path)) > zmq.IPC_PATH_MAX_LEN:
         raise ValueError(f"the temporary directory {directory!r} has too long a name for a socket; set TMPDIR to a shorter one")
     return f"ipc://{path}"
+
+
+class EngineSide(Protocol):
+    """What the engine's process needs of its end, whatever the messages travel over."""
+
+    def receive(self, *, wait: bool, most_ms: int | None = None) -> list[ToEngine]: ...
+    def send(self, message: FromEngine) -> None: ...
+    def interrupt(self, fault: Exception) -> None: ...
+    def last_words(self, reason: str) -> None: ...
+
+
+class ServerSide(Protocol):
+    """What the HTTP process needs of its own."""
+
+    def listen(self, loop: asyncio.AbstractEventLoop, receive: Callable[[FromEngine], None]) -> None: ...
+    def send(self, message: ToEngine) -> None: ...
 
 
 class EngineEnd:

@@ -76,7 +76,7 @@ class FakeEngine:
         self.architecture = SimpleNamespace(
             name="MiniMaxM2ForCausalLM", vocab_size=VOCABULARY, expert_layers=tuple(range(LAYERS)), num_experts=EXPERTS, top_k=TOP_K
         )
-        self.context_length = CONTEXT
+        self.context_length = self.cache_tokens = CONTEXT
         self.model_name = config.model.served_model_name or "fake"
         self.generation_defaults = {"temperature": 0.5, "top_k": 40}
         self._choices: list[_Choice] = []

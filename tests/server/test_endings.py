@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pointsman.server.run import MAX_RESTARTS, RESTART_SECONDS, Restarts
+from pointsman.server.lifetime import MAX_RESTARTS, RESTART_SECONDS, Restarts
 from tests.server.conftest import Server, start_server
 
 

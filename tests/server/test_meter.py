@@ -118,7 +118,7 @@ def test_imbalance_is_that_of_the_last_minute(clock):
 
 def values(meter):
     """Samples by name, with the label besides the model's after a space."""
-    body, content_type = expose(meter, "tiny", (3, 5), "")
+    body, content_type = expose({None: meter}, "tiny", (3, 5), "")
     assert content_type.startswith("text/plain")
     samples = [sample for family in text_string_to_metric_families(body.decode()) for sample in family.samples]
     assert all(sample.labels.pop("model_name") == "tiny" for sample in samples)
@@ -163,7 +163,7 @@ def test_prometheus_reads_what_was_counted(clock):
 
 
 def test_openmetrics_is_there_for_who_asks_for_it(clock):
-    body, content_type = expose(Meter(clock=clock), "tiny", (0,), "application/openmetrics-text; version=1.0.0")
+    body, content_type = expose({None: Meter(clock=clock)}, "tiny", (0,), "application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text") and body.endswith(b"# EOF\n")
 
 

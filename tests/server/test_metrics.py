@@ -82,7 +82,7 @@ def full() -> set[str]:
     meter = Meter()
     for counts in ([0, 0], [3, 1]):
         meter.told(stats(), ExpertLoad(1, 2, counts))
-    return set(NAME.findall(re.sub(r"^#.*$", "", expose(meter, "x", (0,), "")[0].decode(), flags=re.MULTILINE)))
+    return set(NAME.findall(re.sub(r"^#.*$", "", expose({None: meter}, "x", (0,), "")[0].decode(), flags=re.MULTILINE)))
 
 
 def test_the_dashboard_names_what_is_there() -> None:

@@ -26,6 +26,7 @@ def info(folder: Path | None, architecture: str = "MiniMaxM2ForCausalLM", contex
         architecture=architecture,
         folder=None if folder is None else str(folder),
         context_length=context,
+        cache_tokens=context,
         vocab_size=300,
         layers=(0, 1, 2),
         num_experts=8,
