@@ -109,7 +109,9 @@ class ParallelConfig:
 
     tensor_parallel_size: int = flag(1, "devices that share every layer", names=("--tp", "--tp-size"), low=1, high=64)
     expert_parallel_size: int = flag(1, "groups of devices with whole experts", names=("--ep", "--ep-size"), low=1, high=64)
-    data_parallel_size: int = flag(1, "replicas of all that; this version runs 1", names=("--dp", "--dp-size"), low=1, high=1024)
+    data_parallel_size: int = flag(
+        1, "replicas of all that behind one address, by Ray Serve (only for serve)", names=("--dp", "--dp-size"), low=1, high=1024
+    )
     distributed_executor_backend: str = flag(
         "auto",
         "what runs the ranks past the first; mp: processes of this machine (auto), ray: actors of a Ray cluster, uni: there are none",

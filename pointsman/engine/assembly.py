@@ -87,9 +87,7 @@ def assemble(config: EngineConfig, *, progress: bool | None = None, on_lost: OnL
 def _check(config: EngineConfig) -> None:
     """Refuse a layout in which the model cannot be, before anything is started."""
     if (replicas := config.parallel.data_parallel_size) != 1:
-        raise ValueError(
-            f"data_parallel_size is {replicas}; this version runs one replica: start a server for each, and a balancer before them"
-        )
+        raise ValueError(f"data_parallel_size is {replicas}; this is one engine. `pointsman serve` runs replicas, behind one address")
     tp, ep = config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size
     if reason := ranks_choice(config.parallel.distributed_executor_backend, tp).refusal:
         raise ValueError(reason)

@@ -66,6 +66,7 @@ class Fleet:
         self._placed: dict[str, tuple[Placed, Bridge]] = {}
         self._changing = asyncio.Lock()
         self._num_updates = 0
+        self._begun: set[int] = set()
         self._has = [0] * len(self._bridges)  # the number of the update whose weights a replica has
         self.weight_version = FIRST_VERSION
         self.reason: str | None = None
@@ -77,7 +78,7 @@ class Fleet:
     @property
     def _live(self) -> list[tuple[int, Bridge]]:
         """Those whose engine is there, whatever its weights."""
-        return [(index, bridge) for index, bridge in enumerate(self._bridges) if bridge.reason is None and bridge.model is not None]
+        return [(index, bridge) for index, bridge in enumerate(self._bridges) if index in self._begun and bridge.reason is None]
 
     @property
     def meters(self) -> dict[str | None, Meter]:
@@ -140,7 +141,7 @@ class Fleet:
     def _state(self, index: int, bridge: Bridge) -> str:
         if bridge.reason is not None:
             return "failed"
-        if bridge.model is None:
+        if index not in self._begun:
             return "loading"
         return "ready" if index in self._placement.replicas else "kept out: its weights are not those of the others"
 
@@ -150,17 +151,18 @@ class Fleet:
         async with self._changing:
             self._has[index] = 0
             await self._catch_up(index, bridge)
+            self._begun.add(index)
             self._admit(index)
         if index not in self._placement.replicas and bridge.reason is None:
             log.error(
                 "%s has the weights of the start and not %r: it is sent nothing until an update from disk", bridge.name, self.weight_version
             )
-        if len(self._live) == len(self._bridges):
+        if len(self._begun) == len(self._bridges):
             self.ready.set()
 
     async def _catch_up(self, index: int, bridge: Bridge) -> None:
         """Have one that has just come halted as the others are."""
-        others = [other for number, other in self._live if number != index]
+        others = [other for _, other in self._live]
         if any(other.paused for other in others):
             await bridge.control(controls.Pause(mode="keep"))
         if released := [tag for tag in self.released if all(tag in other.released for other in others)]:
@@ -168,6 +170,7 @@ class Fleet:
 
     def lost(self, index: int) -> None:
         """The engine of a replica has gone; its requests have been told."""
+        self._begun.discard(index)
         self._placement.leave(index)
 
     def submit(self, requests: Sequence[Request], names: Sequence[str]) -> Stream:

@@ -85,6 +85,12 @@ class EngineLink:
         """Say why the engine has failed, from any thread, where the one that drives it does not get to it."""
         self.send(wire.Failed(reason))
 
+    def close(self) -> None:
+        """Close it. Whoever waits in `receive` is not woken."""
+        self._connection.close()
+        os.close(self._woken)
+        os.close(self._wake)
+
     def on_end(self, call: Callable[[], object]) -> None:
         """Have this called in a thread of its own when the HTTP process has gone, whatever the one that drives the engine does then."""
 

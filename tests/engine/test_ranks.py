@@ -250,7 +250,7 @@ def test_ranks_end_with_a_parent_that_is_killed(folders: list[Path]) -> None:
             {"distributed_executor_backend": "uni"},
             "distributed_executor_backend 'uni' cannot serve here: it is one rank, and tensor_parallel_size is 2",
         ),
-        ({"dp": 2}, "data_parallel_size is 2; this version runs one replica"),
+        ({"dp": 2}, "data_parallel_size is 2; this is one engine"),
         ({"distributed_executor_backend": "gpu"}, "it must be one of auto, uni, mp, ray"),
     ],
 )

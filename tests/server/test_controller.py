@@ -170,6 +170,25 @@ def test_a_step_that_cannot_be_made_changes_nothing(llm: LLM, watch: Watch, fold
     assert serving.until_told(update(folders[1])).weight_version == "1"
 
 
+def test_weights_that_are_held_are_put_in_force_or_dropped(llm: LLM, folders: list[Path]) -> None:
+    before, serving = answer(llm), Serving(llm)
+    held = update(folders[1], "new")
+    held.hold = True
+    for _ in range(2):
+        assert serving.until_told(held).weight_version == "0"
+        assert serving.until_told(update(folders[2])).status == 409  # the one or the other comes first
+        assert serving.until_told(controls.Drop()).error is None
+        assert serving.until_told(controls.Install(weight_version="new")).status == 409
+        llm.engine.flush_cache()
+        assert answer(llm) == before
+    serving.until_told(held)
+    assert serving.until_told(controls.Install(weight_version="newer")).weight_version == "newer"
+    with contextlib.closing(make(folders[1])) as fresh:
+        assert answer(llm) == answer(fresh)
+    assert serving.until_told(controls.Drop()).error is None  # there is nothing
+    assert serving.until_told(update(folders[2])).weight_version == "2"
+
+
 @pytest.mark.parametrize("tags", [["weights"], ["kv_cache"], BOTH])
 def test_memory_that_cannot_come_back_stays_away(llm: LLM, watch: Watch, tags: Any) -> None:
     expected = answer(llm)
