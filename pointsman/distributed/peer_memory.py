@@ -26,6 +26,37 @@ MOST_RANKS = 8
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
+class Exchange(dist.Store):  # type: ignore[name-defined,misc]
+    """A store through which one exchange of symmetric memory goes, whatever its members have exchanged before. To be kept while it is used.
+
+    torch numbers a process's exchanges since it began, in the keys (`CUDASymmetricMemory/7/0`: number, rank), and waits for those of the
+    others under its own number. A process that had another engine before is ahead of a rank that has just begun, and they would wait
+    for each other for ever. So numbers are replaced by the order in which they come here, which is the same on every rank.
+    """
+
+    def __init__(self, store: Any) -> None:
+        super().__init__()
+        self._store = store
+        self._order: dict[str, int] = {}
+
+    def _key(self, key: str) -> str:
+        head, *rest = key.rsplit("/", 2)
+        if len(rest) < 2 or not all(map(str.isdecimal, rest)):
+            return key
+        return f"{head}/{self._order.setdefault(rest[0], len(self._order))}/{rest[1]}"
+
+    def set(self, key: str, value: Any) -> None:
+        self._store.set(self._key(key), value)
+
+    def get(self, key: str) -> bytes:
+        found: bytes = self._store.get(self._key(key))
+        return found
+
+    def wait(self, keys: list[str], timeout: Any = None) -> None:
+        own = [self._key(key) for key in keys]
+        self._store.wait(own) if timeout is None else self._store.wait(own, timeout)
+
+
 class PeerMemory(NamedTuple):
     """This rank's part, uint8, and the addresses at which this device sees the parts of all ranks, its own among them.
 
@@ -69,9 +100,10 @@ def _reason_against(device: torch.device, num_ranks: int) -> str | None:
 
 def _share(num_bytes: int, *, device: torch.device, store: Any, rank: int, num_ranks: int, name: str) -> PeerMemory | str:
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    exchange = Exchange(dist.PrefixStore(name, store))  # type: ignore[attr-defined]
     own_name = uuid.uuid4().hex  # of this process's entry in torch's table of groups, through which it finds the store
     try:
-        group = dist.ProcessGroup(dist.PrefixStore(name, store), rank, num_ranks)  # type: ignore[attr-defined]
+        group = dist.ProcessGroup(exchange, rank, num_ranks)  # type: ignore[attr-defined]
         group._set_group_name(own_name)  # type: ignore[arg-type]
         c10d._register_process_group(own_name, group)  # type: ignore[arg-type]
         part = c10d._SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device, own_name)
@@ -80,7 +112,7 @@ def _share(num_bytes: int, *, device: torch.device, store: Any, rank: int, num_r
         return first_line(error)
     addresses = [int(address) for address in shared.buffer_ptrs]
     offset = part.data_ptr() - addresses[rank]
-    return PeerMemory(part, [address + offset for address in addresses], shared)
+    return PeerMemory(part, [address + offset for address in addresses], (shared, exchange))
 
 
 def _tell(store: Any, key: str, rank: int, num_ranks: int, line: str) -> list[str]:

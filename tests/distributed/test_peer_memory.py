@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from pointsman.distributed import Mesh, peer_memory
 from pointsman.distributed.peer_memory import PeerMemory
@@ -34,6 +37,24 @@ def disagreeing(mesh: Mesh) -> None:
             got = mesh.share_memory(8, name)
             assert got is want or got == want, (name, got)
     mesh.all_gather(torch.zeros(1))  # rank 0, which has the store, ends last
+
+
+def test_an_exchange_is_met_by_who_has_exchanged_less_before() -> None:
+    """As torch's own code goes through it: keys with a number of the process's own and a rank, set by one and awaited by the other."""
+    common = dist.HashStore()
+    exchanges = [peer_memory.Exchange(dist.PrefixStore("box", common)) for _ in range(2)]
+    sides = [dist.PrefixStore("outer", exchange) for exchange in exchanges]
+    for number in range(3):
+        for rank, before in enumerate((0, 7)):
+            sides[rank].set(f"CUDASymmetricMemory/{before + number}/{rank}", f"{rank} says {number}")
+        for rank, before in enumerate((0, 7)):
+            for other in range(2):
+                key = f"CUDASymmetricMemory/{before + number}/{other}"
+                sides[rank].wait([key])
+                sides[rank].wait([key], timedelta(seconds=5))
+                assert sides[rank].get(key) == f"{other} says {number}".encode()
+    sides[0].set("plain", "same")
+    assert sides[1].get("plain") == b"same"
 
 
 def test_a_cpu_has_none() -> None:
