@@ -48,7 +48,7 @@ class Noted:
             prompts = [segment for segment in plan.segments if len(segment.tokens) > 1]
             again = any(segment.seq in self._resumed for segment in prompts)
             self.kinds.append(KINDS[2] if again else KINDS[1] if prompts else KINDS[0])
-            self.decoding.append(len(plan.segments) - len(prompts))
+            self.decoding.append(len(plan.decoding) + len(plan.segments) - len(prompts))
             self.preemptions += len(self._scheduler.preempted)
         return plan
 

@@ -102,7 +102,6 @@ def test_every_family_is_explained(config: dict[str, Any], tmp_path: Path, capsy
         ([str(M25), "--device", "h200", "--tp", "3"], "cannot be shared evenly by 3 ranks"),
         ([str(M25), "--device", "h200", "--batch-sizes", "0"], "--batch-sizes is 0"),
         ([str(M25), "--url", "x"], "unknown flag '--url'"),
-        ([str(M25), "--dp", "2"], "data_parallel_size is 2; what is explained is one engine"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,8 +29,6 @@ def run(engine: dict[str, Any], options: ExplainOptions) -> int:
     if named is not None and options.checkpoint is not None:
         raise ValueError(f"the model is given twice, as {options.checkpoint!r} and with --model-path as {named!r}; leave one out")
     config = engine_config(**engine)
-    if (replicas := config.parallel.data_parallel_size) != 1:
-        raise ValueError(f"data_parallel_size is {replicas}; what is explained is one engine, as each replica is: leave it out")
     architecture = _architecture(options.checkpoint if named is None else named, config.model.revision)
     model = model_of(options.device)
     plan = plan_on(config, architecture, model)
