@@ -39,8 +39,9 @@ def _table(found: Quantized) -> Table:
         ("largest", "right"),
         ("worst matrix", "left"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for layer in found.layers:
-        table.add_row(str(layer.layer), str(layer.num_matrices), f"{layer.relative:.4%}", f"{layer.largest:.3g}", layer.worst)
+        worst = layer.worst.partition(f"layers.{layer.layer}.")[2] or layer.worst
+        table.add_row(str(layer.layer), str(layer.num_matrices), f"{layer.relative:.4%}", f"{layer.largest:.3g}", worst)
     table.add_row("all", str(found.num_matrices), f"{found.relative:.4%}", f"{found.largest:.3g}", "")
     return table

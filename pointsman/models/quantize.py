@@ -11,25 +11,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pointsman.kernels.reference import quantize_weight
-from pointsman.kernels.weight import Weight
+from pointsman.kernels.weight import Weight, num_blocks
 from pointsman.models import MODELS, architecture_of
-from pointsman.models.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
+from pointsman.models.checkpoint import INDEX, SINGLE, Checkpoint, Header, open_checkpoint
 from pointsman.models.folder import inside, read_json
 from pointsman.models.loader import check_headers, is_broken, loading_bar
 from pointsman.models.names import SCALE_SUFFIX, Kind, Place, Row, places
 
 BLOCK = (128, 128)
 MOST_BYTES = 4 << 30  # of a file
+BYTES = {"BF16": 2, "F16": 2, "F32": 4}  # of a number, by safetensors' names
 UNQUANTIZED = ("gate", "e_score_correction_bias", "lm_head")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
@@ -81,7 +84,8 @@ def quantize_checkpoint(
         progress: show a bar on stderr; None shows one on a terminal.
 
     Raises:
-        ValueError: the source is quantized already, is no checkpoint of a model here, or is broken; or the target is in use.
+        ValueError: the source is quantized already, is no checkpoint of a model here, or is broken; or the target is in use, or too small.
+        OSError: a file cannot be written; those that were are gone.
     """
     config = read_json(source, "config.json")
     if config.get("quantization_config") is not None:
@@ -96,7 +100,7 @@ def quantize_checkpoint(
         )
     expected = places(MODELS[architecture.name].rows, architecture)
     check_headers(_as_bfloat16(checkpoint), expected, architecture)
-    _prepare(source, target, force)
+    _prepare(source, target, force, sum(_bytes_after(header, expected.get(name), block) for name, header in checkpoint.headers.items()))
     tally = _Tally(block)
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(_Files(target, most_bytes))
@@ -126,17 +130,29 @@ def _as_bfloat16(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, headers=headers)
 
 
-def _prepare(source: Path, target: Path, force: bool) -> None:
-    """An empty folder for the result, or with `force` one without weights. Raises ValueError."""
+def _bytes_after(header: Header, known: tuple[Row, Place] | None, block: tuple[int, int]) -> int:
+    """What a tensor will take."""
+    numbers = math.prod(header.shape)
+    if known is None or known[0].kind is not Kind.MATRIX:
+        return numbers * BYTES[header.dtype]
+    return numbers + 4 * math.prod(num_blocks(length, step) for length, step in zip(header.shape, block, strict=True))
+
+
+def _prepare(source: Path, target: Path, force: bool, num_bytes: int) -> None:
+    """An empty folder for so many bytes, or with `force` one without weights. Raises ValueError."""
     if target.resolve() == source.resolve():
         raise ValueError(f"{target} is the checkpoint itself; name another folder")
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()):
-        if not force:
-            raise ValueError(f"{target} is not empty; name a new folder, or --force replaces the weights in it")
-        for path in [*target.glob("*.safetensors"), target / INDEX, target / "config.json"]:
-            path.unlink(missing_ok=True)
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise ValueError(f"{target} is not empty; name a new folder, or --force replaces the weights in it")
+    old = [path for path in (*target.glob("*.safetensors"), target / INDEX, target / "config.json") if path.exists()]
+    there = next(path for path in (target, *target.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free + sum(path.stat().st_size for path in old)
+    if free < num_bytes:
+        raise ValueError(f"{target} will take {num_bytes / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free there")
+    for path in old:
+        path.unlink()
     target.mkdir(parents=True, exist_ok=True)
 
 
@@ -218,7 +234,10 @@ class _Files:
     def _flush(self) -> None:
         path = self._folder / f"part-{len(self._written):05d}.safetensors"
         self._written.append((path, list(self._pending)))
-        save_file(self._pending, path, metadata={"format": "pt"})
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from None
         self._num_bytes += self._num_pending
         self._pending, self._num_pending = {}, 0
 

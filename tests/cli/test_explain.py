@@ -154,6 +154,11 @@ def test_a_command_of_the_server_is_explained_as_it_is(capsys: pytest.CaptureFix
     assert cli.main(["explain", "--api-key", ""]) == 2
 
 
+def test_what_is_not_asked_for_fits_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    words = (str(M25), "--device", "h200", "--tp", "4", "--json", "--context-length")
+    assert [json.loads(explain(capsys, *words, length)[1])["floor"]["context"] for length in ("512", "4096")] == [512, 1024]
+
+
 def test_replicas_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "on 4 x h200, each of 2 replicas, runs" in explain(capsys, str(M25), "--device", "h200", "--tp", "4", "--dp", "2")[1]
     assert cli.main(["explain", ""]) == 1 and "leave it out for the bundled checkpoint" in capsys.readouterr().err

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -173,6 +174,28 @@ def test_a_broken_checkpoint_leaves_nothing_that_loads(plain: dict[str, Path], t
     with pytest.raises(ValueError, match=r"experts.3.w2.weight has numbers that are NaN"):
         quantize_checkpoint(tmp_path / "in", tmp_path / "out", most_bytes=1 << 18, progress=False)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_is_told_before_anything_is_written_and_while_it_is(
+    plain: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = quantize_checkpoint(plain["minimax"], tmp_path / "real", progress=False)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=real.bytes_after - 1))
+    assert main(["quantize", str(plain["minimax"]), str(tmp_path / "out")]) == 1
+    assert "GiB are free there" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=real.bytes_after))
+    quantize_checkpoint(plain["minimax"], tmp_path / "out", progress=False)  # exactly as much as was foreseen
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))  # what is replaced counts as free
+    quantize_checkpoint(plain["minimax"], tmp_path / "out", force=True, progress=False)
+    monkeypatch.undo()
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("pointsman.models.quantize.save_file", full)
+    assert main(["quantize", str(plain["minimax"]), str(tmp_path / "other")]) == 1
+    assert "No space left on device" in capsys.readouterr().err and list((tmp_path / "other").iterdir()) == []
 
 
 def test_the_command(plain: dict[str, Path], written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

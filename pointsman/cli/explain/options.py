@@ -17,6 +17,8 @@ class ExplainOptions:
     checkpoint: str | None = flag(None, "folder or Hugging Face id of a checkpoint, or a config.json (default: the bundled one)")
     device: str = flag("auto", "the device, also one that is not here; auto: what is here", choices=("auto", "cpu", "cuda", *GPUS))
     batch_sizes: tuple[int, ...] = flag((1, 8, 16, 32, 64, 128, 256), "sequences that decode together, for the floors", low=1, high=1 << 16)
-    context: int = flag(1024, "tokens that each of them has, and of a prompt", low=1, high=1 << 24)
+    context: int | None = flag(
+        None, "tokens that each of them has, and of a prompt (default: 1024, or the most that a request has)", low=1, high=1 << 24
+    )
     plot: str | None = flag(None, "draw memory and floors into this SVG file")
     json: bool = flag(False, "print one JSON object instead of tables")

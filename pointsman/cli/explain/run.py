@@ -20,6 +20,7 @@ from pointsman.models import architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.folder import locate, read_json
 
+CONTEXT = 1024
 FILE_WIDTH = 120  # of what is no terminal
 
 
@@ -32,18 +33,19 @@ def run(engine: dict[str, Any], options: ExplainOptions) -> int:
     architecture = _architecture(options.checkpoint if named is None else named, config.model.revision)
     model = model_of(options.device)
     plan = plan_on(config, architecture, model)
-    if options.context > plan.context_length:
-        raise ValueError(f"context is {options.context}; a request has at most {plan.context_length} tokens")
+    context = min(CONTEXT, plan.context_length) if options.context is None else options.context
+    if context > plan.context_length:
+        raise ValueError(f"context is {context}; a request has at most {plan.context_length} tokens")
     report = Report(
         plan=plan,
         model=model,
-        context=options.context,
-        floors=decode_floors(plan, model, options.batch_sizes, options.context),
-        prefill=prefill_floor(plan, model, options.context),
+        context=context,
+        floors=decode_floors(plan, model, options.batch_sizes, context),
+        prefill=prefill_floor(plan, model, context),
         remedies=remedies(plan, model),
     )
     if options.plot is not None:
-        Path(options.plot).write_text(picture(plan, model, report.floors, options.context), encoding="utf-8")
+        Path(options.plot).write_text(picture(plan, model, report.floors, context), encoding="utf-8")
     if options.json:
         print(json.dumps(report.as_object(), allow_nan=False))
     else:
