@@ -201,6 +201,10 @@ def read_quantization(reader: ConfigReader) -> tuple[int, int] | None:
     section.only("expert_dtype", "fp8")
     section.only("modules_to_convert")
     block = section.get("weight_block_size")
+    if block is None:
+        how = "FP8 with one scale a matrix is not read; `pointsman quantize` makes blocks of a bfloat16 checkpoint"
+        section.refuse("weight_block_size", how)
+        block = [128, 128]
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         section.refuse("weight_block_size", "it must be two whole numbers, rows and columns of a block, such as [128, 128]")
         block = [128, 128]

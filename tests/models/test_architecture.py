@@ -129,6 +129,7 @@ REFUSED_QUANTIZATION = [
     (FP8 | {"activation_scheme": "static"}, "activation_scheme is 'static'"),
     (FP8 | {"weight_block_size": None}, "weight_block_size is None"),
     (FP8 | {"weight_block_size": [128]}, "two whole numbers"),
+    ({name: value for name, value in FP8.items() if name != "weight_block_size"}, "one scale a matrix is not read; `pointsman quantize`"),
     (FP8 | {"weight_block_size": [128, 0]}, "two whole numbers"),
     (FP8 | {"modules_to_not_convert": ["gate", "model.layers.0.self_attn"]}, "modules_to_not_convert"),
     (FP8 | {"scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0'"),
