@@ -10,9 +10,7 @@ replays are no CUDA graph, its kernels are launched one by one.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,62 +21,34 @@ from pointsman.bench.scaling.parts import read
 from pointsman.bench.scaling.serving import distinct, new_scheduler, serve
 from pointsman.bench.serving.datasets import random_lengths
 from pointsman.bench.serving.metrics import summarize
-from pointsman.scheduler import Scheduler
-from pointsman.step import StepPlan
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("decode alone", "with prefill", "with a recomputation")
 
 
-class Noted:
-    """A scheduler, and of which kind each of its steps was."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._plan, self._resumed = scheduler.plan, set[int]()
-        self.kinds: list[str] = []
-        self.decoding: list[int] = []
-        self.preemptions = 0
-        self._scheduler = scheduler
-        scheduler.plan = self.plan  # type: ignore[method-assign]
-
-    def plan(self) -> StepPlan | None:
-        plan = self._plan()
-        if plan is not None:
-            self._resumed |= {start.seq for start in plan.starts if start.output}
-            prompts = [segment for segment in plan.segments if len(segment.tokens) > 1]
-            again = any(segment.seq in self._resumed for segment in prompts)
-            self.kinds.append(KINDS[2] if again else KINDS[1] if prompts else KINDS[0])
-            self.decoding.append(len(plan.decoding) + len(plan.segments) - len(prompts))
-            self.preemptions += len(self._scheduler.preempted)
-        return plan
-
-
 def simulate(args: argparse.Namespace) -> dict[str, Any]:
     """Serve it, and say how often steps of each kind were, how many gaps they made, and how long they took."""
     scheduler = new_scheduler(args.cache_tokens, args.concurrency, args.chunked_prefill_size)
-    noted, parts, times = Noted(scheduler), read(RESULTS), list[float]()
+    parts, steps = read(RESULTS), list[tuple[str, int, float]]()
 
-    def time_of(loads: Sequence[Load]) -> dict[str, float]:
-        found = step_us(LAYOUTS[args.layout], list(loads), parts=parts, layers=args.layers)
-        if noted.kinds[-1] == KINDS[2]:
+    def time_of(loads: list[Load]) -> dict[str, float]:
+        found, (load,) = step_us(LAYOUTS[args.layout], loads, parts=parts, layers=args.layers), loads
+        if load.recomputes:
             found["launches"] = max(0.0, 1000 * args.recompute_ms - sum(found.values()))
-        times.append(sum(found.values()) / 1000)
+        kind = KINDS[2] if load.recomputes else KINDS[1] if load.pairs else KINDS[0]
+        steps.append((kind, load.sampled, sum(found.values()) / 1000))
         return found
 
     lengths = random_lengths(Random(args.concurrency), args.requests, 1024, 1024, RATIO)
-    served = serve(distinct(lengths), [scheduler], functools.partial(time_of), args.concurrency)
+    served = serve(distinct(lengths), [scheduler], time_of, args.concurrency)
     figures = summarize(served.outcomes, served.seconds)
-    rows = [
-        {
-            "kind": kind,
-            "steps": len(of := [index for index, each in enumerate(noted.kinds) if each == kind]),
-            "gaps_share": round(sum(noted.decoding[index] for index in of) / sum(noted.decoding), 4),
-            "mean_ms": round(sum(times[index] for index in of) / max(len(of), 1), 2),
-        }
-        for kind in KINDS
-    ]
+    tokens, rows = sum(sampled for _, sampled, _ in steps), []
+    for kind in KINDS:
+        of = [(sampled, ms) for each, sampled, ms in steps if each == kind]
+        share, mean = sum(sampled for sampled, _ in of) / tokens, sum(ms for _, ms in of) / max(len(of), 1)
+        rows.append({"kind": kind, "steps": len(of), "tokens_share": round(share, 4), "mean_ms": round(mean, 2)})
     names = ("output_throughput", "median_itl_ms", "p99_itl_ms", "mean_ttft_ms", "p99_ttft_ms")
-    return {"preemptions": noted.preemptions, "steps": rows} | {name: round(figures[name], 2) for name in names}
+    return {"steps": rows} | {name: round(figures[name], 2) for name in names}
 
 
 def main() -> None:
@@ -91,9 +61,9 @@ def main() -> None:
     parser.add_argument("--chunked-prefill-size", type=int, default=BUDGET)
     parser.add_argument("--recompute-ms", type=float, default=0.0)
     found = simulate(parser.parse_args())
-    print(f"{'steps':<24}{'number':>8}{'of gaps':>9}{'mean ms':>9}")
+    print(f"{'steps':<24}{'number':>8}{'of tokens':>11}{'mean ms':>9}")
     for row in found["steps"]:
-        print(f"{row['kind']:<24}{row['steps']:>8}{100 * row['gaps_share']:>8.1f}%{row['mean_ms']:>9.1f}")
+        print(f"{row['kind']:<24}{row['steps']:>8}{100 * row['tokens_share']:>10.1f}%{row['mean_ms']:>9.1f}")
     print(json.dumps(found))
 
 

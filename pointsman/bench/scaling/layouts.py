@@ -84,12 +84,14 @@ class Load(NamedTuple):
         sampled: rows that choose a token.
         read: positions that rows which decode attend to, all together.
         pairs: of a row of a prompt and a position that it attends to.
+        recomputes: a sequence that was preempted is on its way back.
     """
 
     rows: int
     sampled: int
     read: int
     pairs: float
+    recomputes: bool = False
 
 
 def fullest(tokens: int, groups: int) -> tuple[float, float]:

@@ -48,12 +48,14 @@ def new_scheduler(cache_tokens: int, max_running: int, token_budget: int) -> Sch
     )
 
 
-def load_of(plan: StepPlan, lengths: dict[int, int]) -> Load:
+def load_of(plan: StepPlan, lengths: dict[int, int], returned: set[int]) -> Load:
     """What the plan's rows are to the layout.
 
     Args:
         lengths: how far each lane is, brought up to date.
+        returned: sequences that were preempted and run again, brought up to date.
     """
+    returned.update(start.seq for start in plan.starts if start.output)
     rows = sampled = len(plan.decoding)
     read, pairs = 0, 0.0
     for lane in plan.decoding:
@@ -68,7 +70,8 @@ def load_of(plan: StepPlan, lengths: dict[int, int]) -> Load:
             read += segment.start + 1
         else:
             pairs += count * (segment.start + count / 2)
-    return Load(rows, sampled, read, pairs)
+    recomputes = any(len(segment.tokens) > 1 and segment.seq in returned for segment in plan.segments)
+    return Load(rows, sampled, read, pairs, recomputes)
 
 
 NOTHING = Load(0, 0, 0, 0.0)
@@ -86,7 +89,7 @@ def serve(
     rows: dict[int, Outcome] = {}  # by number of a sequence and scheduler
     running = 0
     busy = [(0, index) for index in range(len(schedulers))]
-    lengths: list[dict[int, int]] = [{} for _ in schedulers]
+    states: list[tuple[dict[int, int], set[int]]] = [({}, set()) for _ in schedulers]
     now = 0.0
 
     def admit() -> None:
@@ -113,7 +116,7 @@ def serve(
             now = served.outcomes[waiting[0]].query.arrival_s or now
             continue
         plans = [scheduler.plan() if scheduler.has_work else None for scheduler in schedulers]
-        found = time_of([NOTHING if plan is None else load_of(plan, lengths[index]) for index, plan in enumerate(plans)])
+        found = time_of([NOTHING if plan is None else load_of(plan, *states[index]) for index, plan in enumerate(plans)])
         now += sum(found.values()) / 1e6
         served.steps += 1
         for name, us in found.items():
