@@ -60,13 +60,13 @@ def executor_choice(*, overlap: bool, on_device: bool) -> Choice:
     return Choice("executor", "auto" if overlap else "inline", reasons)
 
 
-def ranks_choice(wanted: str, num_ranks: int) -> Choice:
-    """The choice of what runs the ranks past the first."""
+def ranks_choice(wanted: str, num_ranks: int, *, num_replicas: int = 1) -> Choice:
+    """The choice of what runs the ranks past the first, of each replica where there are several."""
     several = f"it is one rank, and tensor_parallel_size is {num_ranks}; 'mp' runs several" if num_ranks > 1 else None
     alone = None if num_ranks > 1 else "there is one rank, which runs in the engine's own process"
-    return Choice(
-        "distributed_executor_backend", wanted, {"uni": several, "mp": None, "ray": alone or reason_against_library("ray", ("ray",), "ray")}
-    )
+    host = None if num_replicas == 1 else "the ranks of a replica are processes of its host"
+    ray = alone or host or reason_against_library("ray", ("ray",), "ray")
+    return Choice("distributed_executor_backend", wanted, {"uni": several, "mp": None, "ray": ray})
 
 
 def sums_choice(device_type: str, num_ranks: int, *, glue: str) -> Choice:

@@ -7,6 +7,7 @@ taken from its description: how much of it is free (a context of CUDA is deducte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pointsman.config import EngineConfig
 from pointsman.engine import floor
@@ -90,7 +91,7 @@ class Plan:
                 "which is seen when the ranks meet."
             )
         if self.sums is not None and self.shard.tp > RANKS_OF_A_HOST and self.sums.chosen == "nccl":
-            found.append(f"More than {RANKS_OF_A_HOST} ranks are on several hosts; floors count the link within one.")
+            found.append(f"More than {RANKS_OF_A_HOST} ranks may be on several hosts; floors count the link within one.")
         if self.step.chosen == "graphs":
             sizes = self.config.kernel.cuda_graph_max_bs or self.config.scheduler.chunked_prefill_size
             found.append(f"Steps of up to {sizes:,} tokens are CUDA graphs.")
@@ -134,36 +135,12 @@ def make_plan(config: EngineConfig, architecture: Architecture, device: Device, 
         kv_dtype=kv_dtype_of(config),
         deterministic=kernel.enable_deterministic_inference,
     )
-    on_device = device.type == "cuda"
-    weights, beside, plans = described(shard), {}, 0
     step = _step(config, shard, choices, device.type)
-    linear, runner = choices.linear.chosen, choices.moe.chosen
-    again = forms(shard, step=step.chosen, linear=linear, runner=runner, dtype=choices.dtype)
-    num_bytes = sum(size.num_bytes for size in weights.values()) + sum(again.values())
-    memory_bytes, free = memory_bytes // num_ranks_here(config, device.type), None
-    if on_device:
-        beside = {"context of CUDA": CONTEXT_BYTES}
-        beside |= workspace(architecture, config.scheduler.chunked_prefill_size, config.scheduler.max_running_requests)
-        if choices.attention.chosen == "flashinfer":
-            plans = planner_bytes(attention_shape(shard), bounds_of(config, architecture))
-        beside |= {"plans of attention": plans} if plans else {}
-        free = memory_bytes - CONTEXT_BYTES - num_bytes
-    cache, refusals = None, [choice.refusal for choice in choices.all()]
-    refusals.append(None if None in (choices.moe.chosen, choices.linear.chosen, choices.attention.chosen) else step.refusal)
-    ranks = ranks_choice(config.parallel.distributed_executor_backend, shard.tp)
-    refusals.append(ranks.refusal)
-    try:
-        cache = cache_for(
-            config,
-            shard,
-            device_type=device.type,
-            weight_bytes=num_bytes,
-            total_bytes=memory_bytes,
-            free_bytes=free,
-            planner_bytes=plans,
-        )
-    except ValueError as error:
-        refusals.append(str(error))
+    parallel, scheduler = config.parallel, config.scheduler
+    ranks = ranks_choice(parallel.distributed_executor_backend, shard.tp, num_replicas=parallel.data_parallel_size)
+    filling = _filling(config, shard, choices, step, device.type, memory_bytes)
+    able = None not in (choices.moe.chosen, choices.linear.chosen, choices.attention.chosen)
+    refusals = [*(choice.refusal for choice in choices.all()), step.refusal if able else None, ranks.refusal, filling.refusal]
     return Plan(
         config=config,
         shard=shard,
@@ -171,17 +148,58 @@ def make_plan(config: EngineConfig, architecture: Architecture, device: Device, 
         choices=choices,
         step=step,
         sampler=sampler_choice(device.type),
-        executor=executor_choice(overlap=not config.scheduler.disable_overlap_schedule, on_device=on_device),
+        executor=executor_choice(overlap=not scheduler.disable_overlap_schedule, on_device=device.type == "cuda"),
         ranks=ranks,
         sums=sums_choice(device.type, shard.tp, glue=choices.glue.chosen or "none") if shard.tp > 1 else None,
         context_length=context_length_of(config, architecture),
-        weights=weights,
-        forms=again,
+        weights=filling.weights,
+        forms=filling.forms,
         token=token_bytes(shard, kv_dtype_of(config)),
-        beside=beside,
-        cache=cache,
+        beside=filling.beside,
+        cache=filling.cache,
         refusals=tuple(reason for reason in refusals if reason is not None),
     )
+
+
+class _Filling(NamedTuple):
+    """What fills a rank's memory, as `Plan` has it; `refusal`: why it does not fit."""
+
+    weights: dict[str, Size]
+    forms: dict[str, int]
+    beside: dict[str, int]
+    cache: CacheSize | None
+    refusal: str | None
+
+
+def _filling(config: EngineConfig, shard: Shard, choices: Choices, step: Choice, device_type: str, memory_bytes: int) -> _Filling:
+    architecture, scheduler = shard.architecture, config.scheduler
+    weights = described(shard)
+    again = forms(shard, step=step.chosen, linear=choices.linear.chosen, runner=choices.moe.chosen, dtype=choices.dtype)
+    num_bytes = sum(size.num_bytes for size in weights.values()) + sum(again.values())
+    memory_bytes //= num_ranks_here(config, device_type)
+    beside: dict[str, int] = {}
+    free, plans = None, 0
+    if device_type == "cuda":
+        beside = {"context of CUDA": CONTEXT_BYTES} | workspace(
+            architecture, scheduler.chunked_prefill_size, scheduler.max_running_requests
+        )
+        if choices.attention.chosen == "flashinfer":
+            plans = planner_bytes(attention_shape(shard), bounds_of(config, architecture))
+        beside |= {"plans of attention": plans} if plans else {}
+        free = memory_bytes - CONTEXT_BYTES - num_bytes
+    try:
+        cache = cache_for(
+            config,
+            shard,
+            device_type=device_type,
+            weight_bytes=num_bytes,
+            total_bytes=memory_bytes,
+            free_bytes=free,
+            planner_bytes=plans,
+        )
+    except ValueError as error:
+        return _Filling(weights, again, beside, None, str(error))
+    return _Filling(weights, again, beside, cache, None)
 
 
 def plan_on(config: EngineConfig, architecture: Architecture, model: DeviceModel) -> Plan:
