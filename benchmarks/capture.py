@@ -4,10 +4,12 @@
     python -m benchmarks.capture --device cuda        a model of MiniMax-M2.5's shape, cut to some layers, 128 answers at once
     python -m benchmarks.capture --save               keep the result, and write it into docs/routing.md
 
-One process answers the same requests over and over, in blocks of four runs: without, with, with, without, so that a drift within a block
-falls out. A block gives one ratio of times, and the cost is the median over all blocks, with the interval that holds 95 of 100 medians
+One process answers the same requests over and over, in blocks of four runs: without, with, with, without, or the other way round in every
+other block, so that a drift and the place in a block fall out. A block gives one ratio of times, and the cost is the median over all blocks, with the interval that holds 95 of 100 medians
 of blocks drawn anew from these. Blocks of `nothing` stand between, in which no run asks for anything: their interval must hold 0, and its
-width is what could be seen at all. Answers end at different steps, as they do where nobody waits for the last.
+width is what could be seen at all. Answers end at different steps, as they do where nobody waits for the last. Beside it stands the
+share of the time that was spent in the one call that reads the rows of an answer: what cost there is beside it would be in the steps, where
+rows are written whether somebody asks or not.
 
 Cut to few layers a model's step takes less while what the host does beside it stays, so that the cost is no less than in the whole model.
 """
@@ -58,7 +60,7 @@ def model(args: argparse.Namespace) -> Iterator[LLM]:
         return
     with (
         tempfile.TemporaryDirectory() as folder,
-        contextlib.closing(cut_model(folder, args.layers, max_running_requests=args.batch)) as llm,
+        contextlib.closing(cut_model(folder, args.layers, max_running_requests=args.batch, cuda_graph_max_bs=args.batch)) as llm,
     ):
         yield llm
 
@@ -79,6 +81,16 @@ class Runs:
             output = result.outputs[0]
             assert len(output.routed_experts) == PROMPT + length - 1 and not output.routed_experts_missing
         self._records = [result.outputs[0].routed_experts for result in results] if replays else None
+        self.reading = 0.0
+        rows = llm.engine._rows
+        give = rows.give
+
+        def timed(*args: Any) -> None:
+            begin = time.perf_counter()
+            give(*args)
+            self.reading += time.perf_counter() - begin
+
+        rows.give = timed  # type: ignore[method-assign]
 
     def seconds(self, kind: str) -> float:
         params, replay = (self._asking if kind == "return" else self._plain), (self._records if kind == "replay" else None)
@@ -95,14 +107,22 @@ def measure(runs: Runs, kinds: Sequence[str], until: Callable[[int], bool]) -> d
     """Costs by kind, as shares of the time without."""
     ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
     plain: list[float] = []
+    readings: list[float] = []
     for kind in ("nothing", *kinds):
         runs.seconds(kind)
     while until(len(plain)):
         for kind in kinds:
-            first, with_1, with_2, last = (runs.seconds(each) for each in ("nothing", kind, kind, "nothing"))
-            ratios[kind].append((with_1 + with_2) / (first + last))
-            plain += [first, last]
+            runs.reading = 0.0
+            outer = [True, False][len(ratios[kind]) % 2]  # whether those without begin and end the block
+            seconds = [runs.seconds("nothing" if is_outer == outer else kind) for is_outer in (True, False, False, True)]
+            without, with_it = [[seconds[0], seconds[3]], seconds[1:3]][:: 1 if outer else -1]
+            ratios[kind].append(sum(with_it) / sum(without))
+            plain += without
+            if kind == "return":
+                readings.append(runs.reading / sum(with_it))
+            print(f"{kind}: {ratios[kind][-1]:.4f}", file=sys.stderr, flush=True)
     figures: dict[str, Any] = {"tokens": runs.num_tokens, "tokens_per_s": round(runs.num_tokens / statistics.median(plain))}
+    figures["reading"] = round(statistics.median(readings), 5)
     for kind in kinds:
         middle, low, high = (round(value - 1, 5) for value in median_and_interval(ratios[kind]))
         figures[kind] = {"cost": middle, "interval": [low, high], "blocks": len(ratios[kind])}
@@ -112,11 +132,14 @@ def measure(runs: Runs, kinds: Sequence[str], until: Callable[[int], bool]) -> d
 
 def document(results: Sequence[dict[str, Any]]) -> str:
     """The table of docs/routing.md."""
-    lines = ["| | tokens/s without | " + " | ".join(KINDS.values()) + " |", "|---|---:|" + "---:|" * len(KINDS)]
+    head = ["tokens/s without", *KINDS.values(), "reading rows"]
+    lines = ["| | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
     notes = []
     for result in results:
         cells = [_cell(result["costs"].get(kind)) for kind in KINDS]
-        lines.append(f"| {result['what']} | {result['costs']['tokens_per_s']:,} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {result['what']} | {result['costs']['tokens_per_s']:,} | {' | '.join(cells)} | {100 * result['costs']['reading']:.2f} % |"
+        )
         where = f"{result.get('gpu', result['cpu'])}, torch {result['torch']}, commit {result['commit']}"
         notes.append(f"{result['what']}: {where}, {result['costs']['return']['blocks']} blocks of each kind")
     return "\n".join(lines) + f"\n\n{'; '.join(notes)}.\n"
@@ -133,14 +156,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="default: all on a CPU, nothing and return on a GPU")
-    parser.add_argument("--layers", type=int, default=12, help="of the cut model")
+    parser.add_argument("--layers", type=int, default=8, help="of the cut model")
     parser.add_argument("--batch", type=int, help="answers at once (default: 32 on a CPU, 128 on a GPU)")
-    parser.add_argument("--output-len", type=int, help="of an answer, in the mean (default: 64 on a CPU, 128 on a GPU)")
+    parser.add_argument("--output-len", type=int, default=64, help="of an answer, in the mean (default: 64)")
     parser.add_argument("--seconds", type=float, default=240.0, help="begin blocks for so long")
     parser.add_argument("--save", action="store_true", help="keep the result, and write the table into docs/routing.md")
     args = parser.parse_args(words)
     on_cpu = args.device == "cpu"
-    args.batch, args.output_len = args.batch or (32 if on_cpu else 128), args.output_len or (64 if on_cpu else 128)
+    args.batch = args.batch or (32 if on_cpu else 128)
     kinds = args.kinds or (list(KINDS) if on_cpu else ["nothing", "return"])
     name = "the bundled checkpoint" if on_cpu else f"MiniMax-M2.5's shape, {args.layers} layers"
     with model(args) as llm:

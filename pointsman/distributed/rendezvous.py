@@ -55,7 +55,7 @@ def _nccl(store: Any, rank: int, size: int, timeout: timedelta, address: tuple[s
 def _left_alone() -> Iterator[None]:
     """Have a group of NCCL that is made meanwhile leave its process alone where a peer fails, and not look for the store of a peer that
     has ended in order, which it would tell of with a stack. torch asks the environment alone."""
-    wanted = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    wanted = {f"TORCH_NCCL_{name}": "0" for name in ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING", "DUMP_ON_TIMEOUT")}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
