@@ -5,11 +5,13 @@
     python -m benchmarks.capture --save               keep the result, and write it into docs/routing.md
 
 One process answers the same requests over and over, in blocks of four runs: without, with, with, without, or the other way round in every
-other block, so that a drift and the place in a block fall out. A block gives one ratio of times, and the cost is the median over all blocks, with the interval that holds 95 of 100 medians
-of blocks drawn anew from these. Blocks of `nothing` stand between, in which no run asks for anything: their interval must hold 0, and its
-width is what could be seen at all. Answers end at different steps, as they do where nobody waits for the last. Beside it stands the
-share of the time that was spent in the one call that reads the rows of an answer: what cost there is beside it would be in the steps, where
-rows are written whether somebody asks or not.
+other block, so that a drift and the place in a block fall out. Runs have the same steps, which differ in nothing but what is asked for, so
+they are compared step by step: the time of a kind is the sum, over the steps, of the median over its runs, which no hiccup of the machine
+moves. The cost is the quotient of two such sums, with the interval that holds 95 of 100 of what blocks drawn anew from these give. Blocks
+of `nothing` stand between, in which no run asks for anything: their interval must hold 0, and its width is what could be seen at all.
+Answers end at different steps, as they do where nobody waits for the last. Beside it stands the share of the time that was spent in the one
+call that reads the rows of an answer: what cost there is beyond that would be in the steps, where rows are written whether somebody asks or
+not.
 
 Cut to few layers a model's step takes less while what the host does beside it stays, so that the cost is no less than in the whole model.
 """
@@ -30,25 +32,52 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.gpu_engine import cut_model, prompts_of
 from pointsman import LLM, SamplingParams
 from pointsman.bench.subject import machine, settle
+from pointsman.replay import replay_of
+from pointsman.request import Request
 
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "routing.md"
 PLACE = re.compile(r"(<!-- capture -->\n).*?(<!-- end of capture -->\n)", re.DOTALL)
 KINDS = {"nothing": "nothing, against itself", "return": "rows returned", "replay": "its own record replayed"}
 PROMPT = 48
-DRAWS = 10_000
+DRAWS = 2000
+Times = npt.NDArray[np.float64]
 
 
-def median_and_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """The median, and between what 95 of 100 medians of as many drawn from them with replacement lie."""
-    draws = random.Random(0)
-    medians = sorted(statistics.median(draws.choices(ratios, k=len(ratios))) for _ in range(DRAWS))
-    return statistics.median(ratios), medians[DRAWS // 40], medians[-DRAWS // 40]
+class Blocks:
+    """The step times of the runs without and with, by block."""
+
+    def __init__(self) -> None:
+        self._without: list[Times] = []  # [2, steps] a block
+        self._with: list[Times] = []
+
+    def __len__(self) -> int:
+        return len(self._with)
+
+    def add(self, without: Sequence[Times], with_it: Sequence[Times]) -> None:
+        self._without.append(np.stack(without))
+        self._with.append(np.stack(with_it))
+
+    def cost(self) -> tuple[float, float, float]:
+        """What it costs, as a share of the time without, and the interval of that."""
+        without_BRS, with_BRS = np.stack(self._without), np.stack(self._with)
+        draws, count = np.random.default_rng(0), len(self)
+        costs = []
+        for drawn in (np.arange(count), *draws.integers(0, count, (DRAWS, count))):
+            costs.append(_typical(with_BRS[drawn]) / _typical(without_BRS[drawn]) - 1)
+        low, high = np.quantile(costs[1:], (0.025, 0.975))
+        return costs[0], float(low), float(high)
+
+
+def _typical(times_BRS: Times) -> float:
+    return float(np.median(times_BRS.reshape(-1, times_BRS.shape[-1]), axis=0).sum())
 
 
 @contextlib.contextmanager
@@ -80,7 +109,7 @@ class Runs:
         for result, length in zip(results, lengths, strict=True):
             output = result.outputs[0]
             assert len(output.routed_experts) == PROMPT + length - 1 and not output.routed_experts_missing
-        self._records = [result.outputs[0].routed_experts for result in results] if replays else None
+        self._replays = [replay_of(result.outputs[0].routed_experts, **llm.engine.routing_sizes) for result in results] if replays else None
         self.reading = 0.0
         rows = llm.engine._rows
         give = rows.give
@@ -92,42 +121,48 @@ class Runs:
 
         rows.give = timed  # type: ignore[method-assign]
 
-    def seconds(self, kind: str) -> float:
-        params, replay = (self._asking if kind == "return" else self._plain), (self._records if kind == "replay" else None)
-        self._llm.engine.flush_cache()
+    def times(self, kind: str) -> Times:
+        """Seconds of each step."""
+        engine = self._llm.engine
+        engine.flush_cache()
+        for index, prompt in enumerate(self._prompts):
+            params = (self._asking if kind == "return" else self._plain)[index]
+            replay = self._replays[index] if kind == "replay" and self._replays is not None else None
+            engine.add(Request(rid=f"{index}", prompt_token_ids=tuple(prompt), sampling=params, replay=replay))
         gc.collect()
-        begin = time.perf_counter()
-        results = self._llm.generate(self._prompts, params, replay_routed_experts=replay)
-        seconds = time.perf_counter() - begin
-        assert sum(len(result.outputs[0].token_ids) for result in results) == self.num_tokens
-        return seconds
+        times, num_tokens = [], 0
+        while engine.has_work:
+            begin = time.perf_counter()
+            deltas = engine.step()
+            times.append(time.perf_counter() - begin)
+            num_tokens += sum(len(delta.token_ids) for delta in deltas)
+        assert num_tokens == self.num_tokens
+        return np.array(times)
 
 
-def measure(runs: Runs, kinds: Sequence[str], until: Callable[[int], bool]) -> dict[str, Any]:
-    """Costs by kind, as shares of the time without."""
-    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+def measure(runs: Runs, kinds: Sequence[str], until: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
+    """Costs by kind, as shares of the time without, after each round of blocks."""
+    found = {kind: Blocks() for kind in kinds}
     plain: list[float] = []
     readings: list[float] = []
     for kind in ("nothing", *kinds):
-        runs.seconds(kind)
+        runs.times(kind)
     while until(len(plain)):
-        for kind in kinds:
+        for kind, blocks in found.items():
             runs.reading = 0.0
-            outer = [True, False][len(ratios[kind]) % 2]  # whether those without begin and end the block
-            seconds = [runs.seconds("nothing" if is_outer == outer else kind) for is_outer in (True, False, False, True)]
-            without, with_it = [[seconds[0], seconds[3]], seconds[1:3]][:: 1 if outer else -1]
-            ratios[kind].append(sum(with_it) / sum(without))
-            plain += without
+            outer, inner = ("nothing", kind) if len(blocks) % 2 else (kind, "nothing")
+            times = [runs.times(each) for each in (outer, inner, inner, outer)]
+            without, with_it = (times[::3], times[1:3]) if len(blocks) % 2 else (times[1:3], times[::3])
+            blocks.add(without, with_it)
+            plain += [float(each.sum()) for each in without]
             if kind == "return":
-                readings.append(runs.reading / sum(with_it))
-            print(f"{kind}: {ratios[kind][-1]:.4f}", file=sys.stderr, flush=True)
-    figures: dict[str, Any] = {"tokens": runs.num_tokens, "tokens_per_s": round(runs.num_tokens / statistics.median(plain))}
-    figures["reading"] = round(statistics.median(readings), 5)
-    for kind in kinds:
-        middle, low, high = (round(value - 1, 5) for value in median_and_interval(ratios[kind]))
-        figures[kind] = {"cost": middle, "interval": [low, high], "blocks": len(ratios[kind])}
-        print(f"{KINDS[kind]}: {100 * middle:.2f} % ({100 * low:.2f} to {100 * high:.2f}), {len(ratios[kind])} blocks", file=sys.stderr)
-    return figures
+                readings.append(runs.reading / sum(float(each.sum()) for each in with_it))
+        figures: dict[str, Any] = {"tokens": runs.num_tokens, "tokens_per_s": round(runs.num_tokens / statistics.median(plain))}
+        figures["reading"] = round(statistics.median(readings), 5)
+        for kind, blocks in found.items():
+            cost, low, high = (round(value, 5) for value in blocks.cost())
+            figures[kind] = {"cost": cost, "interval": [low, high], "blocks": len(blocks)}
+        yield figures
 
 
 def document(results: Sequence[dict[str, Any]]) -> str:
@@ -169,7 +204,9 @@ def main(words: Sequence[str] | None = None) -> None:
     with model(args) as llm:
         runs = Runs(llm, args.batch, args.output_len, replays="replay" in kinds)
         end = time.monotonic() + args.seconds
-        costs = measure(runs, kinds, lambda count: count == 0 or time.monotonic() < end)
+        costs: dict[str, Any] = {}
+        for costs in measure(runs, kinds, lambda count: count == 0 or time.monotonic() < end):
+            print(json.dumps(costs), file=sys.stderr, flush=True)
         line = {"bench": "capture", "what": f"{name}, {args.batch} answers at once", "costs": costs} | machine(llm.engine)
     if args.save:
         card = "cpu" if on_cpu else torch.cuda.get_device_name().split()[1].lower()

@@ -1,14 +1,12 @@
 """What routing as data costs.
 
     python -m benchmarks.routing                      all of it, on a machine that does nothing else
-    python -m benchmarks.routing throughput           one part of it: beside, throughput or scored
+    python -m benchmarks.routing scored               one part of it: beside or scored
 
 `beside`: what happens beside a step, in microseconds, best of many runs, for the shapes of the bundled checkpoint and of MiniMax-M2.5:
 writing its rows into the store (by numpy, which is an upper bound of what the steps do themselves), counting the load of experts, and
-gathering the rows of an answer at its end. Rows are always recorded; there is no run without to compare with.
-
-`throughput`: the bundled checkpoint answers a batch with rows returned, without, and replaying its own record. The three take turns, so
-that whatever else the machine does meets them alike; the cost is the median of the differences between neighbours, with its quartiles.
+gathering the rows of an answer at its end. Rows are always recorded; there is no run without to compare with. What all of it costs a
+batch of answers is measured by `benchmarks.capture`.
 
 `scored`: answers recorded on one step and runner, scored by others under their record and freely: how far the log-probabilities of their
 tokens are from those that were returned, most and root mean square, and the share of choices that agree.
@@ -34,7 +32,6 @@ import torch
 from pointsman import LLM, RequestOutput, SamplingParams
 from pointsman.bench import arithmetic
 from pointsman.bench.machine import here
-from pointsman.bench.subject import settle
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.load import ExpertLoad
 
@@ -45,7 +42,7 @@ STEPS = 256
 ROWS = (1, 8, 64, 512)
 ANSWER = 512
 RUNS = 30
-BATCH, OUTPUT, TURNS = 32, 128, 25
+BATCH = 32
 SCORERS: dict[str, dict[str, Any]] = {
     "torch step": {"cpu_step": "torch"},
     "compiled step": {"cpu_step": "compiled"},
@@ -96,33 +93,6 @@ def problems(llm: LLM, count: int) -> list[list[int]]:
     return [llm.render(problem.messages) for problem in found]
 
 
-def throughput() -> dict[str, Any]:
-    """Output tokens a second, and what returning and replaying cost."""
-    with contextlib.closing(LLM(progress=False)) as llm:
-        settle(llm.engine)
-        prompts = problems(llm, BATCH)
-        plain = SamplingParams(max_tokens=OUTPUT, temperature=1.0, seed=0, ignore_eos=True)
-        asking = plain.replace(return_routed_experts=True)
-        records = [result.outputs[0].routed_experts for result in llm.generate(prompts, asking)]
-
-        def rate(params: SamplingParams, replay: Any = None) -> float:
-            llm.engine.flush_cache()
-            start = time.perf_counter()
-            llm.generate(prompts, params, replay_routed_experts=replay)
-            return BATCH * OUTPUT / (time.perf_counter() - start)
-
-        turns = [(rate(plain), rate(asking), rate(plain, records), rate(plain)) for _ in range(TURNS)]
-    figures: dict[str, Any] = {"sequences": BATCH, "output_len": OUTPUT, "turns": TURNS}
-    figures["tokens_per_s"] = round(statistics.median(turn[0] for turn in turns))
-    for name, place in (("nothing", 0), ("return", 1), ("replay", 2)):
-        # against the mean of the two plain runs around it; `nothing` compares these two, and says what noise looks like
-        costs = [1 - turn[place] / (turn[3] if place == 0 else (turn[0] + turn[3]) / 2) for turn in turns]
-        low, middle, high = statistics.quantiles(costs, n=4)
-        figures[name] = {"cost": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
-        print(f"{name:<10} costs {100 * middle:6.2f} % of {figures['tokens_per_s']:,} tokens/s ({100 * low:.2f} to {100 * high:.2f})")
-    return figures
-
-
 def scored() -> dict[str, Any]:
     """Distances of scores from what was returned, by who scored."""
     figures: dict[str, Any] = {}
@@ -163,7 +133,7 @@ def _scores(result: RequestOutput) -> Any:
     return np.array([entry[token].logprob for token, entry in entries if entry is not None])
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {"beside": beside, "throughput": throughput, "scored": scored}
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"beside": beside, "scored": scored}
 
 
 def main() -> None:

@@ -29,7 +29,6 @@ MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_K = 1 << 20
 MAX_POSITION = 1 << 30
-MAX_VERSION_LENGTH = 256
 FIRST_VERSION = "0"
 
 PauseMode = Literal["abort", "in_place", "keep", "retract"]

@@ -22,6 +22,7 @@ from pointsman.distributed.rendezvous import BACKENDS, first_line, meet, reason_
 
 POLL_SECONDS = 0.001
 WATCHDOG = timedelta(seconds=60)
+MOST_WAITING = 32  # broadcasts; a device's queue is finite, and who launches into one that is full waits without a limit
 
 
 class Group:
@@ -95,7 +96,9 @@ class Group:
         flat = [tensor.view(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
         try:
             if self.backend == "nccl":
-                self._wait([self._group.broadcast([bytes_B], options) for bytes_B in flat])
+                limit = time.monotonic() + self.timeout.total_seconds()
+                for first in range(0, len(flat), MOST_WAITING):
+                    self._wait([self._group.broadcast([bytes_B], options) for bytes_B in flat[first : first + MOST_WAITING]], limit)
             else:
                 for bytes_B in flat:
                     self._group.broadcast([bytes_B], options).wait(self.timeout)
@@ -104,14 +107,17 @@ class Group:
                 f"a broadcast in the group {self.name!r} failed, and the group is of no more use: {first_line(error)}"
             ) from error
 
-    def _wait(self, works: Sequence[Any]) -> None:
-        """Until these are through on the device, while its other streams go on. Raises RuntimeError where that takes too long."""
+    def _wait(self, works: Sequence[Any], limit: float) -> None:
+        """Until these are through on the device, while its other streams go on. Raises RuntimeError where that takes too long.
+
+        Args:
+            limit: of `time.monotonic`.
+        """
         aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(aside):
             for work in works:
                 work.wait()
             through = aside.record_event()
-        limit = time.monotonic() + self.timeout.total_seconds()
         while not through.query():
             if time.monotonic() > limit:
                 self._group.abort()  # what waits on the device ends with it

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pointsman.distributed import Group
 from pointsman.engine.engine import Engine
-from pointsman.engine.weights import Fresh
+from pointsman.engine.weights import Announced, Fresh
 from pointsman.request import MemoryTag, PauseMode
+from pointsman.update import WHOLE, Update
 
 
 class Busy(RuntimeError):
@@ -83,43 +84,24 @@ class Control:
         """
         self.install(self._engine.weights.restore(self.check_resume(tags)))
 
-    def update_weights_from_disk(
-        self, model_path: str, *, flush_cache: bool = True, abort_all_requests: bool = False, weight_version: str | None = None
-    ) -> str:
+    def update_weights_from_disk(self, model_path: str, update: Update = WHOLE) -> str:
         """Replace all weights by a checkpoint's, or change nothing. Returns the version in force.
 
         Args:
             model_path: folder or Hugging Face id of a checkpoint of the same architecture.
-            flush_cache: forget cached prefixes, which were computed under the weights before.
-            abort_all_requests: end every request when the weights change; else they go on with the new ones from their next token.
-            weight_version: what the new weights are called; None counts on.
 
         Raises:
             ValueError: the checkpoint cannot be used; the weights before go on serving.
         """
-        fresh = self._engine.weights.from_disk(model_path, version=weight_version)
-        return self.install(fresh, flush_cache=flush_cache, abort_all_requests=abort_all_requests)
+        return self.install(self._engine.weights.from_disk(model_path, update))
 
-    def update_weights_from_tensor(
-        self,
-        tensors: Mapping[str, Tensor],
-        *,
-        begin: bool = True,
-        final: bool = True,
-        quantize: bool = False,
-        flush_cache: bool = True,
-        abort_all_requests: bool = False,
-        weight_version: str | None = None,
-    ) -> str:
-        """Replace some weights, or all, by tensors under a checkpoint's names; see `Weights.from_tensors` for the parts of an update.
+    def update_weights_from_tensor(self, tensors: Mapping[str, Tensor], update: Update = WHOLE) -> str:
+        """Replace some weights, or all, by tensors under a checkpoint's names. Returns the version in force.
 
         Raises:
             ValueError: the tensors cannot be used; nothing has changed, and an update that was under way in parts is given up.
         """
-        fresh = self._engine.weights.from_tensors(tensors, begin=begin, final=final, quantize=quantize, version=weight_version)
-        if fresh is None:
-            return self._engine.weight_version
-        return self.install(fresh, flush_cache=flush_cache, abort_all_requests=abort_all_requests)
+        return self.install(self._engine.weights.from_tensors(tensors, update))
 
     def join_group(
         self, *, master_address: str, master_port: int, rank: int, world_size: int, name: str, backend: str, timeout: float
@@ -133,36 +115,26 @@ class Control:
         """Raises ValueError where the engine is in no such group."""
         self._engine.weights.leave_group(name)
 
-    def update_weights_from_group(
-        self,
-        announced: Sequence[tuple[str, str, tuple[int, ...]]],
-        *,
-        group_name: str,
-        begin: bool = True,
-        final: bool = True,
-        quantize: bool = False,
-        flush_cache: bool = True,
-        abort_all_requests: bool = False,
-        weight_version: str | None = None,
-    ) -> str:
+    def update_weights_from_group(self, announced: Sequence[Announced], group_name: str, update: Update = WHOLE) -> str:
         """Replace weights by what rank 0 of the group broadcasts, in this order; see `Weights.from_group`.
 
         Raises:
             ValueError: as for tensors, or they do not come in time; then the group is left, too.
         """
-        part = {"begin": begin, "final": final, "quantize": quantize}
-        fresh = self._engine.weights.from_group(announced, group_name=group_name, version=weight_version, **part)
+        return self.install(self._engine.weights.from_group(announced, group_name, update))
+
+    def install(self, fresh: Fresh | None) -> str:
+        """Put in force what `weights` has made, if that is whole. Returns the version in force.
+
+        Raises what making its step raises; nothing has changed then.
+        """
         if fresh is None:
             return self._engine.weight_version
-        return self.install(fresh, flush_cache=flush_cache, abort_all_requests=abort_all_requests)
-
-    def install(self, fresh: Fresh, *, flush_cache: bool = True, abort_all_requests: bool = False) -> str:
-        """Put in force what `weights` has made. Returns the version. Raises what making its step raises; nothing has changed then."""
         self._engine.settle()
         fresh = self._engine.weights.complete(fresh)
-        if abort_all_requests:
+        if fresh.update.abort_all_requests:
             self._engine.abort_all()
-        self._engine.install(fresh, flush_cache=flush_cache)
+        self._engine.install(fresh)
         return self._engine.weight_version
 
 

@@ -311,10 +311,10 @@ class Engine:
         self.scheduler.retract()
         self._keep_rows(self.scheduler.preempted)
 
-    def install(self, fresh: Fresh, *, flush_cache: bool = True) -> None:
+    def install(self, fresh: Fresh) -> None:
         """Put new weights in force, between two steps. What runs goes on with them from its next token."""
         self.settle()
-        version = self.weight_version if fresh.same else fresh.version or self._next_version()
+        version = self.weight_version if fresh.same else fresh.update.weight_version or self._next_version()
         self.weights.enter(fresh, version)
         self._runner.enter(fresh.step, None if fresh.same else version)
         if fresh.same:
@@ -322,7 +322,7 @@ class Engine:
         for sequence in self.scheduler.sequences:
             if sequence.kept is not None:
                 sequence.tainted, sequence.cacheable = True, False
-        if flush_cache:
+        if fresh.update.flush_cache:
             self.flush_cache()
 
     def release(self, tags: Collection[MemoryTag]) -> None:

@@ -33,6 +33,7 @@ from pointsman.request import (
 )
 from pointsman.routed_experts import RoutedExperts
 from pointsman.text import chat_prompt
+from pointsman.update import Update
 
 Prompt = str | Sequence[int]
 GROUP_NAME = "weight_update_group"
@@ -160,24 +161,16 @@ class LLM:
         self, model_path: str, *, flush_cache: bool = True, abort_all_requests: bool = False, weight_version: str | None = None
     ) -> str:
         """Replace all weights by a checkpoint's, or change nothing and raise ValueError; see `Control`. Returns the version in force."""
-        return self._control.update_weights_from_disk(
-            model_path, flush_cache=flush_cache, abort_all_requests=abort_all_requests, weight_version=weight_version
-        )
+        update = Update(flush_cache=flush_cache, abort_all_requests=abort_all_requests, weight_version=weight_version)
+        return self._control.update_weights_from_disk(model_path, update)
 
-    def update_weights_from_tensor(
-        self,
-        tensors: Mapping[str, Tensor],
-        *,
-        begin: bool = True,
-        final: bool = True,
-        quantize: bool = False,
-        flush_cache: bool = True,
-        abort_all_requests: bool = False,
-        weight_version: str | None = None,
-    ) -> str:
-        """Replace the weights of these names, or change nothing and raise ValueError; see `Control`. Returns the version in force."""
-        how = {"begin": begin, "final": final, "quantize": quantize, "flush_cache": flush_cache, "abort_all_requests": abort_all_requests}
-        return self._control.update_weights_from_tensor(tensors, weight_version=weight_version, **how)
+    def update_weights_from_tensor(self, tensors: Mapping[str, Tensor], **update: Any) -> str:
+        """Replace the weights of these names, or change nothing and raise ValueError. Returns the version in force.
+
+        Args:
+            update: begin, final, quantize, flush_cache, abort_all_requests, weight_version: see `pointsman.update.Update`.
+        """
+        return self._control.update_weights_from_tensor(tensors, Update(**update))
 
     def init_weights_update_group(
         self,
@@ -208,27 +201,19 @@ class LLM:
         shapes: Sequence[Sequence[int]],
         *,
         group_name: str = GROUP_NAME,
-        begin: bool = True,
-        final: bool = True,
-        quantize: bool = False,
-        flush_cache: bool = True,
-        abort_all_requests: bool = False,
-        weight_version: str | None = None,
+        **update: Any,
     ) -> str:
-        """Replace weights by what rank 0 of the group broadcasts, or change nothing and raise ValueError; see `Control`.
+        """Replace weights by what rank 0 of the group broadcasts, or change nothing and raise ValueError. Returns the version in force.
 
         Args:
             names, dtypes, shapes: of each tensor, in the order of the broadcasts; types as torch or safetensors call them.
-
-        Returns:
-            The version in force.
+            update: as for tensors.
         """
         if not len(names) == len(dtypes) == len(shapes) > 0:
             raise ValueError(f"{len(names)} names, {len(dtypes)} dtypes, {len(shapes)} shapes; there must be one of each for every tensor")
         types = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         announced = list(zip(names, types, map(tuple, shapes), strict=True))
-        how = {"begin": begin, "final": final, "quantize": quantize, "flush_cache": flush_cache, "abort_all_requests": abort_all_requests}
-        return self._control.update_weights_from_group(announced, group_name=group_name, weight_version=weight_version, **how)
+        return self._control.update_weights_from_group(announced, group_name, Update(**update))
 
     def destroy_weights_update_group(self, group_name: str = GROUP_NAME) -> None:
         """Leave it. Raises ValueError where the engine is in no such group."""

@@ -18,6 +18,7 @@ from msgspec import Meta
 from pointsman.config import EngineConfig
 from pointsman.request import MemoryTag
 from pointsman.step import StepPlan
+from pointsman.update import Update
 
 SIZE = struct.Struct("<I")
 MAX_BYTES = 1 << 32  # of an order: weights come in pieces of at most 2 GiB
@@ -63,9 +64,7 @@ class FromFiles(msgspec.Struct, tag=1, array_like=True, frozen=True):
     """Weights out of safetensors files, or a part of them."""
 
     files: list[bytes]
-    begin: bool
-    final: bool
-    quantize: bool
+    update: Update
 
 
 class FromGroup(msgspec.Struct, tag=2, array_like=True, frozen=True):
@@ -73,9 +72,7 @@ class FromGroup(msgspec.Struct, tag=2, array_like=True, frozen=True):
 
     group_name: str
     announced: list[tuple[str, str, Shape]]
-    begin: bool
-    final: bool
-    quantize: bool
+    update: Update
 
 
 class FromBefore(msgspec.Struct, tag=3, array_like=True, frozen=True):

@@ -17,10 +17,11 @@ from pointsman.distributed import Group
 from pointsman.engine import orders
 from pointsman.engine.orders import Order
 from pointsman.engine.staging import undo
-from pointsman.engine.weights import Fresh, Weights
+from pointsman.engine.weights import Announced, Fresh, Weights
 from pointsman.engine.workers import Workers
 from pointsman.models.architecture import Architecture
 from pointsman.request import MemoryTag
+from pointsman.update import WHOLE, Update
 
 
 class SpreadWeights:
@@ -47,31 +48,17 @@ class SpreadWeights:
     def released(self) -> tuple[MemoryTag, ...]:
         return self._here.released
 
-    def from_disk(self, model_path: str, *, version: str | None = None) -> Fresh:
-        fresh = self._stage(orders.FromDisk(model_path), lambda: self._here.from_disk(model_path, version=version))
+    def from_disk(self, model_path: str, update: Update = WHOLE) -> Fresh:
+        fresh = self._stage(orders.FromDisk(model_path), lambda: self._here.from_disk(model_path, update))
         assert fresh is not None
         return fresh
 
-    def from_tensors(
-        self,
-        tensors: Mapping[str, Tensor],
-        *,
-        begin: bool = True,
-        final: bool = True,
-        quantize: bool = False,
-        version: str | None = None,
-    ) -> Fresh | None:
+    def from_tensors(self, tensors: Mapping[str, Tensor], update: Update = WHOLE) -> Fresh | None:
         whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        return self._stage(
-            orders.FromFiles([save(whole)], begin, final, quantize),
-            lambda: self._here.from_tensors(tensors, begin=begin, final=final, quantize=quantize, version=version),
-        )
+        return self._stage(orders.FromFiles([save(whole)], update), lambda: self._here.from_tensors(tensors, update))
 
-    def from_files(self, files: Sequence[bytes], *, begin: bool, final: bool, quantize: bool, version: str | None) -> Fresh | None:
-        return self._stage(
-            orders.FromFiles(list(files), begin, final, quantize),
-            lambda: self._here.from_files(files, begin=begin, final=final, quantize=quantize, version=version),
-        )
+    def from_files(self, files: Sequence[bytes], update: Update = WHOLE) -> Fresh | None:
+        return self._stage(orders.FromFiles(list(files), update), lambda: self._here.from_files(files, update))
 
     def join_group(self, group: Group) -> None:
         """Every rank joins: the others have the ranks that follow rank 0's there."""
@@ -87,20 +74,9 @@ class SpreadWeights:
     def leave_group(self, name: str) -> None:
         self._stage(orders.LeaveGroup(name), lambda: self._here.leave_group(name))
 
-    def from_group(
-        self,
-        announced: Sequence[tuple[str, str, tuple[int, ...]]],
-        *,
-        group_name: str,
-        begin: bool = True,
-        final: bool = True,
-        quantize: bool = False,
-        version: str | None = None,
-    ) -> Fresh | None:
-        return self._stage(
-            orders.FromGroup(group_name, list(announced), begin, final, quantize),
-            lambda: self._here.from_group(announced, group_name=group_name, begin=begin, final=final, quantize=quantize, version=version),
-        )
+    def from_group(self, announced: Sequence[Announced], group_name: str, update: Update = WHOLE) -> Fresh | None:
+        work = orders.FromGroup(group_name, list(announced), update)
+        return self._stage(work, lambda: self._here.from_group(announced, group_name, update))
 
     def restore(self, tags: Collection[MemoryTag]) -> Fresh:
         fresh = self._stage(orders.FromBefore(list(tags)), lambda: self._here.restore(tags))

@@ -13,11 +13,9 @@ def prepare(weights: Weights, work: Work, number: int) -> Fresh | None:
         case FromDisk():
             return weights.from_disk(work.model_path)
         case FromFiles():
-            return weights.from_files(work.files, begin=work.begin, final=work.final, quantize=work.quantize, version=None)
+            return weights.from_files(work.files, work.update)
         case FromGroup():
-            return weights.from_group(
-                work.announced, group_name=work.group_name, begin=work.begin, final=work.final, quantize=work.quantize, version=None
-            )
+            return weights.from_group(work.announced, work.group_name, work.update)
         case FromBefore():
             return weights.restore(work.tags)
         case JoinGroup():

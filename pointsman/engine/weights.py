@@ -39,13 +39,16 @@ from pointsman.models.decoder import Decoder
 from pointsman.models.folder import locate, read_json
 from pointsman.models.loader import load_model, rows_for
 from pointsman.models.revision import Revision
-from pointsman.request import FIRST_VERSION, MAX_VERSION_LENGTH, MemoryTag
+from pointsman.request import FIRST_VERSION, MemoryTag
+from pointsman.update import WHOLE, Update
 
 logger = logging.getLogger(__name__)
 
 # what a checkpoint may say otherwise than the one before it: how its files are written, and layers that are not loaded
 _DTYPES = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
 FREE_FIELDS = frozenset({"dtype", "num_draft_layers"})
+Announced = tuple[str, str, tuple[int, ...]]
+"""Name, type (as safetensors or torch call it) and shape of a tensor that is to be broadcast."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Fresh:
         decoder: None where they are released, and only the cache has come back.
         step: None while something is released that it needs, and where only `Weights.complete` can make it.
         source: where they were read; None where they came otherwise.
-        version: what they are to be called; None counts on.
+        update: what becomes of what the weights before have computed, and what these are called.
         same: these have been in force before, and nothing has changed.
         restored: the cache has come back with them.
     """
@@ -83,7 +86,7 @@ class Fresh:
     decoder: Decoder | None
     step: Step | None
     source: Source | None = None
-    version: str | None = None
+    update: Update = WHOLE
     same: bool = False
     restored: bool = False
 
@@ -128,18 +131,17 @@ class Weights:
         gone: dict[MemoryTag, bool] = {"weights": self._decoder is None, "kv_cache": self._storage.released}
         return tuple(tag for tag, is_gone in gone.items() if is_gone)
 
-    def from_disk(self, model_path: str, *, version: str | None = None) -> Fresh:
+    def from_disk(self, model_path: str, update: Update = WHOLE) -> Fresh:
         """Read a checkpoint of the same architecture; any thread may.
 
         Raises:
             ValueError: it cannot be read, is another model's, or is broken; the message says what is wrong.
         """
-        check_version(version)
         folder = locate(model_path)
         self._check_same(folder, architecture_of(read_json(folder, "config.json")))
         source = Source.of(folder, "auto")
         decoder = load_decoder(self._config, folder, self._device, mesh=self._mesh, load_format=source.load_format, progress=False)
-        return self._ready(Fresh(decoder, None, source, version))
+        return self._ready(Fresh(decoder, None, source, update))
 
     def _ready(self, fresh: Fresh) -> Fresh:
         """With its step, or with all of it that can be made beside the steps."""
@@ -170,33 +172,19 @@ class Weights:
                 self._storage.release()
             raise
 
-    def from_tensors(
-        self,
-        tensors: Mapping[str, Tensor],
-        *,
-        begin: bool = True,
-        final: bool = True,
-        quantize: bool = False,
-        version: str | None = None,
-    ) -> Fresh | None:
+    def from_tensors(self, tensors: Mapping[str, Tensor], update: Update = WHOLE) -> Fresh | None:
         """Take in tensors by a checkpoint's names; the weights with all of an update's in their places once the final ones are there.
 
-        One thread at a time. An update in parts is given up as a whole when a part is refused.
-
-        Args:
-            begin: a new update; what had come of another is dropped.
-            final: nothing else comes; None is returned before.
-            quantize: plain matrices of an FP8 model are made FP8; else they are refused.
+        One thread at a time. Before its final part an update gives None, and it is given up as a whole when a part is refused.
 
         Raises:
             ValueError: no update has begun, or the tensors cannot be used; the message names them.
         """
-        check_version(version)
-        revision = self._begun(begin)
-        revision.add(tensors, quantize=quantize)
-        return self._staged(revision, final, version)
+        revision = self._begun(update)
+        revision.add(tensors, quantize=update.quantize)
+        return self._staged(revision, update)
 
-    def from_files(self, files: Sequence[bytes], *, begin: bool, final: bool, quantize: bool, version: str | None) -> Fresh | None:
+    def from_files(self, files: Sequence[bytes], update: Update = WHOLE) -> Fresh | None:
         """The same with tensors out of safetensors files. Raises ValueError also where one is none."""
         try:
             tensors = [load(data) for data in files]
@@ -208,24 +196,24 @@ class Weights:
             self._revision = None
             raise ValueError("two of the files have a tensor of the same name")
         joined = {name: tensor for file in tensors for name, tensor in file.items()}
-        return self.from_tensors(joined, begin=begin, final=final, quantize=quantize, version=version)
+        return self.from_tensors(joined, update)
 
-    def _begun(self, begin: bool) -> Revision:
+    def _begun(self, update: Update) -> Revision:
         """The update that is under way, taken out: it is put back when this part of it has come."""
         revision, self._revision = self._revision, None
-        if begin:
+        if update.begin:
             return Revision(self._shard, rows_for(self._backends.moe, self.architecture))
         if revision is None:
             raise ValueError("begin is false, but no update has begun, or a part of it was refused; begin it anew")
         return revision
 
-    def _staged(self, revision: Revision, final: bool, version: str | None) -> Fresh | None:
-        if not final:
+    def _staged(self, revision: Revision, update: Update) -> Fresh | None:
+        if not update.final:
             self._revision = revision
             return None
         old = None if self._decoder is None else self._decoder.parameters
         decoder = Decoder(self._shard, revision.apply(old, self._device), self._backends, self._dtype, self._mesh)
-        return self._ready(Fresh(decoder, None, None, version))
+        return self._ready(Fresh(decoder, None, None, update))
 
     @property
     def device(self) -> torch.device:
@@ -247,28 +235,18 @@ class Weights:
         self._group_of(name)
         self._group = None
 
-    def from_group(
-        self,
-        announced: Sequence[tuple[str, str, tuple[int, ...]]],
-        *,
-        group_name: str,
-        begin: bool = True,
-        final: bool = True,
-        quantize: bool = False,
-        version: str | None = None,
-    ) -> Fresh | None:
+    def from_group(self, announced: Sequence[Announced], group_name: str, update: Update = WHOLE) -> Fresh | None:
         """The same with tensors that rank 0 of a group broadcasts, one after the other.
 
         Args:
-            announced: name, type (as safetensors or torch call it) and shape of each, in the order of the broadcasts.
+            announced: all of them, in the order of the broadcasts.
 
         Raises:
             ValueError: as above, or they do not come in time. The group is left then, for nobody could tell what would come next.
         """
-        check_version(version)
         group = self._group_of(group_name)
         self._group = None
-        revision = self._begun(begin)
+        revision, quantize = self._begun(update), update.quantize
         forms = [
             (name, shape, revision.check(name, shape, _DTYPES.get(dtype, dtype), quantize=quantize)) for name, dtype, shape in announced
         ]
@@ -277,7 +255,7 @@ class Weights:
         tensors = {name: torch.empty(shape, dtype=dtype, device=self._device) for name, shape, dtype in forms}
         group.receive(list(tensors.values()))
         revision.add(tensors, quantize=quantize)
-        fresh = self._staged(revision, final, version)
+        fresh = self._staged(revision, update)
         self._group = group
         return fresh
 
@@ -331,7 +309,7 @@ class Weights:
             self._storage.restore()
         fresh = Fresh(decoder, None, same=True, restored=restored)
         if again and not self._is_source:
-            fresh = Fresh(decoder, None, source, self._source_version, restored=restored)
+            fresh = Fresh(decoder, None, source, Update(weight_version=self._source_version), restored=restored)
         return self._ready(fresh)
 
 
@@ -354,12 +332,6 @@ def load_decoder(
         progress=progress,
         mesh=mesh,
     )
-
-
-def check_version(version: str | None) -> None:
-    """Raises ValueError where it cannot be the name of weights."""
-    if version is not None and not (isinstance(version, str) and 0 < len(version) <= MAX_VERSION_LENGTH):
-        raise ValueError(f"weight_version is {version!r:.80}; it must be a string of 1 to {MAX_VERSION_LENGTH} characters")
 
 
 def _differences(found: Any, served: Any, free: Collection[str] = ()) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from typing import Any
 
 from starlette.requests import Request
@@ -22,11 +23,13 @@ from pointsman.server.operations import (
     MemoryRequest,
     Part,
     PauseRequest,
+    UpdateFields,
     UpdateFromDiskRequest,
     UpdateFromDistributedRequest,
     UpdateFromTensorRequest,
 )
 from pointsman.server.responses import BodyReader, json_response
+from pointsman.update import Update
 
 BINARY = "application/octet-stream"
 FILES = "serialized_named_tensors"
@@ -83,8 +86,8 @@ class Admin:
 
         async def handle(http: Request) -> Response:
             body = await self._bodies.read(http, optional=route.optional)
-            fields = reading.convert(reading.decode(body) if body else {}, form, NO_EFFECT[form])
-            return _controlled(await self._bridge.control(message(fields)))
+            given = reading.convert(reading.decode(body) if body else {}, form, NO_EFFECT[form])
+            return _controlled(await self._bridge.control(message(given)))
 
         return handle
 
@@ -92,13 +95,13 @@ class Admin:
         """Safetensors in base64 among the fields, or as they are, with the other fields in the query."""
         self._bridge.served()
         if http.headers.get("content-type", "").split(";")[0].strip().lower() == BINARY:
-            fields = {name: _TRUTHS.get(value, value) for name, value in http.query_params.items() if name != FILES}
-            form = reading.convert(fields, Part, NO_EFFECT[UpdateFromTensorRequest])
+            given = {name: _TRUTHS.get(value, value) for name, value in http.query_params.items() if name != FILES}
+            form = reading.convert(given, Part, NO_EFFECT[UpdateFromTensorRequest])
             files = [await self._updates.read(http, media=BINARY)]
         else:
             body = await self._updates.read(http)
             form, files = await asyncio.to_thread(_decoded, body)
-        return _controlled(await self._bridge.control(controls.UpdateFromTensors(files=files, **_part(form))))
+        return _controlled(await self._bridge.control(controls.UpdateFromTensors(files=files, update=_update(form))))
 
     async def _weight_version(self, http: Request) -> Response:
         self._bridge.served()
@@ -106,12 +109,7 @@ class Admin:
 
 
 def _from_disk(form: UpdateFromDiskRequest) -> controls.Control:
-    return controls.UpdateFromDisk(
-        model_path=form.model_path,
-        flush_cache=form.flush_cache,
-        abort_all_requests=form.abort_all_requests,
-        weight_version=form.weight_version,
-    )
+    return controls.UpdateFromDisk(model_path=form.model_path, update=_update(form))
 
 
 def _controlled(answer: controls.Controlled) -> Response:
@@ -128,8 +126,9 @@ def _decoded(body: bytes) -> tuple[UpdateFromTensorRequest, list[bytes]]:
         raise ApiError(400, f"{FILES} is not base64: {error}; it must be safetensors files in base64", param=FILES) from None
 
 
-def _part(form: Part) -> dict[str, Any]:
-    return {name: getattr(form, name) for name in Part.__struct_fields__}
+def _update(form: UpdateFields) -> Update:
+    """What of it the fields tell; one from disk comes in no parts."""
+    return Update(**{field.name: getattr(form, field.name) for field in fields(Update) if field.name in form.__struct_fields__})
 
 
 def _from_group(form: UpdateFromDistributedRequest) -> controls.Control:
@@ -139,7 +138,7 @@ def _from_group(form: UpdateFromDistributedRequest) -> controls.Control:
         raise ApiError(400, f"{spelt} entries; there must be one of each for every tensor", param="names")
     dtypes = [dtype.removeprefix("torch.") for dtype in form.dtypes]
     announced = list(zip(form.names, dtypes, map(tuple, form.shapes), strict=True))
-    return controls.UpdateFromGroup(group_name=form.group_name, announced=announced, **_part(form))
+    return controls.UpdateFromGroup(group_name=form.group_name, announced=announced, update=_update(form))
 
 
 def _join(form: InitGroupRequest) -> controls.Control:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from pointsman.request import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_K, MAX_VERSION_LENGTH
+from pointsman.request import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_K
+from pointsman.update import MAX_VERSION_LENGTH
 
 MAX_BODY_BYTES = 16 << 20
 MAX_MESSAGES = 8192

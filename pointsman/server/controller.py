@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pointsman.server import controls, wire
 
@@ -76,10 +76,9 @@ class Controller:
         if self._held is None:
             self._end.send(self._controlled(message, "no weights are held that could be put in force", 409))
             return
-        (update, fresh), self._held = self._held, None
-        named = dataclasses.replace(fresh, version=message.weight_version)
-        flush, abort = update.flush_cache, update.abort_all_requests
-        self._answer(message, lambda: self._control.install(named, flush_cache=flush, abort_all_requests=abort))
+        fresh, self._held = self._held, None
+        named = dataclasses.replace(fresh, update=dataclasses.replace(fresh.update, weight_version=message.weight_version))
+        self._answer(message, lambda: self._control.install(named))
 
     def _drop(self, message: controls.Drop) -> None:
         """Forget what is held, once nothing is being read; no error where there is nothing."""
@@ -118,15 +117,11 @@ class Controller:
         except Exception as making:  # noqa: BLE001 - as where reading fails
             self._fail(message, making)
             return
-        if isinstance(message, controls.Resume):
-            self._answer(message, lambda: self._control.install(fresh))
-            return
-        if message.hold:
-            self._held = message, fresh
+        if not isinstance(message, controls.Resume) and message.hold:
+            self._held = fresh
             self._end.send(self._controlled(message))
             return
-        flush, abort = message.flush_cache, message.abort_all_requests
-        self._answer(message, lambda: self._control.install(fresh, flush_cache=flush, abort_all_requests=abort))
+        self._answer(message, lambda: self._control.install(fresh))
 
     def _answer(self, message: controls.Control, work: Callable[[], object]) -> None:
         """Do something that is quick. Only what it raises for the asker is answered; a fault of the engine is everyone's."""
@@ -166,11 +161,11 @@ def work(weights: Weights | SpreadWeights, message: controls.Work) -> Fresh | No
 
     match message:
         case controls.UpdateFromDisk():
-            return weights.from_disk(message.model_path, version=message.weight_version)
+            return weights.from_disk(message.model_path, message.update)
         case controls.UpdateFromTensors():
-            return weights.from_files(message.files, **_part(message))
+            return weights.from_files(message.files, message.update)
         case controls.UpdateFromGroup():
-            return weights.from_group(message.announced, group_name=message.group_name, **_part(message))
+            return weights.from_group(message.announced, message.group_name, message.update)
         case controls.JoinGroup():
             weights.join_group(
                 Group(
@@ -187,10 +182,6 @@ def work(weights: Weights | SpreadWeights, message: controls.Work) -> Fresh | No
         case controls.LeaveGroup():
             weights.leave_group(message.name)
     return None
-
-
-def _part(message: controls.UpdateFromTensors | controls.UpdateFromGroup) -> dict[str, Any]:
-    return {"begin": message.begin, "final": message.final, "quantize": message.quantize, "version": message.weight_version}
 
 
 def _aside(work: Callable[[], Fresh | None]) -> Future[Fresh | None]:

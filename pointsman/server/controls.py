@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from pointsman.request import MemoryTag, PauseMode
+from pointsman.update import Update
 
 
 class _Numbered(msgspec.Struct, tag=True, kw_only=True):
@@ -43,9 +44,7 @@ class _Update(_Numbered, kw_only=True):
         hold: only make them ready; Install or Drop follows.
     """
 
-    flush_cache: bool
-    abort_all_requests: bool
-    weight_version: str | None
+    update: Update
     hold: bool = False
 
 
@@ -53,6 +52,19 @@ class UpdateFromDisk(_Update, kw_only=True):
     """Read the weights of a checkpoint and put them in force."""
 
     model_path: str
+
+
+class UpdateFromTensors(_Update, kw_only=True):
+    """Tensors, as safetensors files."""
+
+    files: list[bytes]
+
+
+class UpdateFromGroup(_Update, kw_only=True):
+    """Tensors that come by broadcasts: (name, type, shape) of each, in their order."""
+
+    group_name: str
+    announced: list[tuple[str, str, tuple[int, ...]]]
 
 
 class Install(_Numbered, kw_only=True):
@@ -63,27 +75,6 @@ class Install(_Numbered, kw_only=True):
 
 class Drop(_Numbered, kw_only=True):
     """Give up the weights that are held, or the parts of an update that have come."""
-
-
-class _Part(_Update, kw_only=True):
-    """A part of an update, or all of it."""
-
-    begin: bool
-    final: bool
-    quantize: bool
-
-
-class UpdateFromTensors(_Part, kw_only=True):
-    """Tensors, as safetensors files."""
-
-    files: list[bytes]
-
-
-class UpdateFromGroup(_Part, kw_only=True):
-    """Tensors that come by broadcasts: (name, type, shape) of each, in their order."""
-
-    group_name: str
-    announced: list[tuple[str, str, tuple[int, ...]]]
 
 
 class JoinGroup(_Numbered, kw_only=True):

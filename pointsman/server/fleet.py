@@ -278,12 +278,12 @@ class Fleet:
         except BaseException:
             await asyncio.gather(*(bridge.control(controls.Drop()) for _, bridge in among), return_exceptions=True)
             raise
-        if isinstance(message, controls.UpdateFromTensors) and not message.final:
+        if isinstance(message, controls.UpdateFromTensors) and not message.update.final:
             return self._now()
-        version = message.weight_version or self._next_version()
+        version = message.update.weight_version or self._next_version()
         self._num_updates += 1
         self.weight_version = version
-        if message.flush_cache:
+        if message.update.flush_cache:
             self._placement.forget()
         install = [bridge.control(controls.Install(weight_version=version)) for _, bridge in among]
         for (index, bridge), answer in zip(among, await asyncio.gather(*install, return_exceptions=True), strict=True):

@@ -27,24 +27,26 @@ class MemoryRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tags: Annotated[list[MemoryTag], Meta(min_length=1, max_length=2)] | None = None
 
 
-class UpdateFromDiskRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Which checkpoint, and what becomes of what its predecessor has computed."""
+class UpdateFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What all updates have: what becomes of what the weights before have computed, and what the new ones are called."""
 
-    model_path: bounds.ModelPath
     flush_cache: bool = True
     abort_all_requests: bool = False
     weight_version: bounds.WeightVersion | None = None
 
 
-class Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What all updates by tensors have: whether this is all of it, and what becomes of what the old weights have computed."""
+class UpdateFromDiskRequest(UpdateFields, kw_only=True, forbid_unknown_fields=True):
+    """Which checkpoint."""
+
+    model_path: bounds.ModelPath
+
+
+class Part(UpdateFields, kw_only=True, forbid_unknown_fields=True):
+    """What all updates by tensors have besides: whether this is all of it, and whether it is quantized here."""
 
     begin: bool = True
     final: bool = True
     quantize: bool = False
-    flush_cache: bool = True
-    abort_all_requests: bool = False
-    weight_version: bounds.WeightVersion | None = None
 
 
 class UpdateFromTensorRequest(Part, kw_only=True, forbid_unknown_fields=True):

@@ -21,6 +21,7 @@ from pointsman.engine.control import Control
 from pointsman.engine.engine import Engine
 from pointsman.models.loader import load_model
 from pointsman.request import ChoiceDelta, PauseMode, Request
+from pointsman.update import Update
 from tests.exchange import PARAMS, PROMPT, SCORED, SHAPE, Answer, answer, make
 from tests.models.checkpoints import Harness, write
 
@@ -301,7 +302,7 @@ def test_what_goes_back_to_the_queue_keeps_its_rows(llm: LLM, folders: list[Path
     engine.flush_cache()
     deltas = start(engine, 6)
     control.pause("retract")
-    control.update_weights_from_disk(str(folders[1]), flush_cache=flush_cache)
+    control.update_weights_from_disk(str(folders[1]), Update(flush_cache=flush_cache))
     control.resume()
     deltas += drive(engine)
     num_old = len(tokens([delta for delta in deltas if delta.weight_version == "0"]))
@@ -362,7 +363,7 @@ def test_who_comes_back_knows_its_pages_from_those_written_anew(folders: list[Pa
         old = tokens(deltas)
         control.pause("retract")
         [waiting] = engine.scheduler.sequences
-        control.update_weights_from_disk(str(folders[1]), flush_cache=False)
+        control.update_weights_from_disk(str(folders[1]), Update(flush_cache=False))
         last = PARAMS.replace(max_tokens=0, logprobs=None)
         same = (*PROMPT, *old[:-1])
         for index, prompt in enumerate(((5,) * 48, (*same, *(9,) * (48 - len(same))))):

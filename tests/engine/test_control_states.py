@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pointsman import LLM, FinishReason, SamplingParams
 from pointsman.engine.control import Control
 from pointsman.request import ChoiceDelta, MemoryTag, PauseMode, Request
+from pointsman.update import Update
 from tests.models.checkpoints import Shape, write
 
 SHAPE = Shape(block=(16, 16))
@@ -88,7 +89,7 @@ class Machine(RuleBasedStateMachine):
         self.paused = False
         self.released: set[MemoryTag] = set()
         self.num_updates = 0
-        self.version = self.control.update_weights_from_disk(str(checkpoints.folders[0]), weight_version="0.0")
+        self.version = self.control.update_weights_from_disk(str(checkpoints.folders[0]), Update(weight_version="0.0"))
         self.source = self.version
 
     def take(self, deltas: list[ChoiceDelta]) -> None:
@@ -198,16 +199,12 @@ class Machine(RuleBasedStateMachine):
     def update(self, which: int, from_disk: bool, flush_cache: bool, abort_all_requests: bool) -> None:
         self.num_updates += 1
         self.version = f"{which}.{self.num_updates}"
-        options: dict[str, Any] = {
-            "flush_cache": flush_cache,
-            "abort_all_requests": abort_all_requests,
-            "weight_version": self.version,
-        }
+        update = Update(flush_cache=flush_cache, abort_all_requests=abort_all_requests, weight_version=self.version)
         if from_disk:
-            self.control.update_weights_from_disk(str(self.checkpoints.folders[which]), **options)
+            self.control.update_weights_from_disk(str(self.checkpoints.folders[which]), update)
             self.source = self.version
         else:
-            self.control.update_weights_from_tensor(tensors_of(which), **options)
+            self.control.update_weights_from_tensor(tensors_of(which), update)
         self.seen["updates in place of a return"] += "weights" in self.released
         self.released.discard("weights")
 
@@ -227,9 +224,9 @@ class Machine(RuleBasedStateMachine):
         tensors["model.norm.weight"] = torch.full((SHAPE.hidden,), float("nan"))
         with pytest.raises(ValueError, match=r"not a whole safetensors file|does not belong|NaN"):
             if how == "file":
-                self.control.update_weights_from_disk(str(self.checkpoints.broken), abort_all_requests=abort_all_requests)
+                self.control.update_weights_from_disk(str(self.checkpoints.broken), Update(abort_all_requests=abort_all_requests))
             else:
-                self.control.update_weights_from_tensor(tensors, abort_all_requests=abort_all_requests)
+                self.control.update_weights_from_tensor(tensors, Update(abort_all_requests=abort_all_requests))
 
     @rule(tags=TAGS)
     def release(self, tags: list[MemoryTag]) -> None:

@@ -27,8 +27,8 @@ from pointsman.engine.step_sizes import size_for, step_sizes
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE
 from pointsman.step import LaneStart
+from tests.engine.replays import rows
 from tests.engine.test_invariance import same, workload
-from tests.engine.test_replay import rows
 
 SETUPS: dict[str, dict[str, Any]] = {
     "overlapped": {},

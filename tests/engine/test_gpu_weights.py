@@ -27,6 +27,7 @@ from pointsman import LLM, SamplingParams, tiny
 from pointsman.engine.control import Control
 from pointsman.models.sizes import held
 from pointsman.request import ChoiceDelta, Request
+from pointsman.update import Update
 from tests.models.checkpoints import Shape, write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -207,7 +208,7 @@ def test_updates_while_requests_are_in_flight(llm: LLM, folders: list[Path], fre
         if reading is None and num_updates < 5:
             version = f"{(num_updates + 1) % 2}.{num_updates}"
             folder = str(folders[(num_updates + 1) % 2])
-            reading = threading.Thread(target=lambda: found.append(engine.weights.from_disk(folder, version=version)))  # noqa: B023
+            reading = threading.Thread(target=lambda: found.append(engine.weights.from_disk(folder, Update(weight_version=version))))  # noqa: B023
             reading.start()
         elif reading is not None and not reading.is_alive():
             now = time.perf_counter()

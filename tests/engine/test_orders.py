@@ -17,6 +17,7 @@ from pointsman.engine.channel import Channel
 from pointsman.engine.orders import SIZE, Run, decode_order, decode_reply, encode
 from pointsman.request import Replay, SamplingParams
 from pointsman.step import LaneStart, Segment, StepPlan
+from pointsman.update import Update
 
 IDS = st.integers(0, 2**31 - 1)
 TOKENS = st.lists(st.integers(0, 200_063), max_size=6).map(tuple)
@@ -34,16 +35,15 @@ SEGMENTS = st.builds(Segment, IDS, IDS, IDS, TOKENS, TOKENS, st.booleans(), st.b
 GROWTHS = st.lists(st.tuples(IDS, IDS), max_size=3).map(tuple)
 PLANS = st.builds(StepPlan, IDS, st.lists(STARTS, max_size=2).map(tuple), TOKENS, GROWTHS, st.lists(SEGMENTS, max_size=4).map(tuple))
 TAGS = st.lists(st.sampled_from(["weights", "kv_cache"]), max_size=2)
+UPDATES = st.builds(Update, begin=st.booleans(), quantize=st.booleans(), weight_version=st.none() | st.text(min_size=1, max_size=256))
 WORK = st.one_of(
     st.builds(orders.FromDisk, st.text()),
-    st.builds(orders.FromFiles, st.lists(st.binary(), max_size=2), st.booleans(), st.booleans(), st.booleans()),
+    st.builds(orders.FromFiles, st.lists(st.binary(), max_size=2), UPDATES),
     st.builds(
         orders.FromGroup,
         st.text(),
         st.lists(st.tuples(st.text(), st.text(), st.lists(st.integers(0, 1 << 40), max_size=3).map(tuple)), max_size=2),
-        st.booleans(),
-        st.booleans(),
-        st.booleans(),
+        UPDATES,
     ),
     st.builds(orders.FromBefore, TAGS),
     st.builds(orders.JoinGroup, st.text(), st.integers(1, 65535), IDS, IDS, st.text(), st.text(), st.floats(0, 1e6)),
@@ -122,7 +122,7 @@ def test_a_cut_message_is_refused() -> None:
 def test_messages_arrive_however_they_are_cut() -> None:
     near, far = socket.socketpair()
     channel, rng = Channel(far, most=1 << 20), random.Random(1)
-    messages = [orders.Stage(number, orders.FromFiles([rng.randbytes(number * 977 % 200_000)], True, True, False)) for number in range(64)]
+    messages = [orders.Stage(number, orders.FromFiles([rng.randbytes(number * 977 % 200_000)], Update())) for number in range(64)]
     data = b"".join(map(encode, messages))
 
     def write() -> None:

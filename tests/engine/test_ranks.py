@@ -23,6 +23,7 @@ from pointsman.engine.orders import SIZE
 from pointsman.engine.processes import command
 from pointsman.engine.workers import RankLost
 from pointsman.request import MemoryTag, RequestOutput
+from pointsman.update import Update
 from tests.models.checkpoints import Shape, write
 from tests.processes import children, is_there, wait_gone
 
@@ -133,9 +134,9 @@ def test_a_part_that_one_rank_refuses_ends_the_update_on_all(llm: LLM, folders: 
     with monkeypatch.context() as patch:
         patch.setattr(spread_weights, "save", lambda tensors: b"no safetensors file")
         with pytest.raises(ValueError, match="rank 1: this is not a whole safetensors file"):
-            weights.from_tensors(tensors, final=False)
+            weights.from_tensors(tensors, Update(final=False))
     with pytest.raises(ValueError, match="no update has begun"):
-        weights.from_tensors(tensors, begin=False)
+        weights.from_tensors(tensors, Update(begin=False))
 
 
 def test_all_ranks_are_in_the_group_of_a_trainer(llm: LLM, folders: list[Path], expected: list[list[RequestOutput]]) -> None:
@@ -154,14 +155,14 @@ def test_all_ranks_are_in_the_group_of_a_trainer(llm: LLM, folders: list[Path], 
         joining.result()
         announced = [(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()]
         sending = beside.submit(trainer.send, list(tensors.values()))
-        fresh = weights.from_group(announced, group_name="trainers")
+        fresh = weights.from_group(announced, "trainers")
         sending.result()
     assert fresh is not None
     Control(llm.engine).install(fresh)
     check(ask(llm), expected[1])
     del trainer, joining, sending
     with pytest.raises(ValueError, match="trainers"):
-        weights.from_group(announced, group_name="trainers")
+        weights.from_group(announced, "trainers")
     with pytest.raises(ValueError, match="this engine is in no group"):
         weights.leave_group("trainers")
     check(ask(llm), expected[1])

@@ -24,8 +24,8 @@ from pointsman.engine.executor import Executor, Pending, choose_executor
 from pointsman.engine.orders import SIZE, Run, decode_order, encode
 from pointsman.step import StepPlan
 from tests.distributed.ranks import free_port, run_ranks
+from tests.engine.replays import rows
 from tests.engine.test_device_step import mixed
-from tests.engine.test_replay import rows
 
 OPTIONS: dict[str, Any] = {"load_format": "dummy", "cpu_step": "torch", "chunked_prefill_size": 24, "page_size": 4, "num_threads": 1}
 Answer = tuple[list[int], np.ndarray, float | None]

@@ -139,9 +139,9 @@ def test_files_that_are_none(llm: LLM) -> None:
     data = save({"model.norm.weight": NEW["model.norm.weight"]})
     for broken in (b"", b"\x00" * 40, data[:-1], data + b"x", b"\x80\x04N."):
         with pytest.raises(ValueError, match="not a whole safetensors file"):
-            weights.from_files([broken], begin=True, final=True, quantize=False, version=None)
+            weights.from_files([broken])
     with pytest.raises(ValueError, match="same name"):
-        weights.from_files([data, data], begin=True, final=True, quantize=False, version=None)
+        weights.from_files([data, data])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -21,6 +21,7 @@ from pointsman.request import ChoiceDelta, Request
 from pointsman.server import controls
 from pointsman.server.controller import Controller
 from pointsman.step import StepPlan, StepResult
+from pointsman.update import Update
 from tests.exchange import PARAMS, PROMPT, SHAPE, answer
 from tests.models.conftest import _one_thread
 
@@ -132,7 +133,7 @@ class Serving:
 
 
 def update(folder: Path, version: str | None = None) -> controls.UpdateFromDisk:
-    return controls.UpdateFromDisk(model_path=str(folder), flush_cache=True, abort_all_requests=False, weight_version=version)
+    return controls.UpdateFromDisk(model_path=str(folder), update=Update(weight_version=version))
 
 
 def test_a_step_is_made_when_none_is_under_way(llm: LLM, watch: Watch, folders: list[Path]) -> None:
