@@ -125,7 +125,27 @@ def document(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([row['engine'], row['trainer'], format(row['agreement'], '.4f'), *figures])} |")
     tokens = result["rows"][0]["tokens"]
     where = f"{result['cpu']}, torch {result['torch']}, commit {result['commit']}"
-    return "\n".join(lines) + f"\n\nAbout {round(tokens, -2):,} tokens of {result['num_prompts']} answers; {where}.\n"
+    table = "\n".join(lines) + f"\n\nAbout {round(tokens, -2):,} tokens of {result['num_prompts']} answers; {where}."
+    return f"{table}\n\n{told(result['rows'])}\n"
+
+
+def told(rows: list[dict[str, Any]]) -> str:
+    """What the table shows, in words that come from it."""
+
+    def times(row: dict[str, Any], name: str) -> float:
+        return float(row["without_replay"][name] / row["with_replay"][name])
+
+    def pair(row: dict[str, Any]) -> str:
+        return f"engine {row['engine'].partition(' (')[0]}, trainer {row['trainer']}"
+
+    ordered = sorted(rows, key=lambda row: times(row, "mean"))
+    kls = sorted(times(row, "kl") for row in rows)
+    nearer = sum(times(row, "mean") > 1 for row in rows)
+    return (
+        f"Replay is nearer than free routing in the mean in {nearer} of {len(rows)} rows. Free routing's mean difference is"
+        f" {times(ordered[0], 'mean'):.2f} ({pair(ordered[0])}) to {times(ordered[-1], 'mean'):.2f} times"
+        f" ({pair(ordered[-1])}) that under replay, its KL {kls[0]:.2f} to {kls[-1]:.2f} times."
+    )
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -152,7 +172,7 @@ def main() -> None:
     line = {"bench": "replay", "num_prompts": arguments.num_prompts, "rows": rows, **here()}
     if arguments.save:
         RESULT.write_text(json.dumps(line, indent=1) + "\n")
-        DOCUMENT.write_text(PLACE.sub(rf"\g<1>{document(line)}\g<2>", DOCUMENT.read_text()))
+        DOCUMENT.write_text(PLACE.sub(lambda found: found[1] + document(line) + found[2], DOCUMENT.read_text()))
     print(json.dumps(line, allow_nan=False))
 
 
