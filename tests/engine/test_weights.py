@@ -16,6 +16,7 @@ from torch import Tensor
 from pointsman import LLM, SamplingParams
 from pointsman.engine.control import Control
 from pointsman.kernels.reference import quantize_weight
+from pointsman.update import Update
 from tests.models.checkpoints import Shape, write
 
 SHAPE = Shape(block=(16, 16))
@@ -161,11 +162,11 @@ def test_an_update_in_parts_serves_as_a_whole_or_not_at_all(llm: LLM, data: st.D
         fits = names != ["wrong"] and before is not None and not before.keys() & part.keys()
         if not fits:
             with pytest.raises(ValueError, match=r"does not belong|has come already|no update has begun"):
-                control.update_weights_from_tensor(part, begin=begin, final=final)
+                control.update_weights_from_tensor(part, Update(begin=begin, final=final))
             staged = None
             continue
         assert before is not None
-        control.update_weights_from_tensor(part, begin=begin, final=final)
+        control.update_weights_from_tensor(part, Update(begin=begin, final=final))
         staged = None if final else before | part
         live |= before | part if final else {}
     expected = answer(llm)
