@@ -248,7 +248,8 @@ class ServedModel:
                 cache_salt=asked.cache_salt or "",
             )
         except ValueError as error:
-            raise ApiError(400, str(error), param=field) from None
+            named = str(error).partition(" ")[0]  # these begin with the field, where it is one
+            raise ApiError(400, str(error), param=named if named in asked.__struct_fields__ else field) from None
 
 
 def _not_encoded(error: ValueError, field: str) -> ApiError:

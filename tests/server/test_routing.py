@@ -142,7 +142,7 @@ def test_an_aborted_choice_has_the_rows_that_are_known(client: httpx.Client, ser
     [
         (ASK | {"routed_experts_format": "parquet"}, "routed_experts_format", "parquet"),
         (ASK | {"routed_experts_start": -1}, "routed_experts_start", "at least 0"),
-        (ASK | {"routed_experts_start": 100_000}, None, "at most"),
+        (ASK | {"routed_experts_start": 100_000}, "routed_experts_start", "at most"),
         (ASK | {"routed_experts_start": 1, "routed_experts_start_len": 2}, "routed_experts_start_len", "differ"),
         ({"routed_experts_start": 1}, "routed_experts_start", "needs return_routed_experts"),
         ({"routed_experts_format": "npy", "return_routed_experts": False}, "routed_experts_format", "needs return_routed_experts"),
