@@ -9,9 +9,8 @@ other block, so that a drift and the place in a block fall out. Runs have the sa
 they are compared step by step: the time of a kind is the sum, over the steps, of the median over its runs, which no hiccup of the machine
 moves. The cost is the quotient of two such sums, with the interval that holds 95 of 100 of what blocks drawn anew from these give. Blocks
 of `nothing` stand between, in which no run asks for anything: their interval must hold 0, and its width is what could be seen at all.
-Answers end at different steps, as they do where nobody waits for the last. Beside it stands the share of the time that was spent in the one
-call that reads the rows of an answer: what cost there is beyond that would be in the steps, where rows are written whether somebody asks or
-not.
+Answers end at different steps, as they do where nobody waits for the last. Beside it stands the share of the time that was spent in reading
+rows of answers, be it hidden behind a step that runs or not.
 
 Cut to few layers a model's step takes less while what the host does beside it stays, so that the cost is no less than in the whole model.
 """
@@ -112,14 +111,16 @@ class Runs:
         self._replays = [replay_of(result.outputs[0].routed_experts, **llm.engine.routing_sizes) for result in results] if replays else None
         self.reading = 0.0
         rows = llm.engine._rows
-        give = rows.give
+        for name in ("give", "settle"):
+            setattr(rows, name, self._timed(getattr(rows, name)))
 
+    def _timed(self, read: Callable[..., None]) -> Callable[..., None]:
         def timed(*args: Any) -> None:
             begin = time.perf_counter()
-            give(*args)
+            read(*args)
             self.reading += time.perf_counter() - begin
 
-        rows.give = timed  # type: ignore[method-assign]
+        return timed
 
     def times(self, kind: str) -> Times:
         """Seconds of each step."""

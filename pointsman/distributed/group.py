@@ -68,7 +68,13 @@ class Group:
         """Meet the others. Raises ValueError where they do not all come in time."""
         try:
             self._store, self._group = meet(
-                self.address, rank=self.rank, size=self.world_size, name=self.name, backend=self.backend, timeout=self.timeout
+                self.address,
+                rank=self.rank,
+                size=self.world_size,
+                name=self.name,
+                backend=self.backend,
+                timeout=self.timeout,
+                watched=self.timeout + WATCHDOG,  # `_wait` keeps the limit
             )
             if self.backend == "nccl":  # which connects with the first broadcast
                 self._broadcast([torch.zeros(1, dtype=torch.uint8, device=self._device)])
@@ -91,7 +97,6 @@ class Group:
     def _broadcast(self, tensors: Sequence[Tensor]) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        # with NCCL `_wait` keeps the limit: where torch's watchdog does, it writes reports first, and for many seconds
         options.timeout = self.timeout + (WATCHDOG if self.backend == "nccl" else timedelta())
         flat = [tensor.view(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
         try:

@@ -24,12 +24,14 @@ def meet(
     name: str,
     backend: str,
     timeout: timedelta,
+    watched: timedelta | None = None,
     listener: socket.socket | None = None,
 ) -> tuple[Any, Any]:
     """The members' own part of the store, and the backend's process group; both must be kept. All call this with the same name.
 
     Args:
         timeout: of meeting, and of each operation after it.
+        watched: with NCCL, after what time torch's watchdog ends an operation, where whoever waits for it keeps the limit; None: `timeout`.
         listener: rank 0's socket that listens at the address already; it is taken over.
 
     Raises:
@@ -41,10 +43,12 @@ def meet(
         options["master_listen_fd"] = (listener or listen(*address)).detach()
     store = dist.TCPStore(*address, **options)  # type: ignore[attr-defined]
     named = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    return named, (_nccl if backend == "nccl" else _gloo)(named, rank, size, timeout, address)
+    if backend == "nccl":
+        return named, _nccl(named, rank, size, watched or timeout)
+    return named, _gloo(named, rank, size, timeout, address)
 
 
-def _nccl(store: Any, rank: int, size: int, timeout: timedelta, address: tuple[str, int]) -> Any:
+def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     with _left_alone():
@@ -54,8 +58,13 @@ def _nccl(store: Any, rank: int, size: int, timeout: timedelta, address: tuple[s
 @contextlib.contextmanager
 def _left_alone() -> Iterator[None]:
     """Have a group of NCCL that is made meanwhile leave its process alone where a peer fails, and not look for the store of a peer that
-    has ended in order, which it would tell of with a stack. torch asks the environment alone."""
-    wanted = {f"TORCH_NCCL_{name}": "0" for name in ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING", "DUMP_ON_TIMEOUT")}
+    has ended in order, which it would tell of with a stack. torch asks the environment alone.
+
+    After a failure its watchdog would wait for reports that nobody writes: 15 s and four times as much, and whoever lets go of the
+    group would wait with it.
+    """
+    wanted = {"ASYNC_ERROR_HANDLING": "0", "ENABLE_MONITORING": "0", "DUMP_ON_TIMEOUT": "0", "WAIT_TIMEOUT_DUMP_MILSEC": "1"}
+    wanted = {f"TORCH_NCCL_{name}": value for name, value in wanted.items()}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -167,7 +167,9 @@ class Engine:
             return self._turned_away(request, FinishReason.ABORT)
         held = [delta for delta in self._held if delta.rid == rid]
         self._held = [delta for delta in self._held if delta.rid != rid]
-        return held + [self._finished(sequence) for sequence in self.scheduler.abort(rid)]
+        ended = [self._finished(sequence) for sequence in self.scheduler.abort(rid)]
+        self._rows.settle()
+        return held + ended
 
     def flush_cache(self) -> None:
         """Forget cached prefixes; what runs goes on."""
@@ -263,6 +265,7 @@ class Engine:
                 self._close(sequence, delta)
                 delta.error = advance.error
             deltas.append(delta)
+        self._rows.settle()
         return deltas
 
     def _stop(self, sequence: Sequence, matched: str) -> None:
@@ -278,7 +281,7 @@ class Engine:
         return delta
 
     def _close(self, sequence: Sequence, delta: ChoiceDelta) -> None:
-        """Fill in the last delta of a choice. The routing rows are read before the next plan can give its pages away."""
+        """Fill in the last delta of a choice. The routing rows are read, and have come, before the next plan can give its pages away."""
         delta.finish_reason, delta.stop_reason = sequence.finish_reason, sequence.stop_reason
         self._runner.load.settle()
         if delta.finish_reason is not FinishReason.ERROR:

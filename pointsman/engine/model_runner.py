@@ -14,7 +14,7 @@ where the device draws. Apart from that all ranks do the same, so plans are laun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,8 @@ from pointsman.engine.versions import Run, SlotVersions
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.decoder import Decoder
-from pointsman.moe.capture import RouteStore
+from pointsman.moe.capture import Fetch, RouteStore
 from pointsman.request import Logprob
-from pointsman.routed_experts import fill_missing
 from pointsman.sampling.logprobs import prompt_logprobs
 from pointsman.sampling.sampler import NO_TOKEN, Drawn, joined, sample
 from pointsman.step import StepPlan, StepResult
@@ -227,20 +226,12 @@ class ModelRunner:
             for rows in batch.prompts
         }
 
-    def routing(self, pages: list[int], start: int, end: int, num_known: int) -> tuple[npt.NDArray[np.integer[Any]], list[tuple[int, int]]]:
-        """The experts of a sequence's positions from start to end, and which of these rows are missing.
+    def routing(self, pages: list[int], start: int, end: int) -> Fetch:
+        """The experts [end - start, layers, top_k] of a sequence's positions from start to end, out of the slots of its pages.
 
-        Rows [end - start, layers, top_k] are copied out of the slots of the pages; positions from num_known on were never computed.
+        They have been computed, and their rows must have come before the next plan is launched.
         """
-        slots = self._slots(pages, start, min(end, num_known))
-        known: npt.NDArray[np.integer[Any]] = self._routes.gather(torch.from_numpy(slots)).numpy()
-        if len(known) == end - start:
-            return known, []
-        rows = np.empty((end - start, *known.shape[1:]), known.dtype)
-        missing = [(len(known), len(rows))]
-        rows[: len(known)] = known
-        fill_missing(rows, missing)
-        return rows, missing
+        return self._routes.fetch(torch.from_numpy(self._slots(pages, start, end)))
 
     def version_runs(self, pages: list[int], num_known: int) -> list[Run]:
         """Which weights fed the first positions of a sequence."""

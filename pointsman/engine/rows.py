@@ -6,10 +6,15 @@ a preemption is handed over, and at the end of a choice before the next plan.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
 from pointsman.engine.model_runner import ModelRunner
 from pointsman.engine.versions import Run, clip
 from pointsman.replay import keep, rows_of
 from pointsman.request import ChoiceDelta
+from pointsman.routed_experts import fill_missing
 from pointsman.scheduler import Sequence
 
 
@@ -18,31 +23,49 @@ class RoutingRows:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
+        self._awaited: list[Callable[[], None]] = []
 
     def keep(self, sequence: Sequence) -> None:
         """Read the rows of a sequence that was just preempted: it computes anew under the same experts."""
         if sequence.kept is None or sequence.num_computed > sequence.kept.end:
-            rows, _ = self._runner.routing(sequence.pages, 0, sequence.num_computed, sequence.num_computed)
+            rows = self._runner.routing(sequence.pages, 0, sequence.num_computed).result().numpy()
             sequence.kept, sequence.kept_versions = keep(rows), self._versions(sequence)
         sequence.tainted = any(number != self._runner.versions.number for _, _, number in sequence.kept_versions)
 
     def give(self, sequence: Sequence, delta: ChoiceDelta) -> None:
-        """Fill in what the last delta of a choice says of its routing, as far as that was asked for."""
+        """Fill in what the last delta of a choice says of its routing, as far as that was asked for; its rows with `settle`."""
         if sequence.request.sampling.return_routed_experts:
             self._give_rows(sequence, delta)
         if (replay := sequence.request.replay) is not None:
             delta.routing_agreement = self._runner.agreement(sequence.pages, replay.forced, sequence.num_computed)
 
+    def settle(self) -> None:
+        """Wait for the rows of all that were given any."""
+        for complete in self._awaited:
+            complete()
+        self._awaited.clear()
+
     def _give_rows(self, sequence: Sequence, delta: ChoiceDelta) -> None:
         """One that is aborted on its way back from a preemption has the rows that were kept, too."""
         start, kept = sequence.request.sampling.routed_experts_start, sequence.kept
-        end, num_computed = max(len(sequence.tokens) - 1, start), sequence.num_computed
-        rows, missing = self._runner.routing(sequence.pages, start, end, num_computed)
-        if kept is not None and missing and kept.end > (first := max(start, num_computed)):
-            last = min(kept.end, end)
-            rows[first - start : last - start] = rows_of(kept)[first:last]
-            missing = [(last - start, end - start)] if last < end else []
-        delta.routed_experts, delta.routed_experts_missing = rows, tuple(missing)
+        end = max(len(sequence.tokens) - 1, start)
+        first = max(start, min(end, sequence.num_computed))
+        fetch = self._runner.routing(sequence.pages, start, first)
+        last = first if kept is None else max(first, min(kept.end, end))
+
+        def complete() -> None:
+            rows = known = fetch.result().numpy()
+            if first < end:
+                rows = np.empty((end - start, *known.shape[1:]), known.dtype)
+                rows[: len(known)] = known
+            if first < last:
+                assert kept is not None
+                rows[first - start : last - start] = rows_of(kept)[first:last]
+            missing = ((last - start, end - start),) if last < end else ()
+            fill_missing(rows, missing)
+            delta.routed_experts, delta.routed_experts_missing = rows, missing
+
+        self._awaited.append(complete)
         delta.weight_versions = tuple(self._runner.versions.named(clip(self._versions(sequence), start, end), start))
 
     def _versions(self, sequence: Sequence) -> list[Run]:

@@ -6,6 +6,9 @@ byte an expert id up to 256 experts, two beyond; there is no room for a sentinel
 A step on a device pads its rows; those have the slot -1. The last slot of a store is that of padding where there is any, as indices
 below zero count from the end: nobody reads it.
 
+From a device rows are read on a stream beside the step that runs. Its work goes first where a processor has room, and whoever reads for
+several sequences begins with all of them before it waits for one.
+
 Shape suffixes: S slots, L layers, K experts per token, T tokens.
 """
 
@@ -15,6 +18,20 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+class Fetch:
+    """Rows on their way to the host."""
+
+    def __init__(self, host: Tensor, through: torch.cuda.Event | None = None) -> None:
+        self._host, self._through = host, through
+
+    def result(self) -> Tensor:
+        """The rows, once they are there."""
+        if self._through is None:
+            return self._host
+        self._through.synchronize()
+        return torch.from_numpy(self._host.numpy().copy())  # who keeps an answer shall not keep pinned memory
 
 
 class RouteStore:
@@ -28,7 +45,7 @@ class RouteStore:
         self.rows_SLK = torch.empty(num_slots, num_layers, top_k, dtype=dtype, device=device)
         self.alike_S = torch.empty(num_slots, dtype=torch.int16, device=device)
         on_device = self.rows_SLK.device.type == "cuda"
-        self._side = torch.cuda.Stream(self.rows_SLK.device) if on_device else None  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(self.rows_SLK.device, priority=-1) if on_device else None  # type: ignore[no-untyped-call]
 
     @property
     def num_slots(self) -> int:
@@ -49,23 +66,28 @@ class RouteStore:
         alike_T = alike_T.to(torch.int16)
         self.alike_S[slots_T] = alike_T if layer == 0 else self.alike_S[slots_T] + alike_T
 
+    def fetch(self, slots: Sequence[int] | Tensor) -> Fetch:
+        """The rows of these slots, in their order: [len(slots), L, K]. The steps that fed them are through, and none that feeds them anew
+        may begin before they have come."""
+        return self._fetch(self.rows_SLK, torch.as_tensor(slots, dtype=torch.int64))
+
     def gather(self, slots: Sequence[int] | Tensor) -> Tensor:
-        """The rows of these slots, in their order, on the host: [len(slots), L, K]. The steps that fed them are through."""
-        return self._fetch(self._writable(), torch.as_tensor(slots, dtype=torch.int64)).view(self.rows_SLK.dtype)
+        """The same, waited for."""
+        return self.fetch(slots).result()
 
     def alike(self, slots: Tensor) -> Tensor:
         """What `compare` counted of these slots, int16, on the host."""
-        return self._fetch(self.alike_S, slots)
+        return self._fetch(self.alike_S, slots).result()
 
-    def _fetch(self, stored: Tensor, index: Tensor) -> Tensor:
+    def _fetch(self, stored: Tensor, index: Tensor) -> Fetch:
         if self._side is None:  # numpy stays in this thread; torch would wait for others, on cores that a step is using
-            return torch.from_numpy(stored.numpy()[index.numpy()])
+            return Fetch(torch.from_numpy(stored.numpy()[index.numpy()]))
         with torch.cuda.stream(self._side):  # beside the step that runs, which writes other slots
-            found = stored[index.pin_memory().to(stored.device, non_blocking=True)]
+            bits = stored.view(torch.int16) if stored.dtype == torch.uint16 else stored
+            found = bits[index.pin_memory().to(stored.device, non_blocking=True)]
             host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
             host.copy_(found, non_blocking=True)
-        self._side.synchronize()
-        return torch.from_numpy(host.numpy().copy())  # who keeps an answer shall not keep pinned memory
+            return Fetch(host.view(stored.dtype), self._side.record_event())
 
     def ids(self, slots_T: Tensor) -> Tensor:
         """The experts of these slots as int64 [T, L, K], where they are stored."""

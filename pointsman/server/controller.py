@@ -36,7 +36,7 @@ class Controller:
         self._end = end
         self._made: Control | None = None
         self._work: tuple[controls.Work, Future[Fresh | None]] | None = None
-        self._held: tuple[Update, Fresh] | None = None
+        self._held: Fresh | None = None
 
     @property
     def _control(self) -> Control:
