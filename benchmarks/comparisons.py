@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import bookkeeping
 from pointsman.bench.plot import Line, Panel, chart
+from pointsman.bench.serving.report import curves
 
 Result = dict[str, Any]
 
@@ -77,6 +78,52 @@ def load_client(result: Result) -> str:
     ]  # fmt: skip
     head = ("client", "streams", "asked tokens/s", "timed tokens/s", "us a token", "late P99 ms", "keeps up")
     return "### The load client\n\n`python -m benchmarks.load_client`, on one core:\n\n" + table(head, rows) + where(result)
+
+
+def sweep(result: Result) -> str:
+    """Latency against throughput of the server."""
+    rows = [
+        (
+            f"{point['max_concurrency']}",
+            f"{point['request_throughput']:,.1f}",
+            f"{point['output_throughput']:,.0f}",
+            *(
+                " / ".join(f"{point[f'{figure}_{name}_ms']:,.1f}" for figure in ("mean", "median", "p99"))
+                for name in ("ttft", "tpot", "itl")
+            ),
+        )
+        for point in result["points"]
+    ]
+    times = ("TTFT mean / median / P99 ms", "TPOT", "ITL")
+    return (
+        "### Latency against throughput\n\n`python -m benchmarks.sweep` serves the bundled checkpoint with `pointsman serve`, and "
+        f"loads it from the same cores with\n\n```sh\n{result['command']} --plot sweep.svg\n```\n\n"
+        + table(("at once", "requests/s", "output tokens/s", *times), rows)
+        + "\n![Latency against throughput by requests at once](sweep.svg)\n"
+        + where(result)
+    )
+
+
+def gsm8k(result: Result) -> str:
+    """The field's few-shot benchmark, of a model that was not made for it."""
+    low, high = result["accuracy_95"]
+    return (
+        f"### GSM8K\n\n`pointsman eval gsm8k --data-path test.jsonl --num-questions {result['num_questions']}`: the bundled checkpoint "
+        "was trained on generated problems alone, whose words and numbers are few beside those of GSM8K, and is right by chance at most. "
+        f"What this shows is that the command works, from the file to the figures, with {result['num_shots']} shots a prompt:\n\n"
+        + table(
+            ("accuracy", "invalid", "latency", "output tokens/s"),
+            [
+                (
+                    f"{result['accuracy']:.3f} ({low:.3f} to {high:.3f})",
+                    f"{result['invalid']:.3f}",
+                    f"{result['latency_s']:.1f} s",
+                    f"{result['output_throughput']:,.0f}",
+                )
+            ],
+        )
+        + where(result)
+    )
 
 
 def accuracy(result: Result) -> str:
@@ -190,8 +237,17 @@ def scaling(result: Result) -> str:
     )
 
 
-PARTS = {"cpu": cpu, "bookkeeping": bookkeeping_part, "load_client": load_client, "accuracy": accuracy, "agreement": agreement}
+PARTS = {
+    "cpu": cpu,
+    "bookkeeping": bookkeeping_part,
+    "sweep": sweep,
+    "load_client": load_client,
+    "accuracy": accuracy,
+    "agreement": agreement,
+    "gsm8k": gsm8k,
+}
 PLOTS: dict[str, Callable[[dict[str, Result]], str]] = {
     "cpu.svg": cpu_plot,
     "bookkeeping.svg": lambda results: bookkeeping.figure(results["bookkeeping"]["rows"]),
+    "sweep.svg": lambda results: curves({"pointsman serve": results["sweep"]["points"]}),
 }

@@ -2,15 +2,16 @@
 
     python benchmarks/figures.py                   measure all, on a machine that does nothing else
     python benchmarks/figures.py latency tools     measure these again
-    python benchmarks/figures.py more              measure what takes long or needs other engines: COMPARISONS
+    python benchmarks/figures.py more --data-path FILE    measure what takes long or needs other engines: COMPARISONS
     python benchmarks/figures.py --write           write what is kept into the documents
 
-What a command printed last is kept as it is in benchmarks/results, with machine, versions and commit. A test compares the
-documents with it.
+FILE is GSM8K's test set, which gsm8k alone needs. What a command printed last is kept as it is in benchmarks/results, with machine,
+versions and commit. A test compares the documents with it.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import re
@@ -39,20 +40,24 @@ COMPARISONS = {
     "cpu": "pointsman bench cpu",
     "bookkeeping": "python -m benchmarks.bookkeeping",
     "load_client": "python -m benchmarks.load_client",
-    "accuracy": "pointsman eval table",
+    "sweep": "python -m benchmarks.sweep",
+    "accuracy": "pointsman eval table --num-questions 64 --max-running-requests 128",
     "agreement": "pointsman eval agreement",
+    "gsm8k": "pointsman eval gsm8k --data-path test.jsonl --num-questions 100",
     "scaling": "pointsman bench scaling --gpu h200 --gpus 2 4 8 16 --chunked-prefill-size 1024",
 }
+DATA = "test.jsonl"
 EVALS = (("word problems", "arithmetic"), ("tool calls", "tools"))
 PLACE = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
 
 Results = dict[str, dict[str, Any]]
 
 
-def measure(name: str) -> None:
-    """Run a command and keep the JSON line that it ends with."""
+def measure(name: str, data_path: str | None) -> None:
+    """Run a command and keep the JSON line that it ends with. `data_path` stands in for DATA in it."""
     typed = (COMMANDS | COMPARISONS)[name]
-    command = [sys.executable, "-m", *typed.removeprefix("python -m ").split()]
+    words = [(data_path or word) if word == DATA else word for word in typed.removeprefix("python -m ").split()]
+    command = [sys.executable, "-m", *words]
     print(f"$ {typed}", flush=True)
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
     print(out, flush=True)
@@ -206,13 +211,20 @@ def _filled(text: str, place: re.Match[str]) -> str:
 
 
 def main(words: list[str]) -> int:
-    names = [word for word in words if word != "--write"] or ([] if words else list(COMMANDS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="*")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--data-path", metavar="FILE")
+    arguments = parser.parse_args(words)
+    names = arguments.name or ([] if arguments.write else list(COMMANDS))
     names = [each for name in names for each in (COMPARISONS if name == "more" else [name])]
     for name in names:
         if name not in COMMANDS | COMPARISONS:
-            print(f"unknown figure {name!r}; there are {', '.join(COMMANDS | COMPARISONS)}, and more for the latter", file=sys.stderr)
-            return 2
-        measure(name)
+            parser.error(f"unknown figure {name!r}; there are {', '.join(COMMANDS | COMPARISONS)}, and more for the latter")
+        if DATA in (COMMANDS | COMPARISONS)[name].split() and arguments.data_path is None:
+            parser.error(f"{name} needs --data-path, the file that stands in for {DATA}")
+    for name in names:
+        measure(name, arguments.data_path and str(Path(arguments.data_path).resolve()))
     results = kept()
     if missing := COMMANDS.keys() - results.keys():
         print(f"the documents are as they were: {', '.join(sorted(missing))} have not been measured", file=sys.stderr)

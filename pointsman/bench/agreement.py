@@ -27,7 +27,7 @@ from pointsman.bench import accuracy
 from pointsman.bench.options import AgreementOptions
 from pointsman.bench.oracle import load_oracle
 from pointsman.bench.subject import machine, settle
-from pointsman.engine.llm import LLM
+from pointsman.engine.llm import LLM, Prompt
 from pointsman.request import Logprob, RequestOutput, SamplingParams
 from pointsman.rl import record
 
@@ -60,7 +60,7 @@ def eval_agreement(engine: dict[str, Any], options: AgreementOptions) -> int:
         settle(llm.engine)
         tasks = (accuracy.ARITHMETIC, accuracy.TOOLS)
         problems = [problem for task in tasks for problem in accuracy.held_out(task, options.num_questions, options.seed)]
-        prompts = [llm.render(problem.messages, tools=getattr(problem, "tools", None)) for problem in problems]
+        prompts = [_prompt(llm, problem) for problem in problems]
         params = SamplingParams(
             temperature=0.0, max_tokens=options.max_tokens, logprobs=TOP, prompt_logprobs=TOP, return_routed_experts=True
         )
@@ -75,6 +75,15 @@ def eval_agreement(engine: dict[str, Any], options: AgreementOptions) -> int:
     print(f"Same experts: {summary['routing_match']:.4f} of {summary['choices']} choices of a token in a layer")
     print(json.dumps(summary, allow_nan=False))
     return 0
+
+
+def _prompt(llm: LLM, problem: Any) -> Prompt:
+    """The conversation by the checkpoint's template; what is said in it, where there is none. Raises ValueError without a tokenizer."""
+    if llm.engine.tokenizer is None:
+        raise ValueError(f"{llm.engine.folder} has no tokenizer; the problems that are answered are texts")
+    if llm.engine.chat_template is None:
+        return "\n\n".join(message["content"] for message in problem.messages)
+    return llm.render(problem.messages, tools=getattr(problem, "tools", None))
 
 
 @torch.no_grad()

@@ -57,15 +57,21 @@ def serve_flags(engine: dict[str, Any]) -> list[str]:
 
 def start_once(engine: dict[str, Any]) -> tuple[float, float]:
     """Seconds from the command to a healthy server, and to the first text. Raises ValueError if the server ends or never answers."""
+    start = time.perf_counter()
+    with serving(engine) as port:
+        ready = time.perf_counter() - start
+        _await_text(port)
+        return ready, time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def serving(engine: dict[str, Any]) -> Iterator[int]:
+    """A healthy server of ours, and its port. Raises ValueError if it ends first or never is."""
     port = free_port()
     command = [sys.executable, "-m", "pointsman", "serve", "--port", str(port), *serve_flags(engine)]
-    with tempfile.TemporaryFile() as output:
-        start = time.perf_counter()
-        with _running(command, output) as process:
-            _await_health(process, port, output, start + MOST_SECONDS)
-            ready = time.perf_counter() - start
-            _await_text(port)
-            return ready, time.perf_counter() - start
+    with tempfile.TemporaryFile() as output, _running(command, output) as process:
+        _await_health(process, port, output, time.perf_counter() + MOST_SECONDS)
+        yield port
 
 
 def free_port() -> int:

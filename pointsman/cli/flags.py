@@ -58,10 +58,11 @@ def add_flags(parser: argparse.ArgumentParser, config: type, positional: str | N
             continue
         if entry.section not in groups:
             groups[entry.section] = parser.add_argument_group(entry.section) if entry.section else parser
-        _add_flag(groups[entry.section], entry)
+        _add_flag(groups[entry.section], entry, alone=positional is not None)
 
 
-def _add_flag(group: Any, entry: Flag) -> None:
+def _add_flag(group: Any, entry: Flag, *, alone: bool) -> None:
+    """`alone`: a text of a list needs the flag before it, as texts without a flag mean something else."""
     names = entry.names
     if entry.type is bool:
         assert entry.default is False, f"{entry.name}: a flag without a value can only turn something on"
@@ -70,7 +71,7 @@ def _add_flag(group: Any, entry: Flag) -> None:
     metavar = "{" + ",".join(entry.choices) + "}" if entry.choices else _element(entry).__name__.upper()
     shape: dict[str, Any] = {}
     if _is_list(entry):
-        shape = {"action": "append"} if _element(entry) is str else {"nargs": "+"}
+        shape = {"action": "append"} if alone and _element(entry) is str else {"action": "extend", "nargs": "+"}
     group.add_argument(*names, dest=entry.name, type=_reader(entry), metavar=metavar, help=_help(entry), **shape)
 
 

@@ -2,7 +2,9 @@
 
 import xml.etree.ElementTree as ElementTree
 
-from benchmarks import bookkeeping, comparisons
+import pytest
+
+from benchmarks import bookkeeping, comparisons, figures, sweep
 
 HERE = {"cpu": "a CPU", "cores": 2, "python": "3", "commit": "abc"}
 SIZE = {"decode_tokens_per_s": 10.0, "spread": 0.1, "prefill_s": 0.01, "peak_memory_mb": 5.0}
@@ -30,3 +32,23 @@ def test_other_engines_are_a_table_and_a_picture():
     assert "| pointsman | 1.00 s | 10 / 10 | 10 / 10 | 10.0 / 10.0 | 5 / 5 |" in text
     assert "pointsman 1.25x / 1.50x" in text
     ElementTree.fromstring(comparisons.PLOTS["cpu.svg"]({"cpu": result}))
+
+
+def test_a_sweep_is_a_table_and_a_picture():
+    """With the real command, over a server of ours."""
+    typed = sweep.command([1, 2], 3)
+    points = sweep.measure(typed.replace("--random-output-len 128", "--random-output-len 4"))
+    assert [(point["max_concurrency"], point["completed"]) for point in points] == [(1, 3), (2, 3)]
+    result = {"command": typed, "points": points} | HERE
+    text = comparisons.PARTS["sweep"](result)
+    assert f"```sh\n{typed} --plot sweep.svg\n```" in text and "\n| 2 | " in text
+    ElementTree.fromstring(comparisons.PLOTS["sweep.svg"]({"sweep": result}))
+
+
+def test_a_figure_that_needs_a_file_says_so(capsys):
+    for words in (["gsm8k"], ["more"]):
+        with pytest.raises(SystemExit):
+            figures.main(words)
+        assert "gsm8k needs --data-path, the file that stands in for test.jsonl" in capsys.readouterr().err
+    entry = {"num_questions": 7, "num_shots": 5, "accuracy": 0.0, "accuracy_95": [0.0, 0.1], "invalid": 0.0, "latency_s": 1.0}
+    assert "--num-questions 7`" in comparisons.PARTS["gsm8k"](entry | {"output_throughput": 5.0} | HERE)

@@ -84,13 +84,11 @@ class ServeOptions:
     request_timeout: float = flag(21600.0, "most seconds of one request", low=0.1, high=1e7)
     percentile_metrics: str = flag("ttft,tpot,itl", "which of ttft, tpot, itl, e2el the table has, separated by commas")
     metric_percentiles: str = flag("99", "which percentiles of them, separated by commas")
-    goodput: tuple[str, ...] = flag(
-        (), "limit in milliseconds, as ttft:200; requests that keep all limits count; may be given several times"
-    )
+    goodput: tuple[str, ...] = flag((), "limit in milliseconds, as ttft:200; requests that keep all limits count; several may follow")
     save_result: bool = flag(False, "write the figures to a file named after backend, load, model and time")
     save_detailed: bool = flag(False, "with a file: the times of every request too")
     output_file: str | None = flag(None, "add the figures to this file, one JSON object a line")
-    compare: tuple[str, ...] = flag((), "compare saved files and send nothing; may be given several times")
+    compare: tuple[str, ...] = flag((), "compare saved files and send nothing")
     plot: str | None = flag(None, "with a sweep or --compare: draw latency against throughput into this SVG file")
     seed: int = flag(1, "which prompts and gaps", low=0)
 

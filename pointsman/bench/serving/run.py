@@ -256,7 +256,9 @@ def _print(summary: dict[str, Any], result: Run, options: ServeOptions) -> None:
             print(f"{count} routing records: {fault}", file=sys.stderr)
     counted = summary["server_input_tokens"]
     if counted and counted != summary["total_input_tokens"]:
-        print(f"the server counts {counted} input tokens, this client {summary['total_input_tokens']}", file=sys.stderr)
+        template = options.backend == "openai-chat" and not options.use_chat_template
+        hint = "; the chat template makes the difference, and --use-chat-template counts it" if template else ""
+        print(f"the server counts {counted} input tokens, this client {summary['total_input_tokens']}{hint}", file=sys.stderr)
     if (warning := result.effort.warning()) is not None:
         print(warning, file=sys.stderr)
 

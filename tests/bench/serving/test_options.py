@@ -14,7 +14,7 @@ PROMISED = """bench serve --backend openai --host 0.0.0.0 --port 30000 --model M
     --random-range-ratio 0.8 --use-chat-template --dataset-name random"""
 
 
-RATES = "--request-rate inf --sweep-max-concurrency 1 8 --goodput ttft:200 --goodput tpot:5.5"
+RATES = "--request-rate inf --sweep-max-concurrency 1 8 --goodput ttft:200 tpot:5.5"
 
 
 def test_the_benchmark_command_is_understood_word_for_word():
