@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pointsman import LLM, SamplingParams, tiny
 from pointsman.engine.control import Control
-from pointsman.models.sizes import held
+from pointsman.models.parameters import held
 from pointsman.request import ChoiceDelta, Request
 from pointsman.update import Update
 from tests.models.checkpoints import Shape, write
