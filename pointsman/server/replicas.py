@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import ray
@@ -42,6 +42,7 @@ from pointsman.server.seats import Seats, replicas_failed
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 ROOM_SECONDS = 120.0
 COME_SECONDS = 60.0
 LOOK_SECONDS = 1.0
@@ -85,6 +86,31 @@ def _leave(address: str, port: int, app: str) -> None:
     os._exit(1)
 
 
+async def _beside(work: Callable[[], T]) -> T:
+    """Do it in a thread that does not keep this process from ending: Ray waits minutes for a cluster that does not answer."""
+    loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+    def tell(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        try:
+            result, error = work(), None
+        except BaseException as raised:  # noqa: BLE001 - whoever waits for it gets it
+            result, error = None, raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, result, error)
+
+    threading.Thread(target=run, name="ray", daemon=True).start()
+    found: T = await done
+    return found
+
+
 class Replicas:
     """The replicas of a server.
 
@@ -119,10 +145,10 @@ class Replicas:
     async def _deploy(self, seats: Seats) -> None:
         """Have Serve start them; end the server where it cannot."""
         try:
-            address, needs = await asyncio.to_thread(self._join)
+            address, needs = await _beside(self._join)
             keep_signals()
             port = await seats.listen(address)
-            starting = asyncio.create_task(asyncio.to_thread(self._start, address, port, needs))
+            starting = asyncio.ensure_future(_beside(functools.partial(self._start, address, port, needs)))
             end = time.monotonic() + ROOM_SECONDS
             while seats.num_arrived < self._number and not starting.done():
                 if time.monotonic() > end:
@@ -168,7 +194,7 @@ class Replicas:
 
     async def stop(self) -> None:
         """End them all, and what of the cluster was started for them."""
-        await asyncio.to_thread(self._take_away)
+        await _beside(self._take_away)
         if self._deploying is not None:
             self._deploying.cancel()
             await asyncio.gather(self._deploying, return_exceptions=True)
