@@ -57,9 +57,9 @@ class Forced:
     rows_F: Ints
     ids_FNK: Ids
 
-    def spread(self, num_rows: int) -> Ints:
+    def spread(self, num_rows: int) -> npt.NDArray[np.int32]:
         """The experts of every row of the step [T, N, K], -1 where they are not given."""
-        replay_TNK = np.full((num_rows, *self.ids_FNK.shape[1:]), -1, np.int64)
+        replay_TNK = np.full((num_rows, *self.ids_FNK.shape[1:]), -1, np.int32)
         replay_TNK[self.rows_F] = self.ids_FNK
         return replay_TNK
 

@@ -9,6 +9,7 @@ Shape suffixes: R rows with logits, V vocabulary, B lanes that draw here, L lane
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -22,17 +23,20 @@ from pointsman.engine.batch import Draw
 from pointsman.engine.candidates import sampler_choice
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.transfer import Array, Download, Upload
-from pointsman.request import Logprob
+from pointsman.request import MAX_LOGPROBS, Logprob
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE, Drawn, greedy
 
 
 class Answer(NamedTuple):
-    """What was drawn: int64 tokens, NO_TOKEN where a row is not finite; float64 log-probabilities and int64 ranks where they are told."""
+    """What was drawn: int64 tokens, NO_TOKEN where a row is not finite; float64 log-probabilities and int64 ranks where they are told, and
+    as many of the likeliest tokens as each lane asked for with theirs."""
 
     token_B: Tensor
     logprob_B: Tensor | None = None
     rank_B: Tensor | None = None
+    top_BN: Tensor | None = None
+    top_logprob_BN: Tensor | None = None
 
 
 class Way(Protocol):
@@ -63,21 +67,24 @@ class Greedy:
 
 
 class Kernels:
-    """`kernels.sampling`: every temperature, top-p and min-p, top-k up to a limit, and the log-probability of the token itself."""
+    """`kernels.sampling`: every temperature, top-p and min-p, top-k up to a limit, and all log-probabilities that may be asked for."""
 
     def __init__(self) -> None:
         self._kernels: Any = importlib.import_module("pointsman.kernels.sampling")
+        assert MAX_LOGPROBS <= self._kernels.MOST_TOP_K
 
     def takes(self, sampling: LaneSampling) -> bool:
-        fits = sampling.greedy or sampling.sampling.top_k <= self._kernels.MOST_TOP_K
-        return sampling.alone and fits and sampling.sampling.logprobs in (None, 0)
+        return sampling.alone and (sampling.greedy or sampling.sampling.top_k <= self._kernels.MOST_TOP_K)
 
     def make_ready(self, device: torch.device, vocab_size: int) -> None:
-        """Compile every kernel now rather than when a request first asks for it."""
+        """Compile every kernel now, side by side, rather than when a request first asks for it."""
         zeros, ones = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.float64, device=device)
         rows = self._kernels.RowSampling(zeros, zeros.int(), ones, ones / 2, zeros.double(), zeros, zeros)
-        for score in (False, True):
-            self._kernels.draw(torch.zeros(1, vocab_size, device=device), rows, score=score)
+        for setting in (importlib.import_module("pointsman.kernels.ahead").rehearsal(), contextlib.nullcontext()):
+            with setting:
+                logits_RV = torch.zeros(1, vocab_size, device=device)
+                self._kernels.draw(logits_RV, rows)
+                self._kernels.draw(logits_RV, rows, nucleus=False, score=True, top_B=zeros.int() + 1, most_top=1)
 
     def parameters(self, draws: Sequence[Draw]) -> list[Array]:
         lanes = [draw.sampling for draw in draws]
@@ -88,18 +95,22 @@ class Kernels:
             np.array([lane.sampling.min_p for lane in lanes], np.float64),
             np.array([lane.seed % 2**64 for lane in lanes], np.uint64).view(np.int64),
             np.array([lane.num_output for lane in lanes], np.int64),
+            np.array([lane.sampling.logprobs or 0 for lane in lanes], np.int32),
         ]
 
     def __call__(self, logits_RV: Tensor, row_B: Tensor, parameters: Sequence[Tensor], draws: Sequence[Draw]) -> Answer:
         lanes = [draw.sampling for draw in draws]
         whole = [lane for lane in lanes if not lane.greedy and lane.sampling.top_k <= 0]
+        *shape, top_B = parameters
         tokens = self._kernels.draw(
             logits_RV,
-            self._kernels.RowSampling(row_B, *parameters),
+            self._kernels.RowSampling(row_B, *shape),
             few=len(whole) < len(lanes),
             whole=bool(whole),
             nucleus=any(lane.sampling.top_p < 1.0 for lane in whole),
             score=any(lane.sampling.logprobs is not None for lane in lanes),
+            top_B=top_B,
+            most_top=min(max(lane.sampling.logprobs or 0 for lane in lanes), logits_RV.shape[1]),
         )
         return Answer(*tokens)
 
@@ -110,25 +121,30 @@ class Drawing:
     def __init__(self, indices: list[int], draws: Sequence[Draw], answer: Answer) -> None:
         self.indices = indices
         self._draws = draws
-        parts = [answer.token_B]
+        parts = [answer.token_B[None]]
         if answer.logprob_B is not None and answer.rank_B is not None:
-            parts += [answer.logprob_B.view(torch.int64), answer.rank_B]
-        self._download = Download(torch.stack(parts))
+            parts += [answer.logprob_B.view(torch.int64)[None], answer.rank_B[None]]
+        if answer.top_BN is not None and answer.top_logprob_BN is not None:
+            parts += [answer.top_BN.T, answer.top_logprob_BN.view(torch.int64).T]
+        self._download = Download(torch.cat(parts))
 
     def drawn(self) -> Drawn:
         """The tokens; waits until the step is through, also where it draws none here."""
-        numbers = self._download.array()
-        tokens: list[int] = numbers[0].tolist()
+        token_B, *told = self._download.array()
+        tokens: list[int] = token_B.tolist()
         errors = {index: NOT_FINITE for index, token in enumerate(tokens) if token == NO_TOKEN}
-        if len(numbers) == 1:
+        if not told:
             return Drawn(tokens, {}, errors)
-        told = zip(tokens, numbers[1].view(np.float64).tolist(), numbers[2].tolist(), self._draws, strict=True)
-        logprobs = {
-            index: {token: Logprob(logprob, rank)}
-            for index, (token, logprob, rank, draw) in enumerate(told)
-            if token != NO_TOKEN and draw.sampling.sampling.logprobs is not None
-        }
-        return Drawn(tokens, logprobs, errors)
+        logprobs, ranks, most = told[0].view(np.float64).tolist(), told[1].tolist(), len(told) // 2 - 1
+        entries: dict[int, dict[int, Logprob]] = {}
+        for index, (token, draw) in enumerate(zip(tokens, self._draws, strict=True)):
+            if token != NO_TOKEN and draw.sampling.sampling.logprobs is not None:
+                entry = entries[index] = {token: Logprob(logprobs[index], ranks[index])}
+                num = min(draw.sampling.sampling.logprobs, most)
+                top = [(-float(told[2 + most + at][index : index + 1].view(np.float64)[0]), int(told[2 + at][index])) for at in range(num)]
+                for rank, (minus_logprob, likely) in enumerate(sorted(top), 1):
+                    entry.setdefault(likely, Logprob(-minus_logprob, rank))
+        return Drawn(tokens, entries, errors)
 
 
 class DeviceSampler:

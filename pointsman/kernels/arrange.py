@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pointsman.kernels.quotient import quotient
 from pointsman.kernels.triton_support import launch_options
 from pointsman.kernels.weight import FP8
 
@@ -48,8 +49,7 @@ class Arrangement(NamedTuple):
 def quantize_groups(x):
     """e4m3 numbers and the scale of each group in the last axis: scale = amax / 448, as in the reference bit by bit."""
     scale = tl.div_rn(tl.max(tl.abs(x), axis=1), FP8_MAX)
-    divisor = tl.where(scale == 0, 1.0, scale)
-    q = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
+    q = quotient(x, tl.where(scale == 0, 1.0, scale))
     return tl.clamp(q, -FP8_MAX, FP8_MAX).to(tl.float8e4nv), scale
 
 

@@ -5,9 +5,10 @@ one rounding at the end. Decoding is a matter of reading W once with the whole c
 must be wide (64 of its rows against 16 or 32 tokens), and K is cut into splits until every multiprocessor has work. Splits are written
 as float32 and whoever finishes a tile last adds them, in their order: no bit depends on who that was.
 
-For many rows tiles are large, and the tiles of one band of rows run side by side so that they share W in the cache.
+For many rows tiles are large, and the tiles of one band of rows run side by side so that they share W in the cache. On Hopper
+`dense_gemm` multiplies them.
 
-With `invariant` one tiling serves every number of rows, without splits: a row's bits then do not depend on the batch, at the price of
+With `invariant` nothing is split, and few rows have the tiles of more: a row's bits then do not depend on the batch, at the price of
 idle multiprocessors for few rows. bfloat16 weights take this kernel only then; else torch's own product (cuBLAS) is as good.
 
 Shape suffixes: T rows, N columns out, K columns in, R rows of scales, B blocks along K, S splits.
@@ -15,7 +16,9 @@ Shape suffixes: T rows, N columns out, K columns in, R rows of scales, B blocks 
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,28 +26,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pointsman.kernels.capability import is_hopper
 from pointsman.kernels.norm_quant import quantize
+from pointsman.kernels.triton_support import GLUON, version
 from pointsman.kernels.weight import Quantized, Weight
 
 BLOCK = 128
 # programs that keep an H100 or H200 busy: three on each of 132 multiprocessors
 PROGRAMS = 396
 MOST_SPLITS = 16
-# products of more rows are never split: what splits write and read again would cost more than idle multiprocessors
-SPLIT_ROWS = 32
+SWAP_ROWS = 32  # up to which W is the left operand
+# tiles of rows, one below the other, of a product that is split: of more, splits would cost more to write and read than idle processors
+MOST_SPLIT_TILES = 4
 BAND = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a product is cut: rows and columns of y in a tile, splits of K, and whether W is the left operand."""
+    """How a product is cut: rows and columns of y in a tile, splits of K, whether W is the left operand, and whether `dense_gemm`
+    multiplies, which has its own warps and stages."""
 
     rows: int
     columns: int
-    splits: int
-    swap: bool
-    num_warps: int
-    num_stages: int
+    splits: int = 1
+    swap: bool = False
+    num_warps: int = 4
+    num_stages: int = 4
+    wide: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -81,22 +89,33 @@ def prepare(weight: Weight, dtype: torch.dtype = torch.bfloat16, *, invariant: b
         scale=None if weight.scale is None else weight.scale.contiguous(),
         scale_row_N=row_N,
         aligned=torch.equal(row_N, torch.arange(num_rows, dtype=torch.int32, device=device) // BLOCK),
-        arrivals=torch.zeros(triton.cdiv(num_rows, 64) * triton.cdiv(SPLIT_ROWS, 16), dtype=torch.int32, device=device),
+        arrivals=torch.zeros(triton.cdiv(num_rows, 64) * MOST_SPLIT_TILES, dtype=torch.int32, device=device),
         invariant=invariant,
     )
 
 
-def tiling(num_rows: int, columns_out: int, columns_in: int, *, invariant: bool, aligned: bool = True) -> Tiling:
-    """The tiling for a product of these sizes: what was quickest on an H100, of the tilings tried."""
-    if invariant or SPLIT_ROWS < num_rows <= 256:
-        return Tiling(64, 64, 1, False, num_warps=4, num_stages=4)
-    if num_rows <= SPLIT_ROWS:
+def tiling(num_rows: int, columns_out: int, columns_in: int, *, invariant: bool, aligned: bool = True, wide: bool = False) -> Tiling:
+    """The tiling for a product of these sizes: what was quickest on an H100, of the tilings tried.
+
+    Args:
+        wide: `dense_gemm` can multiply; its bits are those of tiles that are not split.
+    """
+    if num_rows <= SWAP_ROWS and not invariant:
         rows = 16 if num_rows <= 16 else 32
         return Tiling(rows, 64, _splits(columns_out, columns_in), True, num_warps=4, num_stages=5 if rows == 16 else 4)
+    narrow, broad = (triton.cdiv(num_rows, 128) * triton.cdiv(columns_out, columns) for columns in (128, 256))
+    if wide and (num_rows > 256 or (num_rows > 128 and narrow > 100)):
+        # turns of all processors at tiles of 128 and of 256 columns, and what one takes in microseconds a step along K
+        columns = 128 if triton.cdiv(narrow, 132) * 0.42 <= triton.cdiv(broad, 132) * 0.72 else 256
+        return Tiling(128, columns, wide=True)
+    tiles = triton.cdiv(num_rows, 64) * triton.cdiv(columns_out, 64)
+    if invariant or num_rows <= 256:
+        splits = 2 if not invariant and columns_in >= 8 * BLOCK and (tiles <= 100 or num_rows <= 64) else 1
+        return Tiling(64, 64, splits, num_stages=6 if wide else 4)
     # a scale for each column takes registers that the largest tiles have not
-    if not aligned or triton.cdiv(num_rows, 128) * triton.cdiv(columns_out, 128) < 132:
-        return Tiling(64, 128, 1, False, num_warps=4, num_stages=4)
-    return Tiling(128, 128, 1, False, num_warps=8, num_stages=4)
+    if not aligned or narrow < 132:
+        return Tiling(64, 128)
+    return Tiling(128, 128, num_warps=8)
 
 
 def _splits(columns_out: int, columns_in: int) -> int:
@@ -211,11 +230,15 @@ def linear(x: Tensor | Quantized, weight: BlockWeight, cut: Tiling | None = None
     out_TN = torch.empty(num_rows, height, dtype=torch.bfloat16, device=data.device)
     if num_rows == 0:
         return out_TN
-    cut = cut or tiling(num_rows, height, width, invariant=weight.invariant, aligned=weight.aligned)
+    cut = cut or tiling(num_rows, height, width, invariant=weight.invariant, aligned=weight.aligned, wide=takes_wide(weight))
+    if cut.wide:
+        return wide_product(data, scale, weight, cut.columns)
     tiles = triton.cdiv(num_rows, cut.rows) * triton.cdiv(height, cut.columns)
     part_STN = out_TN
     if cut.splits > 1:
-        assert num_rows <= SPLIT_ROWS, f"{cut} splits products of up to {SPLIT_ROWS} rows; there are {num_rows}"
+        assert num_rows <= cut.rows * MOST_SPLIT_TILES, (
+            f"{cut} splits products of up to {MOST_SPLIT_TILES} tiles of rows; there are {num_rows} rows"
+        )
         part_STN = torch.empty(cut.splits, num_rows, height, dtype=torch.float32, device=data.device)
     multiply_kernel[(tiles, cut.splits)](
         data,
@@ -240,6 +263,21 @@ def linear(x: Tensor | Quantized, weight: BlockWeight, cut: Tiling | None = None
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
     )
+    return out_TN
+
+
+def takes_wide(weight: BlockWeight) -> bool:
+    """Whether `dense_gemm` can multiply with the weight where it is."""
+    fits = weight.scale is not None and weight.aligned and weight.data.shape[1] % BLOCK == 0
+    return fits and is_hopper(weight.data.device) and (version() or (0, 0)) >= GLUON
+
+
+def wide_product(data: Tensor, scale: Tensor, weight: BlockWeight, columns: int) -> Tensor:
+    """The product of many rows, one program on each processor."""
+    assert weight.scale is not None and weight.aligned
+    processors = torch.cuda.get_device_properties(data.device).multi_processor_count
+    dense: Any = importlib.import_module("pointsman.kernels.dense_gemm")
+    out_TN: Tensor = dense.product(data, scale, weight.data, weight.scale, columns, processors)
     return out_TN
 
 

@@ -97,7 +97,7 @@ def activate(
         BLOCK_M=block,
         QUANTIZE=quantize,
         PDL=pdl,
-        num_warps=4,
+        num_warps=8 if block == 128 else 4,
         **launch_options(pdl),
     )
     return h_PF, scale_PG

@@ -143,14 +143,14 @@ def down_part(
     tl.store(y_ptr + pair[None, :] * D + column + tl.arange(0, COLUMNS)[:, None], y, mask=mine[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "scale", "row_stride", "row_offset"])
+@triton.jit(do_not_specialize=["num_tokens", "scale", "given_stride", "row_stride", "row_offset"])
 def fused_kernel(
-    x_ptr, gate_ptr, bias_ptr, slot_ptr, up_ptr, up_scale_ptr, down_ptr, down_scale_ptr,
-    q_ptr, qs_ptr, logits_ptr, h_ptr, hs_ptr, y_ptr, ids_ptr, weights_ptr, rows_ptr, out_ptr, counter_ptr,
-    num_tokens, scale, row_stride, row_offset,
+    x_ptr, gate_ptr, bias_ptr, given_ptr, slot_ptr, up_ptr, up_scale_ptr, down_ptr, down_scale_ptr,
+    q_ptr, qs_ptr, logits_ptr, h_ptr, hs_ptr, y_ptr, ids_ptr, weights_ptr, rows_ptr, alike_ptr, out_ptr, counter_ptr,
+    num_tokens, scale, given_stride, row_stride, row_offset,
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr,
-    TOKENS: tl.constexpr, ROUTE: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, BIASED: tl.constexpr,
-    RECORD: tl.constexpr,
+    TOKENS: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, BIASED: tl.constexpr, REPLAY: tl.constexpr,
+    RECORD: tl.constexpr, COMPARE: tl.constexpr, FIRST_LAYER: tl.constexpr,
     COLUMNS: tl.constexpr, UP_STAGES: tl.constexpr, DOWN_STAGES: tl.constexpr, UP_AHEAD: tl.constexpr, DOWN_AHEAD: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -159,23 +159,20 @@ def fused_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     if FIRST == 0:
-        if ROUTE:
-            gate_logits(x_ptr, gate_ptr, logits_ptr, num_tokens, E, D, TOKENS)
+        gate_logits(x_ptr, gate_ptr, logits_ptr, num_tokens, E, D, TOKENS)
         groups = num_tokens * (D // GROUP)
         for part in range(programs - 1 - pid, tl.cdiv(groups, GROUPS_AT_ONCE), programs):
             quantize_some(x_ptr, q_ptr, qs_ptr, groups, part, GROUPS_AT_ONCE)
         if LAST > 0:
             raise_counter(counter_ptr)
-            if not ROUTE:
-                watch(counter_ptr, programs)
-    if ROUTE and FIRST <= 1 and LAST >= 1:
+    if FIRST <= 1 and LAST >= 1:
         for turn in range(tl.cdiv(num_tokens - pid, programs)):
             if FIRST == 0:
                 watch(counter_ptr, programs)
             choose_token(
-                pid + turn * programs, logits_ptr, bias_ptr, ids_ptr, slot_ptr, ids_ptr, weights_ptr, rows_ptr, ids_ptr,
-                num_tokens, scale, 0, row_stride, row_offset, E, E_PADDED, K, K_PADDED, 1, SOFTMAX, RENORMALIZE, BIASED,
-                False, True, RECORD, False, True,
+                pid + turn * programs, logits_ptr, bias_ptr, given_ptr, slot_ptr, ids_ptr, weights_ptr, rows_ptr, alike_ptr,
+                num_tokens, scale, given_stride, row_stride, row_offset, E, E_PADDED, K, K_PADDED, 1, SOFTMAX, RENORMALIZE, BIASED,
+                REPLAY, True, RECORD, COMPARE, FIRST_LAYER,
             )  # fmt: skip
             if LAST > 1:
                 raise_counter(counter_ptr + 1)
@@ -245,6 +242,18 @@ class Cut:
     up_ahead: int = 2
     down_ahead: int = 6
 
+    def options(self, hidden: int, width: int, *, pdl: bool) -> dict[str, int]:
+        """Keywords of a launch."""
+        return {
+            "COLUMNS": self.columns,
+            "UP_STAGES": self.up_stages,
+            "DOWN_STAGES": self.down_stages,
+            "UP_AHEAD": min(self.up_ahead, hidden // 128) if pdl else 0,
+            "DOWN_AHEAD": min(self.down_ahead, width // 128) if pdl else 0,
+            "num_warps": self.warps,
+            "maxnreg": min(255, 65536 // (32 * self.warps * self.programs) // 8 * 8),  # so that all programs fit
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -256,7 +265,9 @@ class Gate:
     softmax: bool
     renormalize: bool
     scale: float
+    given_TK: Tensor | None = None
     rows_CLK: Tensor | None = None
+    alike_C: Tensor | None = None
     layer: int = 0
 
 
@@ -269,11 +280,11 @@ def run(
     x_TD: Tensor,
     gate_up: Weight,
     down: Weight,
+    gate: Gate,
     ids_TK: Tensor,
     weights_TK: Tensor,
     counter: Tensor,
     *,
-    gate: Gate | None,
     processors: int = 1,
     cut: Cut | None = None,
     together: bool = True,
@@ -284,20 +295,54 @@ def run(
     Args:
         x_TD: bfloat16.
         gate_up, down: block FP8, [E, 2F, D] and [E, D, F].
-        ids_TK, weights_TK: the experts, int32, below zero for none, and their float32 weights; with a gate, where they are written.
+        ids_TK, weights_TK: where the experts, int32, -1 for none, and their float32 weights are written.
         counter: `counters` of this device.
-        gate: None takes the experts that are given.
         processors: multiprocessors of the device.
         together: one launch for all phases; else one for each.
     """
-    (num_tokens, hidden), top_k = x_TD.shape, ids_TK.shape[1]
     num_experts, _, width = down.data.shape
-    assert 0 < num_tokens <= MOST_TOKENS and gate_up.scale is not None and down.scale is not None
-    assert gate is None or len(gate.gate_ED) == num_experts, "it chooses among the experts that it has"
+    assert 0 < len(x_TD) <= MOST_TOKENS and gate_up.scale is not None and down.scale is not None
+    assert len(gate.gate_ED) == num_experts, "it chooses among the experts that it has"
     cut = cut or Cut()
-    device, used = x_TD.device, min(num_tokens * top_k, num_experts)
     out_TD = torch.empty_like(x_TD)
-    buffers = (
+    pointers, numbers = routing_arguments(gate, ids_TK)
+    tensors = (
+        *(x_TD, gate.gate_ED, x_TD if gate.bias_E is None else gate.bias_E, pointers["given"], gate.slots_T),
+        *(gate_up.data, gate_up.scale, down.data, down.scale, *buffers(x_TD, ids_TK.shape[1], num_experts, width)),
+        *(ids_TK, weights_TK, pointers["rows"], pointers["alike"], out_TD, counter),
+    )
+    for first, last in [(GATE, SUM)] if together else [(phase, phase) for phase in range(SUM + 1)]:
+        fused_kernel[(processors * cut.programs,)](
+            *tensors,
+            len(x_TD),
+            gate.scale,
+            *numbers,
+            **sizes(x_TD, ids_TK.shape[1], num_experts, width),
+            **flags(gate),
+            **cut.options(x_TD.shape[1], width, pdl=pdl),
+            FIRST=first,
+            LAST=last,
+            PDL=pdl,
+            **launch_options(pdl),
+            **({"launch_cooperative_grid": True} if together else {}),
+        )
+    return out_TD
+
+
+def routing_arguments(gate: Gate, absent: Tensor) -> tuple[dict[str, Tensor], tuple[int, int, int]]:
+    """What the choice reads and writes besides, with a tensor in the place of what is not there, and the strides of it."""
+    there = {"given": gate.given_TK, "rows": gate.rows_CLK, "alike": gate.alike_C}
+    assert gate.given_TK is None or gate.given_TK.stride(1) == 1
+    given_stride = 0 if gate.given_TK is None else gate.given_TK.stride(0)
+    row_stride, row_offset = (0, 0) if gate.rows_CLK is None else (gate.rows_CLK.stride(0), gate.layer * gate.rows_CLK.stride(1))
+    return {name: absent if tensor is None else tensor for name, tensor in there.items()}, (given_stride, row_stride, row_offset)
+
+
+def buffers(x_TD: Tensor, top_k: int, num_experts: int, width: int) -> tuple[Tensor, ...]:
+    """What the phases hand on: tokens quantized and their scales, logits, hidden rows and their scales, rows to be summed."""
+    (num_tokens, hidden), device = x_TD.shape, x_TD.device
+    used = min(num_tokens * top_k, num_experts)
+    return (
         torch.empty(num_tokens, hidden, dtype=FP8, device=device),
         torch.empty(num_tokens, hidden // 128, device=device),
         torch.empty(num_tokens, num_experts, device=device),
@@ -305,51 +350,30 @@ def run(
         torch.empty(used, MOST_TOKENS, width // 128, device=device),
         torch.empty(num_tokens * top_k, hidden, device=device),
     )
-    rows_CLK = None if gate is None else gate.rows_CLK
-    biased = gate is not None and gate.bias_E is not None
-    for first, last in [(GATE, SUM)] if together else [(phase, phase) for phase in range(SUM + 1)]:
-        fused_kernel[(processors * cut.programs,)](
-            x_TD,
-            x_TD if gate is None else gate.gate_ED,
-            gate.bias_E if gate is not None and biased else x_TD,
-            ids_TK if gate is None else gate.slots_T,
-            gate_up.data,
-            gate_up.scale,
-            down.data,
-            down.scale,
-            *buffers,
-            ids_TK,
-            weights_TK,
-            ids_TK if rows_CLK is None else rows_CLK,
-            out_TD,
-            counter,
-            num_tokens,
-            1.0 if gate is None else gate.scale,
-            0 if rows_CLK is None else rows_CLK.stride(0),
-            0 if gate is None or rows_CLK is None else gate.layer * rows_CLK.stride(1),
-            D=hidden,
-            F=width,
-            E=num_experts,
-            E_PADDED=triton.next_power_of_2(num_experts),
-            K=top_k,
-            K_PADDED=triton.next_power_of_2(top_k),
-            TOKENS=1 if num_tokens == 1 or gate is None else 4 if num_tokens <= 4 else 16,
-            ROUTE=gate is not None,
-            SOFTMAX=gate is not None and gate.softmax,
-            RENORMALIZE=gate is not None and gate.renormalize,
-            BIASED=biased,
-            RECORD=rows_CLK is not None,
-            COLUMNS=cut.columns,
-            UP_STAGES=cut.up_stages,
-            DOWN_STAGES=cut.down_stages,
-            UP_AHEAD=min(cut.up_ahead, hidden // 128) if pdl else 0,
-            DOWN_AHEAD=min(cut.down_ahead, width // 128) if pdl else 0,
-            FIRST=first,
-            LAST=last,
-            PDL=pdl,
-            num_warps=cut.warps,
-            maxnreg=min(255, 65536 // (32 * cut.warps * cut.programs) // 8 * 8),  # so that all programs fit
-            **launch_options(pdl),
-            **({"launch_cooperative_grid": True} if together else {}),
-        )
-    return out_TD
+
+
+def sizes(x_TD: Tensor, top_k: int, num_experts: int, width: int) -> dict[str, int]:
+    """The sizes that the kernel is compiled for."""
+    num_tokens, hidden = x_TD.shape
+    return {
+        "D": hidden,
+        "F": width,
+        "E": num_experts,
+        "E_PADDED": triton.next_power_of_2(num_experts),
+        "K": top_k,
+        "K_PADDED": triton.next_power_of_2(top_k),
+        "TOKENS": 1 if num_tokens == 1 else 4 if num_tokens <= 4 else 16,
+    }
+
+
+def flags(gate: Gate) -> dict[str, bool]:
+    """What of the choice the kernel is compiled for."""
+    return {
+        "SOFTMAX": gate.softmax,
+        "RENORMALIZE": gate.renormalize,
+        "BIASED": gate.bias_E is not None,
+        "REPLAY": gate.given_TK is not None,
+        "RECORD": gate.rows_CLK is not None,
+        "COMPARE": gate.given_TK is not None and gate.alike_C is not None,
+        "FIRST_LAYER": gate.layer == 0,
+    }

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.arrange import Arrangement, quantize_groups
+from pointsman.kernels.quotient import quotient
 from pointsman.kernels.tiles import Tile
 from pointsman.kernels.triton_support import launch_options
 from pointsman.kernels.weight import FP8, Weight
@@ -144,16 +145,15 @@ def up_kernel(
             )
             largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1)).to(tl.float32)
             scale = tl.div_rn(largest, 448.0)
-            divisor = tl.where(scale == 0, 1.0, scale)[:, None]
-            tl.store(h_ptrs, quotient(first, divisor), mask=mask[:, None])
-            tl.store(h_ptrs + 64, quotient(second, divisor), mask=mask[:, None])
+            divisor = tl.where(scale == 0, 1.0, scale)
+            tl.store(h_ptrs, quantized(first, divisor), mask=mask[:, None])
+            tl.store(h_ptrs + 64, quantized(second, divisor), mask=mask[:, None])
             tl.store(hs_ptr + place * (F // GROUP) + column // GROUP, scale, mask=mask)
 
 
 @triton.jit
-def quotient(h, divisor):
-    q = tl.div_rn(h.to(tl.float32), tl.broadcast_to(divisor, h.shape))
-    return tl.clamp(q, -448.0, 448.0).to(tl.float8e4nv)
+def quantized(h, divisor):
+    return tl.clamp(quotient(h.to(tl.float32), divisor), -448.0, 448.0).to(tl.float8e4nv)
 
 
 @triton.jit

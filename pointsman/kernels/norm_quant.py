@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.mailbox import Mailbox, sum_over_ranks
+from pointsman.kernels.quotient import quotient
 from pointsman.kernels.weight import FP8, Quantized, num_blocks
 
 BLOCK = 128
@@ -26,8 +27,7 @@ def store_quantized(x, q_ptr, scale_ptr, row, group, column, inside, D, NUM_BLOC
     """Quantize the blocks of one row that x [groups, 128] holds."""
     amax = tl.max(tl.abs(x), axis=1)
     scale = tl.div_rn(amax, 448.0)
-    divisor = tl.where(scale == 0.0, 1.0, scale)
-    q = tl.div_rn(x, divisor[:, None] + tl.zeros_like(x))
+    q = quotient(x, tl.where(scale == 0.0, 1.0, scale))
     q = tl.minimum(tl.maximum(q, -448.0), 448.0).to(tl.float8e4nv)
     tl.store(q_ptr + row * D + column, q, mask=inside)
     tl.store(scale_ptr + row * NUM_BLOCKS + group, scale, mask=group < NUM_BLOCKS)

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pointsman.kernels.quotient import quotient
 from pointsman.kernels.reference import Span
 from pointsman.kernels.weight import FP8, Quantized
 
@@ -63,8 +64,7 @@ def _store_rows(o, out_ptr, scale_ptr, row, head, valid, Q: tl.constexpr, C: tl.
     if QUANTIZE:
         o = o.to(tl.bfloat16).to(tl.float32)
         scale = tl.div_rn(tl.max(tl.abs(o), axis=1), 448.0)
-        divisor = tl.where(scale == 0.0, 1.0, scale)
-        o = tl.div_rn(o, divisor[:, None] + tl.zeros_like(o))
+        o = quotient(o, tl.where(scale == 0.0, 1.0, scale))
         o = tl.minimum(tl.maximum(o, -448.0), 448.0)
         tl.store(scale_ptr + row.to(tl.int64) * Q + head, scale, mask=valid)
     tl.store(out_ptr + at, o.to(out_ptr.dtype.element_ty), mask=valid[:, None])

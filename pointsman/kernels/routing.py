@@ -206,6 +206,8 @@ def choose_token(
     expert = tl.arange(0, E_PADDED)
     choice = tl.arange(0, K_PADDED)
     real = expert < E
+    if REPLAY:
+        given = tl.load(given_ptr + token.to(tl.int64) * given_stride + choice, mask=choice < K, other=0).to(tl.int32)
     logits = tl.zeros((E_PADDED,), tl.float32)
     for part in tl.static_range(PARTS):
         logits += tl.load(part_ptr + (part * num_tokens + token).to(tl.int64) * E + expert, mask=real, other=0.0)
@@ -216,18 +218,11 @@ def choose_token(
     ids = best_experts(biased, expert, real, choice, E_PADDED, K)
     if SLOTS:
         slot = tl.load(slot_ptr + token + choice * 0).to(tl.int64)
-    if REPLAY:
-        given = tl.load(given_ptr + token.to(tl.int64) * given_stride + choice, mask=choice < K, other=0).to(tl.int32)
-        lowest = tl.min(given, axis=0) + choice * 0
-        if COMPARE:
-            inside = (choice < K)[:, None] & (choice < K)[None, :]
-            shared = tl.sum(tl.sum((inside & (ids[:, None] == given[None, :])).to(tl.int32), axis=1), axis=0) + choice * 0
-            alike = (shared == K).to(tl.int16)
-            mine = (choice == 0) & (slot >= 0) & (lowest >= 0)
-            if not FIRST:
-                alike += tl.load(alike_ptr + slot, mask=mine, other=0)
-            tl.store(alike_ptr + slot, alike, mask=mine)
-        ids = tl.where(lowest < 0, ids, given)
+    if REPLAY:  # noqa: SIM102 - this one is asked when the kernel is compiled
+        if tl.min(given, axis=0) >= 0:
+            if COMPARE:
+                compare_choices(ids, given, choice, alike_ptr, slot, K, FIRST)
+            ids = given
     weights = tl.sum(tl.where(expert[:, None] == ids[None, :], score[:, None], 0.0), axis=0)
     if RENORMALIZE:
         weights = tl.div_rn(weights, tl.sum(tl.where(choice < K, weights, 0.0), axis=0))
@@ -242,6 +237,18 @@ def choose_token(
         ids = tl.where((ids >= first_own) & (ids < first_own + num_own), ids - first_own, -1)
     tl.store(ids_ptr + token.to(tl.int64) * K + choice, ids, mask=choice < K)
     tl.store(weights_ptr + token.to(tl.int64) * K + choice, weights, mask=choice < K)
+
+
+@triton.jit
+def compare_choices(ids, given, choice, alike_ptr, slot, K: tl.constexpr, FIRST: tl.constexpr):
+    """Count the layer in alike[slot] if the free choice is the set that is given; the first layer begins anew."""
+    inside = (choice < K)[:, None] & (choice < K)[None, :]
+    shared = tl.sum(tl.sum((inside & (ids[:, None] == given[None, :])).to(tl.int32), axis=1), axis=0) + choice * 0
+    alike = (shared == K).to(tl.int16)
+    mine = (choice == 0) & (slot >= 0)
+    if not FIRST:
+        alike += tl.load(alike_ptr + slot, mask=mine, other=0)
+    tl.store(alike_ptr + slot, alike, mask=mine)
 
 
 @dataclass(frozen=True)

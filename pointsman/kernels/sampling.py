@@ -8,9 +8,10 @@ one draw in a thousand million does. The same row and parameters give the same t
 
 How. Logits are read in chunks of 4096, and each chunk tells its 64 groups' largest. With a top_k of 1 to 64 (greedy is 1) that is all the
 reading: the k likeliest tokens lie in the k groups with the largest maxima (ties: the lower group), so one program looks at these 4096
-candidates, and finds thresholds bit by bit where a sort would order them. Without top_k every chunk weighs its tokens; a nucleus is a
-threshold on the logit, found four bits at a time (8 passes), each of which sums the weights behind every digit. The program of a
-row then walks to the chunk, and in it to the token.
+candidates, and finds thresholds bit by bit where a sort would order them. Without top_k every chunk weighs its tokens. A nucleus is a
+threshold on the logit: every chunk weighs its tokens down to each of a few levels below the largest logit, the tokens of the level in
+which the nucleus ends are gathered, and one program finds the threshold among them, bit by bit. The program of a row then walks to the
+chunk, and in it to the token.
 
 Logits become keys whose order as integers is theirs as numbers; -0 is 0. A row with a NaN or an infinity draws nothing.
 
@@ -25,13 +26,22 @@ import torch
 import triton
 from torch import Tensor
 
-from pointsman.kernels.sampling_kernels import few_kernel, nucleus_kernel, score_kernel, survey_kernel, weigh_kernel, whole_kernel
+from pointsman.kernels.nucleus_kernels import end_kernel, gather_kernel, level_kernel, nucleus_kernel
+from pointsman.kernels.sampling_kernels import (
+    few_kernel,
+    score_kernel,
+    survey_kernel,
+    top_kernel,
+    weigh_kernel,
+    whole_kernel,
+)
 
 CHUNK = 4096
 GROUP = 64
 MOST_TOP_K = 64
 NO_TOKEN = -1
-DIGITS = 8
+LEVELS = 24  # of three quarters of the temperature: what is below the last but one weighs less than 1e-7 of the likeliest token
+AT_ONCE = 4096  # logits of a nucleus's last level that one program holds
 
 
 class RowSampling(NamedTuple):
@@ -61,15 +71,28 @@ class Tokens(NamedTuple):
         token_B: int64; NO_TOKEN where a logit is not finite.
         logprob_B: float64 log-probability of the token under the logits as they are, None where it was not asked for.
         rank_B: int64, 1 for the likeliest; equally likely tokens rank by id.
+        top_BN: int64, as many of the likeliest tokens as the row wants, by id within a group of 64; what follows is not set. None where
+            no row wants any.
+        top_logprob_BN: float64, their log-probabilities.
     """
 
     token_B: Tensor
-    logprob_B: Tensor | None
-    rank_B: Tensor | None
+    logprob_B: Tensor | None = None
+    rank_B: Tensor | None = None
+    top_BN: Tensor | None = None
+    top_logprob_BN: Tensor | None = None
 
 
 def draw(
-    logits_RV: Tensor, rows: RowSampling, *, few: bool = True, whole: bool = True, nucleus: bool = True, score: bool = False
+    logits_RV: Tensor,
+    rows: RowSampling,
+    *,
+    few: bool = True,
+    whole: bool = True,
+    nucleus: bool = True,
+    score: bool = False,
+    top_B: Tensor | None = None,
+    most_top: int = 0,
 ) -> Tokens:
     """Draw a token for each row of `rows`; nothing is waited for, and no memory outlives the call but its answer's.
 
@@ -79,6 +102,8 @@ def draw(
         whole: some row has none.
         nucleus: some row without a top_k has a top_p below 1.
         score: the tokens' log-probabilities and ranks are wanted.
+        top_B: int32, with `score`: of how many of the likeliest tokens the log-probabilities are wanted, at most `most_top`, which is at
+            most `MOST_TOP_K` and the vocabulary.
     """
     assert logits_RV.is_contiguous() and logits_RV.dtype in (torch.float32, torch.bfloat16)
     vocabulary, count, device = logits_RV.shape[1], len(rows.row_B), logits_RV.device
@@ -90,7 +115,7 @@ def draw(
 
     token_B = room(count, dtype=torch.int64)
     if count == 0:
-        return Tokens(token_B, room(0) if score else None, room(0, dtype=torch.int64) if score else None)
+        return Tokens(token_B, room(0), room(0, dtype=torch.int64)) if score else Tokens(token_B)
     maxima, faults = room(count, chunks * GROUP, dtype=torch.float32), room(count, chunks, dtype=torch.int32)
     sums = room(count, chunks) if score else maxima
     survey_kernel[(count, chunks)](logits_RV, rows.row_B, maxima, faults, sums, vocabulary, NUM_CHUNKS=chunks, SCORE=score, num_warps=8)
@@ -100,32 +125,32 @@ def draw(
         groups = room(count, MOST_TOP_K, dtype=torch.int32)
         few_kernel[(count,)](logits_RV, rows.row_B, *shape, *chance, maxima, faults, groups, token_B, vocabulary, **sizes)
     if whole:
-        state, goal = torch.zeros(count, DIGITS + 1, 2, dtype=torch.float64, device=device), room(count)
+        bound, short = room(count, dtype=torch.int64), room(count)
         if nucleus:
-            parts = room(count, DIGITS, chunks, 16)
-            for digit in range(DIGITS + 1):
-                last = digit == DIGITS
-                nucleus_kernel[(count, 1 if last else chunks)](
-                    logits_RV,
-                    rows.row_B,
-                    *shape,
-                    maxima,
-                    parts,
-                    state,
-                    goal,
-                    vocabulary,
-                    digit,
-                    FIRST=digit == 0,
-                    LAST=last,
-                    **(sizes | {"num_warps": 16}),
+            weight, number = room(count, LEVELS, chunks), room(count, chunks, dtype=torch.int32)
+            level, goal, over = room(count, 2, dtype=torch.float32), room(count), room(count)
+            found, levels = room(count, vocabulary, dtype=torch.float32), sizes | {"LEVELS": LEVELS}
+            level_kernel[(count, chunks)](logits_RV, rows.row_B, *shape, maxima, weight, vocabulary, **levels)
+            end_kernel[(count,)](*shape, maxima, weight, level, goal, over, LEVELS_PAD=triton.next_power_of_2(LEVELS), **levels)
+            for counting in (True, False):
+                gather_kernel[(count, chunks)](
+                    logits_RV, rows.row_B, rows.top_k_B, rows.top_p_B, level, number, found, vocabulary, COUNT=counting, **sizes
                 )
+            search = sizes | {"AT_ONCE": AT_ONCE, "PASS": AT_ONCE}
+            nucleus_kernel[(count,)](*shape, maxima, goal, over, number, found, bound, short, vocabulary, **search)
         above, level, each = room(count, chunks), room(count, chunks, dtype=torch.int32), room(count, chunks)
-        weigh_kernel[(count, chunks)](logits_RV, rows.row_B, *shape, rows.min_p_B, maxima, state, above, level, each, vocabulary, **sizes)
+        kept = {"NUCLEUS": nucleus} | sizes
+        weigh_kernel[(count, chunks)](logits_RV, rows.row_B, *shape, rows.min_p_B, maxima, bound, above, level, each, vocabulary, **kept)
         whole_kernel[(count,)](
-            logits_RV, rows.row_B, *shape, *chance, maxima, faults, state, goal, above, level, each, token_B, vocabulary, **sizes
+            logits_RV, rows.row_B, *shape, *chance, maxima, faults, bound, short, above, level, each, token_B, vocabulary, **kept
         )
     if not score:
-        return Tokens(token_B, None, None)
+        return Tokens(token_B)
     logprob_B, rank_B = room(count), torch.ones(count, dtype=torch.int64, device=device)
     score_kernel[(count, chunks)](logits_RV, rows.row_B, token_B, maxima, sums, logprob_B, rank_B, vocabulary, **sizes)
-    return Tokens(token_B, logprob_B, rank_B)
+    if not most_top:
+        return Tokens(token_B, logprob_B, rank_B)
+    groups = room(count, MOST_TOP_K, dtype=torch.int32)
+    top_BN, top_logprob_BN = room(count, most_top, dtype=torch.int64), room(count, most_top)
+    top_kernel[(count,)](logits_RV, rows.row_B, top_B, token_B, maxima, sums, groups, top_BN, top_logprob_BN, vocabulary, most_top, **sizes)
+    return Tokens(token_B, logprob_B, rank_B, top_BN, top_logprob_BN)

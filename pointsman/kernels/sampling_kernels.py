@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _keys(x):
+def keys_of(x):
     """Numbers from 0 to 2^32 in the order of x."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -39,7 +39,7 @@ def _uniform(seed, position):
 
 
 @triton.jit
-def _weights(x, highest, temperature):
+def weights_of(x, highest, temperature):
     return tl.exp((x.to(tl.float64) - highest.to(tl.float64)) / temperature)
 
 
@@ -70,6 +70,35 @@ def survey_kernel(logits_ptr, row_ptr, maxima_ptr, fault_ptr, sum_ptr, V, NUM_CH
 
 
 @triton.jit
+def _likeliest(logits_ptr, maxima_ptr, groups_ptr, k, V, NUM_CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr):
+    """Of a row, the tokens of the k groups with the largest maxima, and which of these are the k likeliest: (keys, ids, logits, kept).
+    Both times the lower of equals."""
+    group = tl.arange(0, CHUNKS_PAD * 64)
+    keys = keys_of(tl.load(maxima_ptr + group, mask=group < NUM_CHUNKS * 64, other=float("-inf")))
+    chosen = _largest(keys, k)
+    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(groups_ptr + place, group, mask=chosen)
+    tl.debug_barrier()
+
+    candidate = tl.arange(0, 4096)
+    filled = candidate // 64 < k
+    ids = tl.load(groups_ptr + candidate // 64, mask=filled, other=0) * 64 + candidate % 64
+    filled = filled & (ids < V)
+    x = tl.load(logits_ptr + ids, mask=filled, other=float("-inf")).to(tl.float32)
+    keys = tl.where(filled, keys_of(x), -1)
+    return keys, ids, x, _largest(keys, k)
+
+
+@triton.jit
+def _largest(keys, n):
+    """Which are the n largest; of equals the first."""
+    bound = _nth_largest(keys, n)
+    level = keys == bound
+    missing = n - tl.sum((keys > bound).to(tl.int32), axis=0)
+    return (keys > bound) | (level & (tl.cumsum(level.to(tl.int32), axis=0) <= missing))
+
+
+@triton.jit
 def few_kernel(
     logits_ptr,
     row_ptr,
@@ -97,36 +126,15 @@ def few_kernel(
     if faults > 0:
         tl.store(token_ptr + b, -1)
         return
-    group = tl.arange(0, CHUNKS_PAD * 64)
-    maxima = tl.load(maxima_ptr + b * NUM_CHUNKS * 64 + group, mask=group < NUM_CHUNKS * 64, other=float("-inf"))
-    highest = tl.max(maxima, axis=0)
-    keys = _keys(maxima)
-    bound = _nth_largest(keys, k)
-    above = keys > bound
-    level = keys == bound
-    missing = k - tl.sum(above.to(tl.int32), axis=0)
-    chosen = above | (level & (tl.cumsum(level.to(tl.int32), axis=0) <= missing))
-    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    tl.store(groups_ptr + b * 64 + place, group, mask=chosen)
-    tl.debug_barrier()
-
-    candidate = tl.arange(0, 4096)
-    filled = candidate // 64 < k
-    ids = tl.load(groups_ptr + b * 64 + candidate // 64, mask=filled, other=0) * 64 + candidate % 64
-    filled = filled & (ids < V)
-    row = tl.load(row_ptr + b)
-    x = tl.load(logits_ptr + row * V + ids, mask=filled, other=float("-inf")).to(tl.float32)
-    keys = tl.where(filled, _keys(x), -1)
-    bound = _nth_largest(keys, k)
-    level = keys == bound
-    missing = k - tl.sum((keys > bound).to(tl.int32), axis=0)
-    kept = (keys > bound) | (level & (tl.cumsum(level.to(tl.int32), axis=0) <= missing))
-
-    weights = tl.where(kept, _weights(x, highest, tl.load(temperature_ptr + b)), 0.0)
+    keys, ids, x, kept = _likeliest(
+        logits_ptr + tl.load(row_ptr + b) * V, maxima_ptr + b * NUM_CHUNKS * 64, groups_ptr + b * 64, k, V, NUM_CHUNKS, CHUNKS_PAD
+    )
+    highest = highest_of(maxima_ptr, b, NUM_CHUNKS, CHUNKS_PAD)
+    weights = tl.where(kept, weights_of(x, highest, tl.load(temperature_ptr + b)), 0.0)
     top_p = tl.load(top_p_ptr + b)
     if top_p < 1.0:
         goal = top_p * tl.sum(weights, axis=0)
-        bound = bound * 0
+        bound = tl.full((), 0, tl.int64)
         for bit in range(32):
             tried = bound + (tl.full((), 1, tl.int64) << (31 - bit))
             bound = tl.where(tl.sum(tl.where(keys >= tried, weights, 0.0), axis=0) >= goal, tried, bound)
@@ -141,84 +149,7 @@ def few_kernel(
 
 
 @triton.jit
-def _descend(parts_ptr, state_ptr, goal_ptr, top_p_ptr, b, digit, NUM_CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr):
-    """The threshold's digits so far, and the weight above them, from what the pass of the digit before summed: (prefix, above, goal)."""
-    prefix = tl.load(state_ptr + (b * 9 + digit) * 2)
-    above = tl.load(state_ptr + (b * 9 + digit) * 2 + 1)
-    chunk = tl.arange(0, CHUNKS_PAD)
-    value = tl.arange(0, 16)
-    parts = tl.load(
-        parts_ptr + ((b * 8 + digit) * NUM_CHUNKS + chunk[:, None]) * 16 + value[None, :], mask=chunk[:, None] < NUM_CHUNKS, other=0.0
-    )
-    sums = tl.sum(parts, axis=0)
-    goal = tl.load(goal_ptr + b)
-    if digit == 0:
-        goal = tl.load(top_p_ptr + b) * tl.sum(sums, axis=0)
-    # from the largest digit downwards, until the goal is reached
-    chosen = tl.full((), 0, tl.int32)
-    left = above
-    reached = above
-    found = tl.full((), 0, tl.int32)
-    for step in range(16):
-        here = tl.sum(tl.where(value == 15 - step, sums, 0.0), axis=0)
-        take = (found == 0) & ((reached + here >= goal) | (step == 15))
-        chosen = tl.where(take, 15 - step, chosen)
-        left = tl.where(take, reached, left)
-        found = tl.where(take, 1, found)
-        reached += here
-    return prefix * 16.0 + chosen.to(tl.float64), left, goal
-
-
-@triton.jit(do_not_specialize=["digit"])
-def nucleus_kernel(
-    logits_ptr,
-    row_ptr,
-    top_k_ptr,
-    temperature_ptr,
-    top_p_ptr,
-    maxima_ptr,
-    parts_ptr,
-    state_ptr,
-    goal_ptr,
-    V,
-    digit,
-    NUM_CHUNKS: tl.constexpr,
-    CHUNKS_PAD: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """One pass of the search for the nucleus's lowest key: close the digit before, sum the weights behind each value of this one."""
-    b, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if (tl.load(top_k_ptr + b) > 0) | (tl.load(top_p_ptr + b) >= 1.0):
-        return
-    prefix = tl.full((), 0.0, tl.float64)
-    if not FIRST:
-        prefix, above, goal = _descend(parts_ptr, state_ptr, goal_ptr, top_p_ptr, b, digit - 1, NUM_CHUNKS, CHUNKS_PAD)
-        if chunk == 0:
-            tl.store(state_ptr + (b * 9 + digit) * 2, prefix)
-            tl.store(state_ptr + (b * 9 + digit) * 2 + 1, above)
-            if digit == 1:
-                tl.store(goal_ptr + b, goal)
-    if not LAST:
-        row = tl.load(row_ptr + b)
-        at = chunk * 4096 + tl.arange(0, 4096)
-        x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        keys = _keys(x)
-        shift = tl.full((), 28, tl.int64) - digit * 4
-        within = (at < V) & ((keys >> (shift + 4)) == prefix.to(tl.int64))
-        sums_ptr = parts_ptr + ((b * 8 + digit) * NUM_CHUNKS + chunk) * 16
-        if tl.sum(within.to(tl.int32), axis=0) == 0:
-            tl.store(sums_ptr + tl.arange(0, 16), tl.zeros((16,), tl.float64))
-        else:
-            values = ((keys >> shift) & 15).to(tl.int32)
-            highest = _highest(maxima_ptr, b, NUM_CHUNKS, CHUNKS_PAD)
-            weights = tl.where(within, _weights(x, highest, tl.load(temperature_ptr + b)), 0.0)
-            for value in range(16):
-                tl.store(sums_ptr + value, tl.sum(tl.where(values == value, weights, 0.0), axis=0))
-
-
-@triton.jit
-def _highest(maxima_ptr, b, NUM_CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr):
+def highest_of(maxima_ptr, b, NUM_CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr):
     group = tl.arange(0, CHUNKS_PAD * 64)
     return tl.max(tl.load(maxima_ptr + b * NUM_CHUNKS * 64 + group, mask=group < NUM_CHUNKS * 64, other=float("-inf")), axis=0)
 
@@ -226,9 +157,9 @@ def _highest(maxima_ptr, b, NUM_CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr):
 @triton.jit
 def _kept(x, inside, highest, temperature, min_p, bound):
     """Of a chunk: weights of the tokens above the nucleus's lowest key, weights of those at it, and which these are."""
-    weights = tl.where(inside, _weights(x, highest, temperature), 0.0)
+    weights = tl.where(inside, weights_of(x, highest, temperature), 0.0)
     weights = tl.where(weights >= min_p, weights, 0.0)
-    keys = _keys(x)
+    keys = keys_of(x)
     level = inside & (keys == bound)
     return tl.where(keys > bound, weights, 0.0), tl.where(level, weights, 0.0), level
 
@@ -242,13 +173,14 @@ def weigh_kernel(
     top_p_ptr,
     min_p_ptr,
     maxima_ptr,
-    state_ptr,
+    bound_ptr,
     above_ptr,
     level_ptr,
     each_ptr,
     V,
     NUM_CHUNKS: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
+    NUCLEUS: tl.constexpr,
 ):
     """For rows without a top_k: each chunk's kept weight above the lowest key, how many tokens stand at that key, and what one weighs."""
     b, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -256,9 +188,10 @@ def weigh_kernel(
         return
     at = chunk * 4096 + tl.arange(0, 4096)
     x = tl.load(logits_ptr + tl.load(row_ptr + b) * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-    # without a nucleus all keys are above the bound
-    bound = tl.where(tl.load(top_p_ptr + b) < 1.0, tl.load(state_ptr + (b * 9 + 8) * 2), -1.0).to(tl.int64)
-    highest = _highest(maxima_ptr, b, NUM_CHUNKS, CHUNKS_PAD)
+    bound = tl.full((), -1, tl.int64)  # without a nucleus all keys are above the bound
+    if NUCLEUS:
+        bound = tl.load(bound_ptr + b)
+    highest = highest_of(maxima_ptr, b, NUM_CHUNKS, CHUNKS_PAD)
     above, at_bound, level = _kept(x, at < V, highest, tl.load(temperature_ptr + b), tl.load(min_p_ptr + b), bound)
     place = b * NUM_CHUNKS + chunk
     tl.store(above_ptr + place, tl.sum(above, axis=0))
@@ -278,8 +211,8 @@ def whole_kernel(
     position_ptr,
     maxima_ptr,
     fault_ptr,
-    state_ptr,
-    goal_ptr,
+    bound_ptr,
+    short_ptr,
     above_ptr,
     level_ptr,
     each_ptr,
@@ -287,6 +220,7 @@ def whole_kernel(
     V,
     NUM_CHUNKS: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
+    NUCLEUS: tl.constexpr,
 ):
     """Draw the rows without a top_k: to the chunk, and in it to the token."""
     b = tl.program_id(0).to(tl.int64)
@@ -298,15 +232,14 @@ def whole_kernel(
     if tl.sum(tl.load(fault_ptr + place, mask=real, other=0), axis=0) > 0:
         tl.store(token_ptr + b, -1)
         return
-    top_p, min_p, temperature = tl.load(top_p_ptr + b), tl.load(min_p_ptr + b), tl.load(temperature_ptr + b)
+    min_p, temperature = tl.load(min_p_ptr + b), tl.load(temperature_ptr + b)
     level = tl.load(level_ptr + place, mask=real, other=0)
     each = tl.max(tl.load(each_ptr + place, mask=real, other=0.0), axis=0)
     # of the tokens at the lowest key as many stay as the goal needs, by id
     short = tl.full((), 0.0, tl.float64)
     bound = tl.full((), -1, tl.int64)
-    if top_p < 1.0:
-        short = tl.load(goal_ptr + b) - tl.load(state_ptr + (b * 9 + 8) * 2 + 1)
-        bound = tl.load(state_ptr + (b * 9 + 8) * 2).to(tl.int64)
+    if NUCLEUS:
+        short, bound = tl.load(short_ptr + b), tl.load(bound_ptr + b)
     needed = tl.where(each > 0.0, tl.ceil(short / tl.where(each > 0.0, each, 1.0)), 1.0).to(tl.int64)
     needed = tl.maximum(needed, 1)
     levels_before = (tl.cumsum(level, axis=0) - level).to(tl.int64)
@@ -319,7 +252,7 @@ def whole_kernel(
     already = tl.sum(tl.where(chunk < here, level, 0), axis=0)
     at = here * 4096 + tl.arange(0, 4096)
     x = tl.load(logits_ptr + tl.load(row_ptr + b) * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-    highest = _highest(maxima_ptr, b, NUM_CHUNKS, CHUNKS_PAD)
+    highest = highest_of(maxima_ptr, b, NUM_CHUNKS, CHUNKS_PAD)
     above, at_bound, at_level = _kept(x, at < V, highest, temperature, min_p, bound)
     rank = tl.cumsum(at_level.to(tl.int32), axis=0) + already
     weights = above + tl.where(rank.to(tl.int64) <= needed, at_bound, 0.0)
@@ -350,10 +283,45 @@ def score_kernel(
     x = tl.load(row_ptr_V + at, mask=at < V, other=float("-inf")).to(tl.float32)
     tl.atomic_add(rank_ptr + b, tl.sum(((x > x_token) | ((x == x_token) & (at < token))).to(tl.int64), axis=0))
     if chunk == 0:
-        highest = _highest(maxima_ptr, b, NUM_CHUNKS, CHUNKS_PAD)
-        chunks = tl.arange(0, CHUNKS_PAD)
-        group = chunks[:, None] * 64 + tl.arange(0, 64)[None, :]
-        maxima = tl.load(maxima_ptr + b * NUM_CHUNKS * 64 + group, mask=chunks[:, None] < NUM_CHUNKS, other=float("-inf"))
-        sums = tl.load(sum_ptr + b * NUM_CHUNKS + chunks, mask=chunks < NUM_CHUNKS, other=0.0)
-        total = tl.sum(sums * tl.exp(tl.max(maxima, axis=1).to(tl.float64) - highest.to(tl.float64)), axis=0)
-        tl.store(logprob_ptr + b, x_token.to(tl.float64) - highest.to(tl.float64) - tl.log(total))
+        tl.store(logprob_ptr + b, _logprobs(x_token, maxima_ptr, sum_ptr, b, NUM_CHUNKS, CHUNKS_PAD))
+
+
+@triton.jit
+def _logprobs(x, maxima_ptr, sum_ptr, b, NUM_CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr):
+    """Log-probabilities of logits of a row."""
+    highest = highest_of(maxima_ptr, b, NUM_CHUNKS, CHUNKS_PAD)
+    chunks = tl.arange(0, CHUNKS_PAD)
+    group = chunks[:, None] * 64 + tl.arange(0, 64)[None, :]
+    maxima = tl.load(maxima_ptr + b * NUM_CHUNKS * 64 + group, mask=chunks[:, None] < NUM_CHUNKS, other=float("-inf"))
+    sums = tl.load(sum_ptr + b * NUM_CHUNKS + chunks, mask=chunks < NUM_CHUNKS, other=0.0)
+    total = tl.sum(sums * tl.exp(tl.max(maxima, axis=1).to(tl.float64) - highest.to(tl.float64)), axis=0)
+    return x.to(tl.float64) - highest.to(tl.float64) - tl.log(total)
+
+
+@triton.jit(do_not_specialize=["most"])
+def top_kernel(
+    logits_ptr,
+    row_ptr,
+    num_ptr,
+    token_ptr,
+    maxima_ptr,
+    sum_ptr,
+    groups_ptr,
+    id_ptr,
+    logprob_ptr,
+    V,
+    most,
+    NUM_CHUNKS: tl.constexpr,
+    CHUNKS_PAD: tl.constexpr,
+):
+    """The likeliest tokens of the rows that want some, as many as they want, by id, and their log-probabilities."""
+    b = tl.program_id(0).to(tl.int64)
+    num = tl.load(num_ptr + b)
+    if (num == 0) | (tl.load(token_ptr + b) < 0):
+        return
+    _, ids, x, kept = _likeliest(
+        logits_ptr + tl.load(row_ptr + b) * V, maxima_ptr + b * NUM_CHUNKS * 64, groups_ptr + b * 64, num, V, NUM_CHUNKS, CHUNKS_PAD
+    )
+    place = b * most + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+    tl.store(id_ptr + place, ids.to(tl.int64), mask=kept)
+    tl.store(logprob_ptr + place, _logprobs(x, maxima_ptr, sum_ptr, b, NUM_CHUNKS, CHUNKS_PAD), mask=kept)

@@ -8,6 +8,7 @@ import re
 from pointsman.kernels.device import Device
 
 OLDEST = (3, 4)
+GLUON = (3, 6)  # whose Gluon can specialize warps on Hopper
 
 
 def version() -> tuple[int, int] | None:

@@ -27,6 +27,7 @@ from pointsman.kernels.weight import FP8, Weight
 
 ROWS = 128
 STAGES = 4
+ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 load_tile = getattr(tma, "async_load", tma.async_copy_global_to_shared)  # newer versions have another name for it
 
 
@@ -55,44 +56,59 @@ def fetch(x_desc, w_desc, pairs_ptr, expert_ptr, ready, empty, x_s, first_s, sec
 
 
 @gluon.jit
+def sums(HALF: gl.constexpr, count, ready, empty, x_s, first_s, second_s, xs_ptrs, xs_step, first_scale_ptr, second_scale_ptr,
+         STEPS: gl.constexpr, STAGES: gl.constexpr, BOTH: gl.constexpr):  # fmt: skip
+    """A group's 64 rows times one or, if BOTH, two blocks of 128 columns: the sums over all of K, and how many stages have been used.
+
+    `xs_ptrs` are where the rows' scales of the first step are, `xs_step` apart from those of the next."""
+    first = gl.zeros((64, 128), gl.float32, ACCUMULATOR)
+    second = gl.zeros((64, 128), gl.float32, ACCUMULATOR)
+    # where every product is made: the assembler would take other registers for the next one, and has none left
+    product = gl.zeros((64, 128), gl.float32, ACCUMULATOR)
+    x_scale = gl.load(xs_ptrs)
+    first_scale = gl.load(first_scale_ptr)
+    second_scale = gl.load(second_scale_ptr)
+    for k in range(STEPS):
+        stage = count % STAGES
+        mbarrier.wait(ready.index(stage), count // STAGES & 1)
+        x = x_s.index(2 * stage + HALF)
+        product = warpgroup_mma(x, first_s.index(stage).permute((1, 0)), product, is_async=True, use_acc=False)
+        # the scales of the next step are on their way while this one is multiplied
+        later = gl.minimum(k + 1, STEPS - 1)
+        x_scale_next = gl.load(xs_ptrs + later * xs_step)
+        first_scale_next = gl.load(first_scale_ptr + later)
+        second_scale_next = gl.load(second_scale_ptr + later)
+        product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
+        if BOTH:
+            first += product * (x_scale * first_scale)[:, None]
+            product = warpgroup_mma(x, second_s.index(stage).permute((1, 0)), product, is_async=True, use_acc=False)
+            product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
+            mbarrier.arrive(empty.index(stage), count=1)
+            second += product * (x_scale * second_scale)[:, None]
+        else:
+            mbarrier.arrive(empty.index(stage), count=1)
+            first += product * (x_scale * first_scale)[:, None]
+        x_scale, first_scale, second_scale = x_scale_next, first_scale_next, second_scale_next
+        count += 1
+    return first, second, count
+
+
+@gluon.jit
 def multiply(HALF: gl.constexpr, xs_ptr, ws_ptr, out_ptr, out_scale_ptr, pairs_ptr, expert_ptr, ready, empty, x_s, first_s, second_s,
              num_tiles, num_pairs, num_rows, N: gl.constexpr, STEP: gl.constexpr, APART: gl.constexpr, ACROSS: gl.constexpr,
              STEPS: gl.constexpr, STAGES: gl.constexpr, ACTIVATE: gl.constexpr):  # fmt: skip
     """What a group of four warps does with its 64 rows of each tile."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
     count = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         block, across = tile // ACROSS, tile % ACROSS
         start = block * 128 + HALF * 64
         if gl.load(pairs_ptr + start) < num_pairs:
-            w_row = gl.load(expert_ptr + block) * N + across * STEP
-            w_scale = w_row // 128 * STEPS
-            row = start + gl.arange(0, 64, layout=rows)
-            first = gl.zeros((64, 128), gl.float32, layout)
-            second = gl.zeros((64, 128), gl.float32, layout)
-            none = gl.zeros((64, 128), gl.float32, layout)
-            x_scale = gl.load(xs_ptr + row)
-            first_scale = gl.load(ws_ptr + w_scale)
-            second_scale = gl.load(ws_ptr + w_scale + APART // 128 * STEPS)
-            for k in range(STEPS):
-                stage = count % STAGES
-                mbarrier.wait(ready.index(stage), count // STAGES & 1)
-                x = x_s.index(2 * stage + HALF)
-                product = warpgroup_mma(x, first_s.index(stage).permute((1, 0)), none, is_async=True, use_acc=False)
-                # the scales of the next step are on their way while this one is multiplied
-                later = gl.minimum(k + 1, STEPS - 1)
-                x_scale_next = gl.load(xs_ptr + row + later * num_rows)
-                first_scale_next = gl.load(ws_ptr + w_scale + later)
-                second_scale_next = gl.load(ws_ptr + w_scale + later + APART // 128 * STEPS)
-                product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
-                first += product * (x_scale * first_scale)[:, None]
-                product = warpgroup_mma(x, second_s.index(stage).permute((1, 0)), none, is_async=True, use_acc=False)
-                product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
-                mbarrier.arrive(empty.index(stage), count=1)
-                second += product * (x_scale * second_scale)[:, None]
-                x_scale, first_scale, second_scale = x_scale_next, first_scale_next, second_scale_next
-                count += 1
+            w_scale = ws_ptr + (gl.load(expert_ptr + block) * N + across * STEP) // 128 * STEPS
+            row = start + gl.arange(0, 64, layout=gl.SliceLayout(1, ACCUMULATOR))
+            first, second, count = sums(
+                HALF, count, ready, empty, x_s, first_s, second_s, xs_ptr + row, num_rows, w_scale, w_scale + APART // 128 * STEPS,
+                STEPS, STAGES, True,
+            )  # fmt: skip
             if ACTIVATE:
                 store_hidden(first, second, out_ptr, out_scale_ptr, start, across, num_rows, ACROSS)
             else:
@@ -112,13 +128,26 @@ def store_hidden(gate, up, h_ptr, hs_ptr, start, across, num_rows, ACROSS: gl.co
     wide: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     h = (gate / (1.0 + gl.exp(-gate)) * up).to(gl.bfloat16).to(gl.float32)
     scale = gl.div_rn(gl.max(gl.abs(h), axis=1), gl.full_like(gl.max(gl.abs(h), axis=1), 448.0))
-    divisor = gl.where(scale == 0, 1.0, scale)
-    q = gl.div_rn(h, gl.zeros_like(h) + divisor[:, None])
+    q = quotient(h, gl.where(scale == 0, 1.0, scale))
     q = gl.minimum(gl.maximum(q, -448.0), 448.0).to(gl.float8e4nv)
     row = start + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
     column = across * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, wide))
     gl.store(h_ptr + row.to(gl.int64)[:, None] * (ACROSS * 128) + column[None, :], gl.convert_layout(q, wide))
     gl.store(hs_ptr + across * num_rows + start + gl.arange(0, 64, layout=gl.SliceLayout(1, gate.type.layout)), scale)
+
+
+@gluon.jit
+def quotient(x, divisor):
+    """`quotient.quotient`, in Gluon."""
+    lift = gl.where(divisor < 2.0**-64, 2.0**64, 1.0)
+    divisor = divisor * lift
+    inverse = gl.div_rn(gl.full_like(divisor, 1.0), divisor)[:, None] + gl.zeros_like(x)
+    divisor = divisor[:, None] + gl.zeros_like(x)
+    x = x * lift[:, None]
+    q = x * inverse
+    q = gl.fma(gl.fma(-q, divisor, x), inverse, q)
+    q = gl.fma(gl.fma(-q, divisor, x), inverse, q)
+    return gl.where(x == 0, x, q)  # the remainder has lost the sign of a zero
 
 
 @gluon.jit

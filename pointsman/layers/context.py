@@ -29,7 +29,7 @@ class StepContext:
         page_table_LP: int64, the pages of each lane in order; entries past a lane's end are not looked at.
         kv: the cache.
         routes: where routing rows are recorded; None records nothing.
-        replay_TNK: int64 expert ids to use instead of the router's choice; a row of -1 in a layer routes freely.
+        replay_TNK: int32 or int64 expert ids to use instead of the router's choice; a row of -1 in a layer routes freely.
     """
 
     positions_T: Tensor

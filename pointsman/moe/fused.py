@@ -1,8 +1,8 @@
 """The experts with routing inside: runner `fused`.
 
 Up to `FEW_TOKENS` tokens of block FP8 go through one kernel from the router's input to the sum (`kernels.fused_experts`); more, or plain
-weights, through the kernels of the router and of `routed` one after the other. What was chosen is written on the way, so it is recorded
-as under every other runner; it cannot be given.
+weights, through the kernels of the router and of `routed` one after the other. What was chosen is written on the way, and may be given,
+as under every other runner.
 """
 
 from __future__ import annotations
@@ -22,44 +22,17 @@ from pointsman.moe.weights import ExpertWeights
 FEW_TOKENS = 4  # from 8 on the chain was faster on an H100: the weights are as many, and one kernel waits for the slowest part thrice
 
 
-class FewTokens:
-    """The one kernel for few tokens, with what it counts by."""
-
-    def __init__(self, cut: Any = None) -> None:
-        self.kernel: Any = importlib.import_module("pointsman.kernels.fused_experts")
-        self._cut = cut
-        self._counter: Tensor | None = None
-
-    def __call__(self, x_TD: Tensor, weights: ExpertWeights, ids_TK: Tensor, weights_TK: Tensor, gate: Any = None) -> Tensor:
-        """The weighted sum; the experts are given, or with a gate chosen and written there."""
-        if self._counter is None:
-            self._counter = self.kernel.counters(x_TD.device)
-        on_gpu = x_TD.device.type == "cuda"
-        out_TD: Tensor = self.kernel.run(
-            x_TD,
-            weights.gate_up,
-            weights.down,
-            ids_TK,
-            weights_TK,
-            self._counter,
-            gate=gate,
-            processors=torch.cuda.get_device_properties(x_TD.device).multi_processor_count if on_gpu else 1,
-            cut=self._cut,
-            together=on_gpu,
-            pdl=chains(x_TD.device),
-        )
-        return out_TD
-
-
 class FusedRunner:
     """Gate, choice, up, down and sum of few tokens in one kernel; of many, in a chain."""
 
     name: ClassVar[str] = "fused"
     routes_itself: ClassVar[Literal[True]] = True
-    replays: ClassVar[bool] = False
+    replays: ClassVar[bool] = True
 
     def __init__(self, *, few_tokens: int = FEW_TOKENS, cut: Any = None) -> None:
-        self._few_tokens, self._few, self._chain = few_tokens, FewTokens(cut), RoutedRunner()
+        self._kernel: Any = importlib.import_module("pointsman.kernels.fused_experts")
+        self._few_tokens, self._cut, self._chain = few_tokens, cut, RoutedRunner()
+        self._counter: Tensor | None = None
 
     def prepare(self, weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
         return self._chain.prepare(weights, dtype)
@@ -68,22 +41,41 @@ class FusedRunner:
         return self.route_and_run(rows, spec, weights)[0]
 
     def route_and_run(self, rows: RouterInput, spec: RoutingSpec, weights: ExpertWeights) -> tuple[Tensor, Routing]:
-        """The weighted sum [T, D] and what was chosen."""
-        assert rows.given_TK is None, "experts are given to a runner that chooses them"
+        """The weighted sum [T, D] and what was chosen or given."""
         num_tokens, device = len(rows.x_TD), rows.x_TD.device
         if not weights.quantized or not 0 < num_tokens <= self._few_tokens:
             routing = ROUTERS["triton"].run(rows, spec)
             return self._chain(rows.x_TD, routing, weights), routing
+        if self._counter is None:
+            self._counter = self._kernel.counters(device)
         ids_TK = torch.empty(num_tokens, spec.top_k, dtype=torch.int32, device=device)
         weights_TK = torch.empty(num_tokens, spec.top_k, device=device)
-        gate = self._few.kernel.Gate(
+        on_gpu = device.type == "cuda"
+        out_TD: Tensor = self._kernel.run(
+            rows.x_TD,
+            weights.gate_up,
+            weights.down,
+            self._gate(rows, spec),
+            ids_TK,
+            weights_TK,
+            self._counter,
+            processors=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1,
+            cut=self._cut,
+            together=on_gpu,
+            pdl=chains(device),
+        )
+        return out_TD, Routing(ids_TK, weights_TK)
+
+    def _gate(self, rows: RouterInput, spec: RoutingSpec) -> Any:
+        return self._kernel.Gate(
             gate_ED=rows.gate_ED,
             bias_E=rows.bias_E,
             slots_T=rows.slots_T,
             softmax=spec.score == "softmax",
             renormalize=spec.renormalize,
             scale=spec.scale,
+            given_TK=rows.given_TK,
             rows_CLK=None if rows.routes is None else rows.routes.rows_SLK,
+            alike_C=None if rows.routes is None else rows.routes.alike_S,
             layer=rows.layer,
         )
-        return self._few(rows.x_TD, weights, ids_TK, weights_TK, gate), Routing(ids_TK, weights_TK)

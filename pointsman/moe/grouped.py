@@ -27,14 +27,13 @@ from torch import Tensor
 
 from pointsman.kernels.capability import chains, is_hopper
 from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key, for_wide_products
-from pointsman.kernels.triton_support import version
+from pointsman.kernels.triton_support import GLUON, version
 from pointsman.moe.routing import Routing
 from pointsman.moe.weights import ExpertWeights
 
 BLOCK = 128
 EXACT_TOKENS = 1024  # in larger batches a choice's output would be a third of all that moves, and is rounded to bfloat16
-WIDE_ROWS = 128.0  # rows of an expert from which on wide tiles multiply: on an H100 they win from 4,096 tokens of 8 of 256 experts on
-WIDE_TRITON = (3, 6)  # whose Gluon can specialize warps on Hopper
+WIDE_ROWS = 64.0  # rows of an expert from which on wide tiles multiply: on an H200 they win from 2,048 tokens of 8 of 256 experts on
 FIXED_TOKENS = 512  # the batch for which deterministic cuts are made
 
 
@@ -131,7 +130,7 @@ class RoutedRunner(_Grouped):
     def _is_wide(self, rows: float, weights: ExpertWeights) -> bool:
         """Whether products are what takes the time, and of a form that there are wide tiles for."""
         fits = weights.quantized and weights.down.data.shape[1] % (2 * BLOCK) == 0 and self._given is None
-        return fits and rows >= self._wide_rows and is_hopper(weights.down.data.device) and (version() or (0, 0)) >= WIDE_TRITON
+        return fits and rows >= self._wide_rows and is_hopper(weights.down.data.device) and (version() or (0, 0)) >= GLUON
 
     def _many(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         """The same where products and not the memory are the limit: rows spread out by expert, products in wide tiles."""

@@ -31,7 +31,7 @@ class RouterInput:
         layer: its number among the layers that have experts.
         slots_T: where the rows' routing is recorded; below zero where a row is padding.
         routes: None records nothing.
-        given_TK: int64 expert ids to use; a row with a negative one chooses freely. None: all do.
+        given_TK: int32 or int64 expert ids to use; a row with a negative one chooses freely. None: all do.
         own: experts that are run here, None for all. The routing counts from the first of them, and has -1 for those of others; the
             record has every expert as the model counts it.
     """
@@ -48,9 +48,14 @@ class RouterInput:
 
 @dataclass(frozen=True)
 class Router:
-    """A way to route."""
+    """A way to route.
+
+    Attributes:
+        always_given: experts may always be given, as rows of -1 cost nothing.
+    """
 
     run: Callable[[RouterInput, RoutingSpec], Routing]
+    always_given: bool = False
 
 
 def _reference(rows: RouterInput, spec: RoutingSpec) -> Routing:
@@ -96,7 +101,7 @@ def _triton(deterministic: bool) -> Router:
         )
         return Routing(ids_TK, weights_TK)
 
-    return Router(run)
+    return Router(run, always_given=True)
 
 
 ROUTERS: dict[str, Router] = {

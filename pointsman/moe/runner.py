@@ -72,6 +72,9 @@ RUNNERS: dict[str, type[MoERunner] | type[RoutingRunner]] = {
 # told to give a token the same bits in every batch
 INVARIANT_RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed": RoutedRunner, "triton": TritonRunner}
 
+# these launch kernels of our own alone
+OWN_RUNNERS = frozenset({"routed", "fused", "triton"})
+
 
 def make_runner(name: str, *, deterministic: bool = False, share: Share | None = None) -> AnyRunner:
     """The runner of this name, which can serve and may say how weights are loaded for it.

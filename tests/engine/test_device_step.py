@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from pointsman import LLM, RequestOutput, SamplingParams
 from pointsman.distributed import Mesh
 from pointsman.engine import build, device_step
-from pointsman.engine.batch import NONE, PENDING, Batch, Draw
+from pointsman.engine.batch import NONE, PENDING, Batch, Draw, Forced
 from pointsman.engine.device_lanes import DeviceLanes
 from pointsman.engine.device_sampler import DeviceSampler, Greedy
-from pointsman.engine.device_step import pad
+from pointsman.engine.device_step import GivenExperts, pad
 from pointsman.engine.step_sizes import size_for, step_sizes
 from pointsman.sampling.lane import LaneSampling
 from pointsman.sampling.sampler import NO_TOKEN, NOT_FINITE
@@ -120,6 +120,21 @@ def test_a_token_that_only_the_device_knows_comes_from_its_lane() -> None:
     lanes.last_token_L[:] = torch.tensor([50, 51, 52, 53])
     tokens_T = lanes.fill_in(torch.tensor([7, PENDING, 9, PENDING]), torch.tensor([0, 3, 1, 1]))
     assert tokens_T.tolist() == [7, 53, 9, 51]
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(0, 11), unique=True)), min_size=1, max_size=8))
+def test_rows_have_the_experts_that_this_step_gives_them(steps: list[tuple[int, list[int]]]) -> None:
+    """Steps of any sizes in any order; one without forced rows leaves nothing of those before."""
+    given_experts = GivenExperts(12, 3, 2, torch.device("cpu"))
+    memory = given_experts.ids_TNK.data_ptr()
+    for index, (num_rows, wanted) in enumerate(steps):
+        rows_F = np.array(sorted(row for row in wanted if row < num_rows), np.int64)
+        ids_FNK = np.random.default_rng(index).integers(0, 300, (len(rows_F), 3, 2)).astype(np.uint16)
+        given_experts.send(Forced(rows_F, ids_FNK) if len(rows_F) else None, num_rows)
+        want_TNK = torch.full((num_rows, 3, 2), -1)
+        want_TNK[rows_F] = torch.from_numpy(ids_FNK.astype(np.int64))
+        assert torch.equal(given_experts.ids_TNK[:num_rows].long(), want_TNK)
+    assert given_experts.ids_TNK.data_ptr() == memory
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 99), min_size=1, max_size=3)), max_size=12))

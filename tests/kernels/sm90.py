@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 227 * 1024
+WIDE_PRODUCT = "wgmma.mma_async.sync.aligned.m64n128k32"
 TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.bfloat16: "bf16",

@@ -12,13 +12,13 @@ import sys
 
 import torch
 
-from pointsman.kernels import block_gemm, gated, norm_quant, paged_attention
+from pointsman.kernels import block_gemm, dense_gemm, gated, norm_quant, paged_attention
 from pointsman.kernels.mailbox import Mailbox, all_reduce
 from pointsman.kernels.paged_attention import TilePlan
 from pointsman.kernels.qkv_post import qkv_post
 from pointsman.kernels.sampling import RowSampling, draw
 from pointsman.kernels.weight import FP8, Quantized
-from tests.kernels.sm90 import SHARED_LIMIT, Binary, Launch, caught
+from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caught
 
 HIDDEN, HEADS, KV_HEADS, CHANNELS, HALF = 3072, 48, 8, 128, 32
 WIDTH = 1536  # of an expert that all tokens share
@@ -59,6 +59,11 @@ def products(tp: int, num_rows: int) -> list[Launch]:
             block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns))
             block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, aligned=False))
             block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, invariant=True))
+            if num_rows > 128:
+                for tile_columns in (128, 256):
+                    ready = weight(rows, columns)
+                    assert ready.scale is not None
+                    dense_gemm.product(*rows_of(num_rows, columns), ready.data, ready.scale, tile_columns, 132)
         block_gemm.linear(meta(num_rows, HIDDEN, dtype=torch.bfloat16), weight(200_064, HIDDEN, quantized=False, invariant=True))
     return found
 
@@ -99,7 +104,7 @@ def sampler(num_rows: int) -> list[Launch]:
     whole, number = meta(num_rows, dtype=torch.int64), meta(num_rows, dtype=torch.float64)
     rows = RowSampling(whole, meta(num_rows, dtype=torch.int32), number, number, number, whole, whole)
     with caught() as found:
-        draw(meta(num_rows, 200_064), rows, score=True)
+        draw(meta(num_rows, 200_064), rows, score=True, top_B=rows.top_k_B, most_top=20)
     return found
 
 
@@ -114,6 +119,8 @@ def faults(launch: Launch, binary: Binary) -> list[str]:
     left = given["M"] if "M" in given else given.get("COLUMNS" if given.get("SWAP") else "ROWS")
     if left is not None and (left >= 64) != binary.uses_wgmma:
         found.append(f"{'uses no' if left >= 64 else 'uses'} wgmma with {left} rows on the left")
+    if launch.kernel.__name__ == "dense_kernel" and WIDE_PRODUCT not in binary.ptx:
+        found.append(f"multiplies with no {WIDE_PRODUCT}")
     return found
 
 

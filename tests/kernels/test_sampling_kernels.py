@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pointsman.kernels import sampling as sampling_module
 from pointsman.kernels.sampling import NO_TOKEN, RowSampling, draw
 from pointsman.request import SamplingParams
-from pointsman.sampling.filters import kept, pick
+from pointsman.sampling.filters import kept, likeliest, pick
 from pointsman.sampling.logprobs import row_logprobs
 from pointsman.sampling.philox import round_keys, uniform
 from tests.kernels.interpreter import correct
@@ -79,6 +80,37 @@ def test_the_token_is_the_hosts(vocabulary: int, kind: str) -> None:
         assert token == host(row_V, sampling, seeds[index], positions[index]), sampling
         want = row_logprobs(row_V.float().cpu().numpy(), token, 0)[token]
         assert math.isclose(float(got.logprob_B[index]), want.logprob, abs_tol=1e-11) and int(got.rank_B[index]) == want.rank
+
+
+@pytest.mark.parametrize("kind", ["flat", "tied"])
+def test_a_nucleus_that_ends_among_many_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens in its last level than one look takes."""
+    monkeypatch.setattr(sampling_module, "AT_ONCE", 512)
+    logits_RV = torch.randn(1, 4500, generator=torch.Generator().manual_seed(5)) * 0.2
+    logits_RV = ((logits_RV * 20).round() / 20 if kind == "tied" else logits_RV).to(DEVICE)
+    kinds = [params(temperature=1.0, top_p=top_p) for top_p in (0.02, 0.5, 0.98)]
+    for position in range(3):
+        got = draw(logits_RV, rows_of(kinds, [0] * 3, [3] * 3, [position] * 3)).token_B.tolist()
+        assert got == [host(logits_RV[0], sampling, 3, position) for sampling in kinds]
+
+
+@pytest.mark.parametrize("vocabulary", [5, 9000])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_likeliest_tokens_are_the_hosts(vocabulary: int, tied: bool) -> None:
+    logits_RV = torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(9)) * 3
+    logits_RV = (logits_RV.round() if tied else logits_RV).to(DEVICE)
+    wanted = [0, 1, 7, 64]
+    rows = rows_of([params(temperature=1.0)] * 4, [0, 1, 0, 1], [1, 2, 3, 4], [0] * 4)
+    top_B = torch.tensor(wanted, dtype=torch.int32, device=DEVICE)
+    got = draw(logits_RV, rows, score=True, top_B=top_B, most_top=min(64, vocabulary))
+    assert got.top_BN is not None and got.top_logprob_BN is not None
+    for index, num in enumerate(wanted):
+        row_V = logits_RV[index % 2].cpu().numpy()
+        want = likeliest(row_V, num) if num else np.zeros(0, np.int64)
+        ids = got.top_BN[index, : len(want)].cpu()
+        assert sorted(ids.tolist()) == sorted(want.tolist())
+        log_probabilities = torch.log_softmax(torch.from_numpy(row_V).double(), 0)[ids]
+        torch.testing.assert_close(got.top_logprob_BN[index, : len(want)].cpu(), log_probabilities, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("sampling", [KINDS[2], KINDS[6], KINDS[7]], ids=["top_k", "all", "top_p"])

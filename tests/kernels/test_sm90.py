@@ -13,12 +13,23 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+def compiling(module: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What a module of this folder prints that compiles: Triton must not be interpreting there."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, "-m", f"tests.kernels.{module}"]
+    report = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert report.stdout, report.stderr
+    return report
+
+
 @pytest.mark.parametrize("report_of", ["sm90_report", "sm90_layer"])
 def test_kernels_compile_for_hopper(report_of: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    report = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{report_of}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert report.stdout, report.stderr
+    report = compiling(report_of)
     summary = json.loads(report.stdout.splitlines()[-1])
     assert report.returncode == 0 and summary["faults"] == {} and summary["compiled"] > 20, report.stdout + report.stderr
+
+
+def test_a_rehearsal_compiles_in_threads_and_launches_nothing(tmp_path: Path) -> None:
+    """Two kernels asked for twelve times; a thread beside it compiles a third for itself and tries to run it."""
+    report = json.loads(compiling("sm90_ahead", TRITON_CACHE_DIR=str(tmp_path)).stdout.splitlines()[-1])
+    assert report == {"cubins": 3, "in_threads": 2, "tried_beside": ["AttributeError"], "restored": True}

@@ -19,7 +19,6 @@ from pointsman.kernels.tiles import Shape, Tile, Tiles, load_tables, rule
 from pointsman.kernels.weight import Weight
 from pointsman.moe import grouped
 from pointsman.moe.candidates import reason_against_form, runner_choice, unsupported
-from pointsman.moe.fused import FewTokens
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.routing import Routing, RoutingSpec
@@ -188,13 +187,6 @@ def test_cuts_for_wgmma_have_the_same_bits() -> None:
         )
         results.append(RoutedRunner(tiles=tiles)(x_TD, chosen, weights))
     assert all(torch.equal(results[0], result) for result in results[1:])
-
-
-@pytest.mark.parametrize(("kind", "num_tokens"), [("uniform", 1), ("skewed", 16), ("one expert", 7), ("padding", 5)])
-def test_few_tokens_in_one_kernel_have_the_bits_of_the_others(kind: str, num_tokens: int) -> None:
-    x_TD, chosen, weights = normal(num_tokens, D).bfloat16().to(DEVICE), routing(kind, num_tokens), experts(True)
-    want = RoutedRunner(tiles=wide(quantize=True), deterministic=True)(x_TD, chosen, weights)
-    assert torch.equal(FewTokens()(x_TD, weights, *chosen), want)
 
 
 @pytest.mark.gpu
