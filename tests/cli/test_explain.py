@@ -137,6 +137,8 @@ def test_the_picture_has_every_rank_and_what_the_table_has(tmp_path: Path, capsy
     assert code == 0 and [text for text in texts if text and text.startswith("rank ")] == [f"rank {rank}" for rank in range(8)]
     assert {"experts", "keys and values", "the whole step", "links", "h200 has 139.8"} <= set(texts)
     assert len(root.findall(f".//{svg}circle")) == 5 * len(json.loads(out)["floor"]["decode"])
+    assert explain(capsys, "--device", "cpu", "--plot", str(file))[0] == 0
+    assert not any("cpu has" in str(text.text) for text in ElementTree.parse(file).getroot().iter(f"{svg}text")), "it fills too little"
     with pytest.raises(OSError, match="No such file"):
         cli._run(["explain", "--device", "h200", "--plot", str(tmp_path / "none" / "plan.svg")])
 

@@ -6,15 +6,17 @@ import contextlib
 import dataclasses
 import logging
 import re
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pointsman import LLM, tiny
 from pointsman.config import engine_config
 from pointsman.distributed import peer_memory
-from pointsman.engine import candidates
+from pointsman.engine import candidates, device_models
 from pointsman.engine.build import Parts, build
 from pointsman.engine.compiled import _pack
 from pointsman.engine.device import choose_device
@@ -234,3 +236,23 @@ def test_devices_are_described() -> None:
     cpu = model_of("cpu")
     assert cpu.device == describe(choose_device("cpu")) and cpu.memory.value == memory_bytes() and cpu.fp8 is None
     assert cpu.read.value > 1e8 and cpu.plain.value > 1e8
+
+
+def test_a_driver_alone_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch, too, has to see it; and then it has its own memory and the rates of its kind."""
+    monkeypatch.setattr(device_models, "driver_sees_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert model_of("auto").name == "cpu"
+    with pytest.raises(ValueError, match="torch sees no CUDA device; name one that is not here: h100"):
+        model_of("cuda")
+    found = types.SimpleNamespace(name="NVIDIA H200", total_memory=1.4e11, multi_processor_count=120)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    here = model_of("auto")
+    assert here == model_of("cuda") and (here.name, here.memory.value, here.num_processors) == ("h200", 1.4e11, 120)
+    assert here.device.capability == (9, 0) and here.read == MODELS["h200"].read and here.link == MODELS["h200"].link
+    found.name = "NVIDIA A100"
+    with pytest.raises(ValueError, match=r"the rates of a NVIDIA A100 are not known; name a device that is: h100, .*, cpu"):
+        model_of("auto")

@@ -10,17 +10,20 @@ from pointsman.models.sharding import Shard
 from pointsman.models.sizes import described
 
 SMALL = 0.02  # of a rank's weights; kinds with less are drawn as one
+TINY = 0.05  # of a device's memory: less would not be seen beside all of it
 MOST_PARTS = 4  # of a step's time that have a line
 
 
 def picture(plan: Plan, model: DeviceModel, floors: list[Floor], context: int) -> str:
     """An SVG document."""
     ranks = range(plan.shard.tp)
+    rows = [(f"rank {rank}" if plan.shard.tp > 1 else plan.device_name, _memory(plan, rank)) for rank in ranks]
+    whole = model.memory.value / 2**30
     memory = Bars(
         title="Memory of each rank",
         x="GiB",
-        rows=[(f"rank {rank}" if plan.shard.tp > 1 else plan.device_name, _memory(plan, rank)) for rank in ranks],
-        limit=(f"{plan.device_name} has {model.memory.value / 2**30:.1f}", model.memory.value / 2**30),
+        rows=rows,
+        limit=(f"{plan.device_name} has {whole:.1f}", whole) if sum(rows[0][1].values()) > TINY * whole else None,
     )
     parts = sorted(floors[-1].seconds, key=lambda part: -floors[-1].seconds[part])[:MOST_PARTS]
     lines = [Line(name="the whole step", points=[(floor.num_tokens, 1000 * floor.total_seconds) for floor in floors])]
