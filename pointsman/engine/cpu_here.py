@@ -20,7 +20,7 @@ from pointsman.kernels.triton_support import version
 READ_BYTES, CACHED_BYTES = 128 << 20, 1 << 20
 LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # such as 32768K
 PRODUCT, PRODUCTS = 64, 16  # so small that the library of products starts no threads, which would wait for each other where others run
-SECONDS = 0.2
+SECONDS = 0.1
 ROUNDS = 5
 
 
