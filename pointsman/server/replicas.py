@@ -105,6 +105,7 @@ async def _beside(work: Callable[[], T]) -> T:
             result, error = None, raised
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(tell, result, error)
+        threading.Event().wait()  # what Ray has started here ends when this thread does
 
     threading.Thread(target=run, name="ray", daemon=True).start()
     found: T = await done
