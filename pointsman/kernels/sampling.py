@@ -125,25 +125,7 @@ def draw(
         groups = room(count, MOST_TOP_K, dtype=torch.int32)
         few_kernel[(count,)](logits_RV, rows.row_B, *shape, *chance, maxima, faults, groups, token_B, vocabulary, **sizes)
     if whole:
-        bound, short = room(count, dtype=torch.int64), room(count)
-        if nucleus:
-            weight, number = room(count, LEVELS, chunks), room(count, chunks, dtype=torch.int32)
-            level, goal, over = room(count, 2, dtype=torch.float32), room(count), room(count)
-            found, levels = room(count, vocabulary, dtype=torch.float32), sizes | {"LEVELS": LEVELS}
-            level_kernel[(count, chunks)](logits_RV, rows.row_B, *shape, maxima, weight, vocabulary, **levels)
-            end_kernel[(count,)](*shape, maxima, weight, level, goal, over, LEVELS_PAD=triton.next_power_of_2(LEVELS), **levels)
-            for counting in (True, False):
-                gather_kernel[(count, chunks)](
-                    logits_RV, rows.row_B, rows.top_k_B, rows.top_p_B, level, number, found, vocabulary, COUNT=counting, **sizes
-                )
-            search = sizes | {"AT_ONCE": AT_ONCE, "PASS": AT_ONCE}
-            nucleus_kernel[(count,)](*shape, maxima, goal, over, number, found, bound, short, vocabulary, **search)
-        above, level, each = room(count, chunks), room(count, chunks, dtype=torch.int32), room(count, chunks)
-        kept = {"NUCLEUS": nucleus} | sizes
-        weigh_kernel[(count, chunks)](logits_RV, rows.row_B, *shape, rows.min_p_B, maxima, bound, above, level, each, vocabulary, **kept)
-        whole_kernel[(count,)](
-            logits_RV, rows.row_B, *shape, *chance, maxima, faults, bound, short, above, level, each, token_B, vocabulary, **kept
-        )
+        _draw_from_all(logits_RV, rows, maxima, faults, token_B, nucleus=nucleus)
     if not score:
         return Tokens(token_B)
     logprob_B, rank_B = room(count), torch.ones(count, dtype=torch.int64, device=device)
@@ -154,3 +136,35 @@ def draw(
     top_BN, top_logprob_BN = room(count, most_top, dtype=torch.int64), room(count, most_top)
     top_kernel[(count,)](logits_RV, rows.row_B, top_B, token_B, maxima, sums, groups, top_BN, top_logprob_BN, vocabulary, most_top, **sizes)
     return Tokens(token_B, logprob_B, rank_B, top_BN, top_logprob_BN)
+
+
+def _draw_from_all(logits_RV: Tensor, rows: RowSampling, maxima: Tensor, faults: Tensor, token_B: Tensor, *, nucleus: bool) -> None:
+    """Draw the rows without a top_k, given what was surveyed of all."""
+    vocabulary, count, device = logits_RV.shape[1], len(rows.row_B), logits_RV.device
+    chunks = triton.cdiv(vocabulary, CHUNK)
+    sizes = {"NUM_CHUNKS": chunks, "CHUNKS_PAD": triton.next_power_of_2(chunks), "num_warps": 8}
+    shape = (rows.top_k_B, rows.temperature_B, rows.top_p_B)
+    chance = (rows.min_p_B, rows.seed_B, rows.position_B)
+
+    def room(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    bound, short = room(count, dtype=torch.int64), room(count)
+    if nucleus:
+        weight, number = room(count, LEVELS, chunks), room(count, chunks, dtype=torch.int32)
+        level, goal, over = room(count, 2, dtype=torch.float32), room(count), room(count)
+        found, levels = room(count, vocabulary, dtype=torch.float32), sizes | {"LEVELS": LEVELS}
+        level_kernel[(count, chunks)](logits_RV, rows.row_B, *shape, maxima, weight, vocabulary, **levels)
+        end_kernel[(count,)](*shape, maxima, weight, level, goal, over, LEVELS_PAD=triton.next_power_of_2(LEVELS), **levels)
+        for counting in (True, False):
+            gather_kernel[(count, chunks)](
+                logits_RV, rows.row_B, rows.top_k_B, rows.top_p_B, level, number, found, vocabulary, COUNT=counting, **sizes
+            )
+        search = sizes | {"AT_ONCE": AT_ONCE, "PASS": AT_ONCE}
+        nucleus_kernel[(count,)](*shape, maxima, goal, over, number, found, bound, short, vocabulary, **search)
+    above, level, each = room(count, chunks), room(count, chunks, dtype=torch.int32), room(count, chunks)
+    kept = {"NUCLEUS": nucleus} | sizes
+    weigh_kernel[(count, chunks)](logits_RV, rows.row_B, *shape, rows.min_p_B, maxima, bound, above, level, each, vocabulary, **kept)
+    whole_kernel[(count,)](
+        logits_RV, rows.row_B, *shape, *chance, maxima, faults, bound, short, above, level, each, token_B, vocabulary, **kept
+    )
