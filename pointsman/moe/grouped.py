@@ -33,7 +33,7 @@ from pointsman.moe.weights import ExpertWeights
 
 BLOCK = 128
 EXACT_TOKENS = 1024  # in larger batches a choice's output would be a third of all that moves, and is rounded to bfloat16
-WIDE_ROWS = 64.0  # rows of an expert from which on wide tiles multiply: on an H200 they win from 2,048 tokens of 8 of 256 experts on
+WIDE_ROWS = 64.0  # rows of an expert from which on wide tiles multiply: on Hopper they win from 2,048 tokens of 8 of 256 experts on
 FIXED_TOKENS = 512  # the batch for which deterministic cuts are made
 
 
