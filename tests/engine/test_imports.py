@@ -19,7 +19,7 @@ for part in ("cache", "engine", "kernels", "layers", "models", "moe", "scheduler
     package = importlib.import_module(f"pointsman.{part}")
     for module in pkgutil.iter_modules(package.__path__):
         name = f"{package.__name__}.{module.name}"
-        if name != "pointsman.engine.ray":  # for those who have Ray
+        if not name.startswith("pointsman.engine.ray"):  # for those who have Ray
             importlib.import_module(name)
 
 from pointsman import LLM, SamplingParams
