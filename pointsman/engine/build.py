@@ -260,7 +260,7 @@ def _runner(
         def make_step_on_device(decoder: Decoder) -> Step:
             return make_device_step(config, decoder, memory, progress=progress)
 
-        sampler = DeviceSampler(tables, decoder.device, choose_way(decoder.device, architecture.vocab_size), mesh)
+        sampler = DeviceSampler(tables, decoder.device, choose_way(decoder.device, architecture.vocab_size, decoder.dtype), mesh)
         return ModelRunner(make_step_on_device(decoder), lanes, routes, memory.load, mesh, sampler), storage, make_step_on_device
     load = ExpertLoad(routes, architecture.num_experts)
 

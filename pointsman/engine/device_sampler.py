@@ -76,13 +76,13 @@ class Kernels:
     def takes(self, sampling: LaneSampling) -> bool:
         return sampling.alone and (sampling.greedy or sampling.sampling.top_k <= self._kernels.MOST_TOP_K)
 
-    def make_ready(self, device: torch.device, vocab_size: int) -> None:
+    def make_ready(self, device: torch.device, vocab_size: int, dtype: torch.dtype) -> None:
         """Compile every kernel now, side by side, rather than when a request first asks for it."""
         zeros, ones = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.float64, device=device)
         rows = self._kernels.RowSampling(zeros, zeros.int(), ones, ones / 2, zeros.double(), zeros, zeros)
         for setting in (importlib.import_module("pointsman.kernels.ahead").rehearsal(), contextlib.nullcontext()):
             with setting:
-                logits_RV = torch.zeros(1, vocab_size, device=device)
+                logits_RV = torch.zeros(1, vocab_size, dtype=dtype, device=device)
                 self._kernels.draw(logits_RV, rows)
                 self._kernels.draw(logits_RV, rows, nucleus=False, score=True, top_B=zeros.int() + 1, most_top=1)
 
@@ -179,10 +179,10 @@ def _int64(numbers: list[int]) -> Array:
     return np.array(numbers, np.int64)
 
 
-def choose_way(device: torch.device, vocab_size: int) -> Way:
-    """How tokens are drawn on a device."""
+def choose_way(device: torch.device, vocab_size: int, dtype: torch.dtype) -> Way:
+    """How tokens are drawn on a device from logits of this dtype."""
     if sampler_choice(device.type).take() == "torch":
         return Greedy()
     way = Kernels()
-    way.make_ready(device, vocab_size)
+    way.make_ready(device, vocab_size, dtype)
     return way

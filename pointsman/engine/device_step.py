@@ -128,7 +128,7 @@ class DeviceStep:
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, lanes: Lanes) -> Tensor:
-        """Float32 logits [R, V] of the rows asked for, on the device; nothing is waited for."""
+        """Logits [R, V] of the rows asked for, in the model's dtype, on the device; nothing is waited for."""
         self._memory.lanes.grow(batch.places_G, batch.pages_G)
         size = size_for(len(batch.tokens_T), self._sizes)
         inputs = self._upload(self._arrays(batch, size), into=self._inputs if size <= self._sizes[-1] else None)

@@ -42,7 +42,7 @@ class Pending(Protocol):
 
 
 class Step(Protocol):
-    """Runs the rows of a batch: stores their keys, values and routing, and returns float32 logits [R, V] of the rows asked for."""
+    """Runs the rows of a batch: stores their keys, values and routing, and returns logits [R, V] of the rows asked for."""
 
     @property
     def name(self) -> str: ...

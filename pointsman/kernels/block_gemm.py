@@ -5,6 +5,8 @@ one rounding at the end. Decoding is a matter of reading W once with the whole c
 must be wide (64 of its rows against 16 or 32 tokens), and K is cut into splits until every multiprocessor has work. Splits are written
 as float32 and whoever finishes a tile last adds them, in their order: no bit depends on who that was.
 
+One row goes through the tensor cores more slowly than through a sum in registers (`vector_products`).
+
 For many rows tiles are large, and the tiles of one band of rows run side by side so that they share W in the cache. On Hopper
 `dense_gemm` multiplies them.
 
@@ -26,9 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pointsman.kernels.capability import is_hopper
+from pointsman.kernels.capability import chains, is_hopper
 from pointsman.kernels.norm_quant import quantize
-from pointsman.kernels.triton_support import GLUON, version
+from pointsman.kernels.prefetch import fetch_line
+from pointsman.kernels.triton_support import GLUON, launch_options, version
+from pointsman.kernels.vector_products import takes_linear, vector_linear
 from pointsman.kernels.weight import Quantized, Weight
 
 BLOCK = 128
@@ -39,6 +43,10 @@ SWAP_ROWS = 32  # up to which W is the left operand
 # tiles of rows, one below the other, of a product that is split: of more, splits would cost more to write and read than idle processors
 MOST_SPLIT_TILES = 4
 BAND = 8
+# a product of so few rows asks for its weights before the rows are there
+AHEAD_ROWS = 64
+# so few rows go without tensor cores: one was measured so on an H100
+VECTOR_ROWS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +153,8 @@ def multiply_kernel(
     SWAP: tl.constexpr,
     QUANTIZED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     tile, split = tl.program_id(0), tl.program_id(1)
     tiles_across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
@@ -161,7 +171,7 @@ def multiply_kernel(
     x_row, w_row = row.to(tl.int64), (column % N).to(tl.int64)
     inner = tl.arange(0, STEP)
     x_ptr += x_row[:, None] * K + inner[None, :]
-    w_ptr += w_row[:, None] * K + inner[None, :]
+    w_ptrs = w_ptr + w_row[:, None] * K + inner[None, :]
     BLOCKS: tl.constexpr = (K + STEP - 1) // STEP
     per_split: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
     x_scale_ptr += x_row * BLOCKS
@@ -169,15 +179,25 @@ def multiply_kernel(
         w_scale_ptr += first_column // 128 * BLOCKS
     else:
         w_scale_ptr += tl.load(w_row_ptr + w_row) * BLOCKS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if AHEAD:
+            line: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            lines_ptr = w_ptr + w_row * K
+            for block in tl.static_range(per_split * STEP // line):
+                at = split * per_split * STEP + block * line
+                if at < K:
+                    fetch_line(lines_ptr + at)
+        tl.extra.cuda.gdc_wait()
     y = tl.zeros((COLUMNS, ROWS), tl.float32) if SWAP else tl.zeros((ROWS, COLUMNS), tl.float32)
     for block in range(split * per_split, tl.minimum((split + 1) * per_split, BLOCKS)):
         if K % STEP == 0:
             x = tl.load(x_ptr + block * STEP, mask=x_inside[:, None], other=0.0)
-            w = tl.load(w_ptr + block * STEP)
+            w = tl.load(w_ptrs + block * STEP)
         else:
             inside = inner[None, :] < K - block * STEP
             x = tl.load(x_ptr + block * STEP, mask=inside & x_inside[:, None], other=0.0)
-            w = tl.load(w_ptr + block * STEP, mask=inside, other=0.0)
+            w = tl.load(w_ptrs + block * STEP, mask=inside, other=0.0)
         product = tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)
         if QUANTIZED:
             x_scale = tl.load(x_scale_ptr + block, mask=x_inside, other=0.0)
@@ -212,12 +232,13 @@ def multiply_kernel(
             tl.store(arrivals_ptr + tile, 0)
 
 
-def linear(x: Tensor | Quantized, weight: BlockWeight, cut: Tiling | None = None) -> Tensor:
+def linear(x: Tensor | Quantized, weight: BlockWeight, cut: Tiling | None = None, *, pdl: bool | None = None) -> Tensor:
     """x @ weight.T in bfloat16, [T, N].
 
     Args:
         x: bfloat16 [T, K], or what a kernel before has quantized; an FP8 weight quantizes the first itself.
         cut: the tiling; None chooses by the sizes.
+        pdl: the kernel may be launched while the one before runs; None: where the device can.
     """
     if weight.scale is None:
         assert isinstance(x, Tensor), "a bfloat16 weight multiplies bfloat16 rows"
@@ -227,6 +248,10 @@ def linear(x: Tensor | Quantized, weight: BlockWeight, cut: Tiling | None = None
     num_rows, width = data.shape
     height = weight.data.shape[0]
     assert data.is_contiguous() and scale.is_contiguous() and width == weight.data.shape[1]
+    pdl = chains(data.device) if pdl is None else pdl
+    few = num_rows <= VECTOR_ROWS and takes_linear(num_rows, width)
+    if cut is None and few and weight.scale is not None and weight.aligned and not weight.invariant:
+        return vector_linear(data, scale, weight.data, weight.scale, pdl=pdl)
     out_TN = torch.empty(num_rows, height, dtype=torch.bfloat16, device=data.device)
     if num_rows == 0:
         return out_TN
@@ -260,8 +285,11 @@ def linear(x: Tensor | Quantized, weight: BlockWeight, cut: Tiling | None = None
         SWAP=cut.swap,
         QUANTIZED=weight.scale is not None,
         ALIGNED=weight.aligned,
+        AHEAD=num_rows <= AHEAD_ROWS,
+        PDL=pdl,
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
+        **launch_options(pdl),
     )
     return out_TN
 

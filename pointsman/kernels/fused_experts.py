@@ -28,7 +28,8 @@ from torch import Tensor
 
 from pointsman.kernels.arrange import quantize_groups, quantize_some
 from pointsman.kernels.expert_rows import combine_columns
-from pointsman.kernels.grouped_gemm import fetch_line, hidden_columns, row_products
+from pointsman.kernels.grouped_gemm import hidden_columns, row_products
+from pointsman.kernels.prefetch import fetch_line
 from pointsman.kernels.routing import choose_token
 from pointsman.kernels.triton_support import launch_options
 from pointsman.kernels.weight import FP8, Weight

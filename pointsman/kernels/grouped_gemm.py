@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.arrange import Arrangement, quantize_groups
+from pointsman.kernels.prefetch import fetch_line
 from pointsman.kernels.quotient import quotient
 from pointsman.kernels.tiles import Tile
 from pointsman.kernels.triton_support import launch_options
@@ -122,12 +123,12 @@ def up_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    place = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    # one after the other these would be two waits more
+    pair, expert = tl.load(pairs_ptr + place), tl.load(expert_ptr + block).to(tl.int64)
     if block < tl.load(num_blocks_ptr):
-        place = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        pair = tl.load(pairs_ptr + place)
         mask = pair < num_pairs
         row = tl.where(mask, pair // TOP_K, 0).to(tl.int64)
-        expert = tl.load(expert_ptr + block).to(tl.int64)
         w_ptr += expert * (2 * F * D)
         ws_ptr += expert * (2 * (F // GROUP) * (D // GROUP))
         first = hidden_columns(x_ptr, xs_ptr, w_ptr, ws_ptr, row, mask, column, D, F, BLOCK_M, COLUMNS, BLOCK_K, QUANTIZED, SWAP, STAGES)
@@ -154,12 +155,6 @@ def up_kernel(
 @triton.jit
 def quantized(h, divisor):
     return tl.clamp(quotient(h.to(tl.float32), divisor), -448.0, 448.0).to(tl.float8e4nv)
-
-
-@triton.jit
-def fetch_line(pointers):
-    """Ask for the cache lines of these addresses; nobody waits for them."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -240,14 +235,13 @@ def gemm_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    place = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    pair, expert = tl.load(pairs_ptr + place), tl.load(expert_ptr + block).to(tl.int64)
     if block < tl.load(num_blocks_ptr):
-        place = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        pair = tl.load(pairs_ptr + place)
         mask = pair < num_pairs
         row = place.to(tl.int64)
         if GATHER > 0:
             row = tl.where(mask, pair // GATHER, 0).to(tl.int64)
-        expert = tl.load(expert_ptr + block).to(tl.int64)
         n = column + tl.arange(0, COLUMNS)
         w_ptr += expert * (N * F) + column * F
         ws_ptr += expert * ((N // GROUP) * (F // GROUP)) + (column // GROUP) * (F // GROUP)

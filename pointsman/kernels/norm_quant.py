@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pointsman.kernels.capability import chains
 from pointsman.kernels.mailbox import Mailbox, sum_over_ranks
 from pointsman.kernels.quotient import quotient
+from pointsman.kernels.triton_support import launch_options
 from pointsman.kernels.weight import FP8, Quantized, num_blocks
 
 BLOCK = 128
@@ -54,16 +56,21 @@ def norm_kernel(
     QUANTIZE: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = column < D
+    if NORM:
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        # what comes next may ask for its weights while rows are still being added up
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * D + column, mask=inside, other=0.0)
     dtype = x.dtype
     x = x.to(tl.float32)
-    if NORM:
-        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         delta = tl.load(delta_ptr + row * D + column, mask=inside, other=0.0)
         if RANKS > 1:
@@ -82,14 +89,22 @@ def norm_kernel(
 
 
 def norm(
-    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, epsilon: float, quantize: bool = False, mailbox: Mailbox | None = None
+    x_TD: Tensor,
+    delta_TD: Tensor | None,
+    weight_D: Tensor,
+    epsilon: float,
+    quantize: bool = False,
+    mailbox: Mailbox | None = None,
+    *,
+    pdl: bool | None = None,
 ) -> tuple[Tensor, Tensor | Quantized]:
     """(sum, normed): x + delta, or x itself where there is no delta, in x's dtype; and its norm, in x's dtype or quantized.
 
-    With a mailbox, what is added is the sum of all ranks' deltas, as `mailbox.all_reduce` makes it.
+    With a mailbox, what is added is the sum of all ranks' deltas, as `mailbox.all_reduce` makes it. The kernel may be launched while
+    the one before runs (`pdl`; None: where the device can).
     """
     normed_TD = None if quantize else torch.empty_like(x_TD)
-    sum_TD, quantized = _launch(x_TD, delta_TD, weight_D, epsilon, normed_TD=normed_TD, quantize=quantize, mailbox=mailbox)
+    sum_TD, quantized = _launch(x_TD, delta_TD, weight_D, epsilon, normed_TD=normed_TD, quantize=quantize, mailbox=mailbox, pdl=pdl)
     normed = quantized if normed_TD is None else normed_TD
     assert normed is not None
     return sum_TD, normed
@@ -111,6 +126,7 @@ def _launch(
     normed_TD: Tensor | None = None,
     quantize: bool = False,
     mailbox: Mailbox | None = None,
+    pdl: bool | None = None,
 ) -> tuple[Tensor, Quantized | None]:
     num_rows, width = x_TD.shape
     assert mailbox is None or (delta_TD is not None and mailbox.takes(delta_TD))
@@ -125,6 +141,7 @@ def _launch(
         quantized = Quantized(torch.empty_like(x_TD, dtype=FP8), scale_TB)
     if num_rows:
         groups = triton.next_power_of_2(blocks)
+        pdl = chains(x_TD.device) if pdl is None else pdl
         norm_kernel[(num_rows,)](
             x_TD,
             x_TD if delta_TD is None else delta_TD,
@@ -145,7 +162,9 @@ def _launch(
             QUANTIZE=quantize,
             RANK=0 if mailbox is None else mailbox.rank,
             RANKS=1 if mailbox is None else mailbox.num_ranks,
+            PDL=pdl,
             num_warps=num_warps(groups, quantize=quantize),
+            **launch_options(pdl),
         )
     return sum_TD, quantized
 

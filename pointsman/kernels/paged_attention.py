@@ -8,7 +8,8 @@ nothing. A tile of lane -1 writes zeros: rows that pad a step are covered by suc
 A tile's matrix has one row for each (row, query head) pair of a key/value head: six query heads of MiniMax-M2 and ten rows make 60 of
 64. Tiles of `decode_D3` have one row and use the smallest matrix; where there are few, each sequence is cut into `num_splits` parts of
 its blocks of positions, and a second kernel joins them in their order, so a step gives the same bits whenever it is run. Tiles of
-`prefill_P3` walk their sequence from its first position in blocks of the same size. A row's result there does not depend on the other
+`prefill_P3` walk their sequence from its first position in blocks of the same size. In a captured step of `FEW_ROWS` rows all tiles are
+of decode, for a launch that has nothing to do costs as much as one that has little. A row's result there does not depend on the other
 rows of its tile: blocks past its own position change nothing, not even a bit. `uniform` puts every row into such tiles: slower to
 decode, but then no bit of a row depends on the batch, on chunk borders, or on whether it is decoded or computed again after a
 preemption.
@@ -31,8 +32,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pointsman.kernels.capability import chains
 from pointsman.kernels.quotient import quotient
 from pointsman.kernels.reference import Span
+from pointsman.kernels.triton_support import launch_options
 from pointsman.kernels.weight import FP8, Quantized
 
 
@@ -54,6 +57,8 @@ MOST_SPLITS = 32
 # programs of decode that keep an H100 or H200 busy: four on each of 132 multiprocessors
 PROGRAMS = 528
 ZERO_LANE = -1
+# in a step of so few rows each row is a tile of decode
+FEW_ROWS = 16
 
 
 @triton.jit
@@ -93,12 +98,17 @@ def attend_kernel(
     N: tl.constexpr,
     PARTIAL: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tl.load(tiles_ptr + tile * 3)
     num_rows = tl.load(tiles_ptr + tile * 3 + 1)
     lane = tl.load(tiles_ptr + tile * 3 + 2)
     if num_rows == 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
     pair = tl.arange(0, M)
     channel = tl.arange(0, C)
@@ -106,19 +116,24 @@ def attend_kernel(
     row = first + tl.where(valid, pair // G, 0)
     head = kv_head * G + pair % G
     if lane < 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         if not PARTIAL:
             _store_rows(tl.zeros((M, C), tl.float32), out_ptr, scale_ptr, row, head, valid, H * G, C, QUANTIZE)
         return
     position = tl.load(positions_ptr + row)
     length = tl.load(positions_ptr + first + num_rows - 1).to(tl.int32) + 1
-    q = tl.load(q_ptr + (row.to(tl.int64) * (H * G) + head)[:, None] * C + channel[None, :], mask=valid[:, None], other=0.0)
-    if k_ptr.dtype.element_ty == tl.float8e4nv:
-        # float16 holds every e4m3 number, and a GPU has an instruction for that; bfloat16 would take three
-        q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
     blocks = tl.cdiv(length, N)
     per_split = tl.cdiv(blocks, num_splits)
     low = split * per_split
     high = tl.minimum(low + per_split, blocks)
+    if PDL:
+        # tiles and positions are older than the step's first kernel
+        tl.extra.cuda.gdc_wait()
+    q = tl.load(q_ptr + (row.to(tl.int64) * (H * G) + head)[:, None] * C + channel[None, :], mask=valid[:, None], other=0.0)
+    if k_ptr.dtype.element_ty == tl.float8e4nv:
+        # float16 holds every e4m3 number, and a GPU has an instruction for that; bfloat16 would take three
+        q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
     highest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     o = tl.zeros((M, C), tl.float32)
@@ -164,20 +179,26 @@ def join_kernel(
     C: tl.constexpr,
     SPLITS: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tile, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(tiles_ptr + tile * 3)
     num_rows = tl.load(tiles_ptr + tile * 3 + 1)
     lane = tl.load(tiles_ptr + tile * 3 + 2)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if num_rows == 0:
         return
     split = tl.arange(0, SPLITS)
     channel = tl.arange(0, C)
     at = (tile.to(tl.int64) * num_splits + split) * Q + head
-    lse = tl.load(lse_ptr + at, mask=split < tl.where(lane >= 0, num_splits, 0), other=float("-inf"))
+    made = split < tl.where(lane >= 0, num_splits, 0)
+    lse = tl.load(lse_ptr + at, mask=made, other=float("-inf"))
     used = lse > float("-inf")
     weight = tl.where(used, tl.exp2(lse - tl.maximum(tl.max(lse, axis=0), -1e30)), 0.0)
-    part = tl.load(part_ptr + at[:, None] * C + channel[None, :], mask=used[:, None], other=0.0)
+    part = tl.load(part_ptr + at[:, None] * C + channel[None, :], mask=made[:, None], other=0.0)
     o = tl.sum(part * weight[:, None], axis=0) / tl.maximum(tl.sum(weight, axis=0), 1e-30)
     one = tl.arange(0, 1)
     _store_rows(o[None, :], out_ptr, scale_ptr, row + one, head + one, one == 0, Q, C, QUANTIZE)
@@ -259,6 +280,12 @@ def fixed_tiles(spans: Sequence[Span], num_rows: int, num_lanes: int, shape: Sha
     """Arrays for `plan_of`, of sizes that depend on the numbers of rows and lanes alone; rows behind the last span are padding."""
     per_tile = rows_per_tile(shape.num_heads, shape.num_kv_heads)
     end = spans[-1].start + spans[-1].length if spans else 0
+    if num_rows <= FEW_ROWS and not uniform:
+        decode = [Span(lane, row, 1) for lane, start, length in spans for row in range(start, start + length)]
+        decode += _cut(ZERO_LANE, end, num_rows, 1)
+        decode_D3, prefill_P3 = np.empty((num_rows, 3), np.int32), np.empty((0, 3), np.int32)
+        write_tiles(decode_D3, decode)
+        return [decode_D3, prefill_P3]
     decode, prefill = lay_out_tiles(spans, end, per_tile, uniform=uniform)
     prefill += _cut(ZERO_LANE, end, num_rows, per_tile)
     decode_D3 = np.empty((0 if uniform else min(num_rows, num_lanes), 3), np.int32)
@@ -275,7 +302,15 @@ def plan_of(tiles: Sequence[Tensor], shape: Shape) -> TilePlan:
 
 
 def attention(
-    q_TQC: Tensor, k_PHSC: Tensor, v_PHSC: Tensor, tiles: TilePlan, positions_T: Tensor, page_table_LP: Tensor, scale: float
+    q_TQC: Tensor,
+    k_PHSC: Tensor,
+    v_PHSC: Tensor,
+    tiles: TilePlan,
+    positions_T: Tensor,
+    page_table_LP: Tensor,
+    scale: float,
+    *,
+    pdl: bool | None = None,
 ) -> Tensor:
     """`reference.attention` of the rows that the tiles cover: [T, Q, C] in q's dtype; rows that no tile covers are not written.
 
@@ -284,21 +319,30 @@ def attention(
         k_PHSC, v_PHSC: one layer's pages in bfloat16 or float32, multiplied as bfloat16, or e4m3, multiplied as float16.
         positions_T: int32 or int64.
         page_table_LP: int32 or int64.
+        pdl: the kernels may be launched while the one before runs; None: where the device can.
     """
     out_TQC = torch.empty_like(q_TQC)
-    _attend(q_TQC, k_PHSC, v_PHSC, tiles, positions_T, page_table_LP, scale, out_TQC, None)
+    _attend(q_TQC, k_PHSC, v_PHSC, tiles, positions_T, page_table_LP, scale, out_TQC, None, pdl)
     return out_TQC
 
 
 def attention_quantize(
-    q_TQC: Tensor, k_PHSC: Tensor, v_PHSC: Tensor, tiles: TilePlan, positions_T: Tensor, page_table_LP: Tensor, scale: float
+    q_TQC: Tensor,
+    k_PHSC: Tensor,
+    v_PHSC: Tensor,
+    tiles: TilePlan,
+    positions_T: Tensor,
+    page_table_LP: Tensor,
+    scale: float,
+    *,
+    pdl: bool | None = None,
 ) -> Quantized:
     """The rows of `attention` as the next linear wants them: e4m3 [T, Q * C] and a scale for each head's row; C must be 128."""
     num_rows, heads, channels = q_TQC.shape
     assert channels == 128, "a block of 128 columns must be one head's row"
     out_TQC = torch.empty_like(q_TQC, dtype=FP8)
     scale_TQ = torch.empty(num_rows, heads, dtype=torch.float32, device=q_TQC.device)
-    _attend(q_TQC, k_PHSC, v_PHSC, tiles, positions_T, page_table_LP, scale, out_TQC, scale_TQ)
+    _attend(q_TQC, k_PHSC, v_PHSC, tiles, positions_T, page_table_LP, scale, out_TQC, scale_TQ, pdl)
     return Quantized(out_TQC.flatten(1), scale_TQ)
 
 
@@ -312,6 +356,7 @@ def _attend(
     scale: float,
     out_TQC: Tensor,
     scale_TQ: Tensor | None,
+    pdl: bool | None,
 ) -> None:
     heads, channels = q_TQC.shape[1:]
     kv_heads, page_size = k_PHSC.shape[1:3]
@@ -319,6 +364,7 @@ def _attend(
     num_decode = len(tiles.decode_D3)
     small = k_PHSC.dtype == FP8
     splits = tiles.num_splits
+    pdl = chains(q_TQC.device) if pdl is None else pdl
     part = lse = out_TQC
     if splits > 1:
         part = torch.empty(num_decode, splits, heads, channels, dtype=torch.float32, device=q_TQC.device)
@@ -347,8 +393,10 @@ def _attend(
                 N=128 if small else 64,
                 PARTIAL=parts > 1,
                 QUANTIZE=scale_TQ is not None,
+                PDL=pdl,
                 num_warps=4,
                 num_stages=2 if small else 3,
+                **launch_options(pdl),
             )
     if splits > 1 and num_decode:
         join_kernel[(num_decode, heads)](
@@ -362,5 +410,7 @@ def _attend(
             C=channels,
             SPLITS=triton.next_power_of_2(splits),
             QUANTIZE=scale_TQ is not None,
+            PDL=pdl,
             num_warps=1,
+            **launch_options(pdl),
         )

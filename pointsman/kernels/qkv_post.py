@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pointsman.kernels.capability import chains
 from pointsman.kernels.mailbox import Mailbox, sum_over_ranks
+from pointsman.kernels.triton_support import launch_options
 
 ALL, EACH, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -141,8 +143,12 @@ def qkv_post_kernel(
     REST_PAD: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     in_ptr = qkv_ptr + row * (Q + 2 * H) * C
     cos_ptr += row * R
     sin_ptr += row * R
@@ -178,6 +184,8 @@ def qkv_post(
     v_PHSC: Tensor,
     slots_T: Tensor,
     mailbox: Mailbox | None = None,
+    *,
+    pdl: bool | None = None,
 ) -> Tensor:
     """The queries [T, Q, C] in qkv's dtype; keys and values go to their slots of one layer's pages, in the pages' dtype.
 
@@ -188,6 +196,7 @@ def qkv_post(
         slots_T: int32 or int64; a negative one writes nothing.
         mailbox: for norms over the heads of all ranks, of which each has as many, and each head is on as many ranks as any other. It is
             of float32, one number wide, with two rows for each of T.
+        pdl: the kernel may be launched while the one before runs; None: where the device can.
     """
     num_rows, width = qkv_TN.shape
     _, kv_heads, page_size, channels = k_PHSC.shape
@@ -204,6 +213,7 @@ def qkv_post(
         assert norm == ALL.value and mailbox.width == 1 and mailbox.dtype == torch.float32 and 2 * num_rows <= mailbox.num_rows
     q_TQC = torch.empty(num_rows, heads, channels, dtype=qkv_TN.dtype, device=qkv_TN.device)
     if num_rows:
+        pdl = chains(qkv_TN.device) if pdl is None else pdl
         qkv_post_kernel[(num_rows, 2)](
             qkv_TN,
             qkv_TN if q_weight is None else q_weight,
@@ -230,6 +240,8 @@ def qkv_post(
             REST_PAD=triton.next_power_of_2(max(1, channels - 2 * half)),
             RANK=0 if mailbox is None else mailbox.rank,
             RANKS=1 if mailbox is None else mailbox.num_ranks,
+            PDL=pdl,
             num_warps=max(1, triton.next_power_of_2(heads * channels) // 1024),
+            **launch_options(pdl),
         )
     return q_TQC

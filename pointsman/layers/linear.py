@@ -63,11 +63,11 @@ class Embedding:
 
 
 class Head(Linear):
-    """Float32 logits of the whole vocabulary; `sizes`: how many of its rows each rank has."""
+    """Logits of the whole vocabulary, in the dtype computed in; `sizes`: how many of its rows each rank has."""
 
     def __init__(self, weight: Weight, implementation: Implementation, dtype: torch.dtype, mesh: Mesh, sizes: Sequence[int]) -> None:
         super().__init__(weight, implementation, dtype)
         self._mesh, self._sizes = mesh, sizes
 
     def __call__(self, x_TK: Any) -> Tensor:
-        return self._mesh.all_gather(super().__call__(x_TK).float(), 1, self._sizes)
+        return self._mesh.all_gather(super().__call__(x_TK), 1, self._sizes)

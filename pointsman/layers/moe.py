@@ -15,7 +15,7 @@ from torch import Tensor
 from pointsman.layers.context import StepContext
 from pointsman.moe.router import Router, RouterInput
 from pointsman.moe.routing import RoutingSpec
-from pointsman.moe.runner import AnyRunner
+from pointsman.moe.runner import AnyRunner, counter_for, route_and_run
 from pointsman.moe.weights import ExpertWeights
 
 
@@ -43,6 +43,7 @@ class MoE:
         self.gate_ED, self.bias_E, self.weights = gate_ED, bias_E, weights
         self.spec, self.runner, self._router = spec, runner, router
         self._dtype, self.own = dtype, own
+        self._counter = counter_for(runner, gate_ED.device)
         self._ready: Any = None
 
     def prepare(self) -> Any:
@@ -57,14 +58,12 @@ class MoE:
 
     def __call__(self, x_TD: Tensor, ctx: StepContext) -> Tensor:
         given_TK = None if ctx.replay_TNK is None else ctx.replay_TNK[:, self.layer]
-        return self.run(RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK, self.own))
+        rows = RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK, self.own, self._counter)
+        return self.run(rows)
 
     def run(self, rows: RouterInput) -> Tensor:
         """Route these rows and run their experts."""
-        runner = self.runner
         if self.weights.down.data.numel() == 0:  # a rank without a block of any expert
             self._router.run(rows, self.spec)
             return torch.zeros_like(rows.x_TD)
-        if runner.routes_itself:
-            return runner(rows, self.spec, self.prepare())
-        return runner(rows.x_TD, self._router.run(rows, self.spec), self.prepare())
+        return route_and_run(rows, self.spec, self._router, self.runner, self.prepare())

@@ -150,7 +150,7 @@ class Decoder:
         return reason_against_capture(self.device.type, self.backends.moe.name, reads_host=self.backends.attention.reads_host)
 
     def forward(self, tokens_T: Tensor, ctx: StepContext, rows_R: Tensor) -> Tensor:
-        """Run one step: store its keys, values and routing, and return float32 logits [R, V] of the rows asked for."""
+        """Run one step: store its keys, values and routing, and return logits [R, V] of the rows asked for, in its dtype."""
         x_TD, delta_TD = self.hidden(tokens_T, ctx)
         return self.logits(x_TD[rows_R], None if delta_TD is None else delta_TD[rows_R])
 
@@ -164,7 +164,7 @@ class Decoder:
         return x_TD, delta_TD
 
     def logits(self, x_RD: Tensor, delta_RD: Tensor | None) -> Tensor:
-        """Float32 logits [R, V] of rows that have been through the layers."""
+        """Logits [R, V] of rows that have been through the layers, in its dtype: what is exact in bfloat16 is gathered and kept as that."""
         _, normed_RD = self.norm(x_RD, delta_RD)
         return self.head(normed_RD)
 

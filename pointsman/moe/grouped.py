@@ -20,19 +20,25 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from pointsman.kernels.capability import chains, is_hopper
-from pointsman.kernels.tiles import Shape, Tiles, TileTable, device_key, for_wide_products
+from pointsman.kernels.tiles import Shape, Tile, Tiles, TileTable, device_key, for_wide_products
 from pointsman.kernels.triton_support import GLUON, version
+from pointsman.moe.router import Wanted
 from pointsman.moe.routing import Routing
 from pointsman.moe.weights import ExpertWeights
 
+if TYPE_CHECKING:
+    from pointsman.kernels.arrange import Arrangement
+    from pointsman.kernels.few_tokens import Few
+
 BLOCK = 128
 EXACT_TOKENS = 1024  # in larger batches a choice's output would be a third of all that moves, and is rounded to bfloat16
+VECTOR_TOKENS = 1  # so few go pair by pair, without tensor cores: one was measured so on an H100
 WIDE_ROWS = 64.0  # rows of an expert from which on wide tiles multiply: on Hopper they win from 2,048 tokens of 8 of 256 experts on
 FIXED_TOKENS = 512  # the batch for which deterministic cuts are made
 
@@ -94,7 +100,10 @@ class TritonRunner(_Grouped):
 
 
 class RoutedRunner(_Grouped):
-    """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics."""
+    """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics.
+
+    Few tokens come sorted and quantized from the kernel that routes them (`run_few`), and one is multiplied pair by pair.
+    """
 
     name: ClassVar[str] = "routed"
 
@@ -107,9 +116,11 @@ class RoutedRunner(_Grouped):
     ) -> None:
         super().__init__(deterministic=deterministic, tiles=tiles)
         self._wide_rows = wide_rows
+        self._few = importlib.import_module("pointsman.kernels.few_tokens")
+        self._vectors = importlib.import_module("pointsman.kernels.vector_products")
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-        ids_TK, weights_TK = routing
+        ids_TK = routing.ids_TK
         num_tokens, top_k = ids_TK.shape
         if num_tokens == 0:
             return torch.empty_like(x_TD)
@@ -121,11 +132,58 @@ class RoutedRunner(_Grouped):
         )
         rows_TD = x_TD if q_TD is None else q_TD
         h_PF, scale_PG = gemm.up(rows_TD, scale_TG, weights.gate_up, arranged, num_pairs, top_k, tiles.up, pdl=pdl)
-        exact = self.deterministic or num_tokens <= EXACT_TOKENS
-        y_RD = torch.empty(num_pairs, x_TD.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=x_TD.device)
-        gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tiles.down, y_RD, pdl=pdl)
-        out_TD: Tensor = self._rows.combine(y_RD, ids_TK, weights_TK, x_TD.dtype, pdl=pdl)
+        return self._down(h_PF, scale_PG, routing, arranged, weights, tiles.down, x_TD.dtype, pdl=pdl)
+
+    def _down(
+        self,
+        h_PF: Tensor,
+        scale_PG: Tensor | None,
+        routing: Routing,
+        arranged: Arrangement,
+        weights: ExpertWeights,
+        tile: Tile,
+        dtype: torch.dtype,
+        *,
+        pdl: bool,
+    ) -> Tensor:
+        """The weighted sum of what `down` makes of hidden rows."""
+        num_pairs, hidden = routing.ids_TK.numel(), weights.down.data.shape[1]
+        exact = self.deterministic or len(routing.ids_TK) <= EXACT_TOKENS
+        y_RD = torch.empty(num_pairs, hidden, dtype=torch.float32 if exact else torch.bfloat16, device=h_PF.device)
+        self._gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tile, y_RD, pdl=pdl)
+        out_TD: Tensor = self._rows.combine(y_RD, routing.ids_TK, routing.weights_TK, dtype, pdl=pdl)
         return out_TD
+
+    def counters(self, device: torch.device) -> Tensor:
+        """`kernels.few_tokens.counters`."""
+        made: Tensor = self._few.counters(device)
+        return made
+
+    def wanted(self, num_tokens: int, top_k: int, weights: ExpertWeights) -> Wanted | None:
+        """What `run_few` wants of so many tokens; None: they are to come as many do."""
+        if self.deterministic or not weights.quantized or not 0 < num_tokens <= self._few.MOST_TOKENS:
+            return None
+        if self._in_vectors(num_tokens, top_k, weights):
+            return Wanted(False, self._vectors.num_arrivals(num_tokens * top_k, weights.down.data.shape[2]))
+        return Wanted(True, 0) if self._tiles(num_tokens, top_k, weights).up.block == self._few.ROWS.value else None
+
+    def _in_vectors(self, num_tokens: int, top_k: int, weights: ExpertWeights) -> bool:
+        """Whether pairs are so few that each is multiplied on its own."""
+        fits: bool = self._vectors.takes_experts(num_tokens, top_k, *weights.down.data.shape[1:])
+        return fits and num_tokens <= VECTOR_TOKENS and self._given is None
+
+    def run_few(self, few: Few, weights: ExpertWeights) -> Tensor:
+        """The same for few tokens as the kernel leaves them that routed them (`kernels.few_tokens`)."""
+        (num_tokens, top_k), pdl = few.ids_TK.shape, chains(few.ids_TK.device)
+        assert few.q_TD is not None and few.scale_TG is not None
+        if self._in_vectors(num_tokens, top_k, weights):
+            both = weights.gate_up, weights.down
+            out_TD: Tensor = self._vectors.experts(few.q_TD, few.scale_TG, few.ids_TK, few.weights_TK, *both, few.zeros, pdl=pdl)
+            return out_TD
+        tiles, arranged, routing = self._tiles(num_tokens, top_k, weights), few.arrangement, Routing(few.ids_TK, few.weights_TK)
+        assert arranged is not None
+        h_PF, scale_PG = self._gemm.up(few.q_TD, few.scale_TG, weights.gate_up, arranged, num_tokens * top_k, top_k, tiles.up, pdl=pdl)
+        return self._down(h_PF, scale_PG, routing, arranged, weights, tiles.down, torch.bfloat16, pdl=pdl)
 
     def _is_wide(self, rows: float, weights: ExpertWeights) -> bool:
         """Whether products are what takes the time, and of a form that there are wide tiles for."""

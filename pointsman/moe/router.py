@@ -1,7 +1,8 @@
 """What routes a layer's rows: gate, choice or replay, weights, and the record, by one of two implementations.
 
 The reference is the functions of `kernels.reference` and `moe.routing` one after the other, and runs anywhere. `triton` is two kernels,
-which also write the routing row and count what a replay agrees with. Rows that pad a step get no expert from either.
+which also write the routing row and count what a replay agrees with; of few rows it is one, which quantizes and arranges them besides.
+Rows that pad a step get no expert from either.
 
 Shape suffixes: T rows, D hidden, E experts, K experts per token.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class RouterInput:
         given_TK: int32 or int64 expert ids to use; a row with a negative one chooses freely. None: all do.
         own: experts that are run here, None for all. The routing counts from the first of them, and has -1 for those of others; the
             record has every expert as the model counts it.
+        counter: of `kernels.few_tokens`; None where few rows are routed as many are.
     """
 
     x_TD: Tensor
@@ -44,6 +46,14 @@ class RouterInput:
     routes: RouteStore | None
     given_TK: Tensor | None
     own: range | None = None
+    counter: Tensor | None = None
+
+
+class Wanted(NamedTuple):
+    """What a runner wants of few rows that are routed for it: `arranged`, their pairs in the order of experts; and so many zeros."""
+
+    arranged: bool
+    zeros: int
 
 
 @dataclass(frozen=True)
@@ -52,10 +62,12 @@ class Router:
 
     Attributes:
         always_given: experts may always be given, as rows of -1 cost nothing.
+        run_few: `run` for few rows, which come quantized and with what a runner wants (`kernels.few_tokens.Few`); None where there is none.
     """
 
     run: Callable[[RouterInput, RoutingSpec], Routing]
     always_given: bool = False
+    run_few: Callable[[RouterInput, RoutingSpec, Wanted], Any] | None = None
 
 
 def _reference(rows: RouterInput, spec: RoutingSpec) -> Routing:
@@ -84,24 +96,31 @@ def _triton(deterministic: bool) -> Router:
         kernels: Any = importlib.import_module("pointsman.kernels.routing")
         pdl = chains(rows.x_TD.device)
         logits_STE = kernels.router_logits(rows.x_TD, rows.gate_ED, deterministic=deterministic, pdl=pdl)
-        ids_TK, weights_TK = kernels.choose_experts(
-            logits_STE,
-            top_k=spec.top_k,
-            softmax=spec.score == "softmax",
-            renormalize=spec.renormalize,
-            scale=spec.scale,
-            bias_E=rows.bias_E,
-            given_TK=rows.given_TK,
-            slots_T=rows.slots_T,
-            rows_CLK=None if rows.routes is None else rows.routes.rows_SLK,
-            alike_C=None if rows.routes is None else rows.routes.alike_S,
-            layer=rows.layer,
-            own=rows.own,
-            pdl=pdl,
-        )
-        return Routing(ids_TK, weights_TK)
+        return Routing(*kernels.choose_experts(logits_STE, slots_T=rows.slots_T, pdl=pdl, **_choosing(rows, spec)))
 
-    return Router(run, always_given=True)
+    def run_few(rows: RouterInput, spec: RoutingSpec, wanted: Wanted) -> Any:
+        kernels: Any = importlib.import_module("pointsman.kernels.few_tokens")
+        pdl, counter = chains(rows.x_TD.device), rows.counter
+        options = _choosing(rows, spec) | {"arranged": wanted.arranged, "num_zeros": wanted.zeros, "pdl": pdl}
+        return kernels.route_few(rows.x_TD, rows.gate_ED, rows.slots_T, counter, **options)
+
+    return Router(run, always_given=True, run_few=None if deterministic else run_few)
+
+
+def _choosing(rows: RouterInput, spec: RoutingSpec) -> dict[str, Any]:
+    """What the kernels that choose are told."""
+    return {
+        "top_k": spec.top_k,
+        "softmax": spec.score == "softmax",
+        "renormalize": spec.renormalize,
+        "scale": spec.scale,
+        "bias_E": rows.bias_E,
+        "given_TK": rows.given_TK,
+        "rows_CLK": None if rows.routes is None else rows.routes.rows_SLK,
+        "alike_C": None if rows.routes is None else rows.routes.alike_S,
+        "layer": rows.layer,
+        "own": rows.own,
+    }
 
 
 ROUTERS: dict[str, Router] = {

@@ -18,7 +18,7 @@ from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRu
 from pointsman.moe.fused import FusedRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
-from pointsman.moe.router import RouterInput
+from pointsman.moe.router import Router, RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.spec import Share
 from pointsman.moe.weights import ExpertWeights
@@ -97,6 +97,22 @@ def make_runner(name: str, *, deterministic: bool = False, share: Share | None =
 def takes_up_first(runner: AnyRunner) -> bool:
     """Whether its experts' weights are to be loaded with the rows of up before those of gate."""
     return isinstance(runner, TrtllmRunner | RoutedTrtllmRunner | CutlassRunner) and runner.up_first
+
+
+def route_and_run(rows: RouterInput, spec: RoutingSpec, router: Router, runner: AnyRunner, weights: Any) -> Tensor:
+    """What a layer's experts add to these rows [T, D]: the router routes them, unless the runner does."""
+    if runner.routes_itself:
+        return runner(rows, spec, weights)
+    if router.run_few is not None and rows.counter is not None and isinstance(runner, RoutedRunner):
+        wanted = runner.wanted(len(rows.x_TD), spec.top_k, weights)
+        if wanted is not None:
+            return runner.run_few(router.run_few(rows, spec, wanted), weights)
+    return runner(rows.x_TD, router.run(rows, spec), weights)
+
+
+def counter_for(runner: AnyRunner, device: torch.device) -> Tensor | None:
+    """What a router counts with that routes few rows for this runner; None where it does not."""
+    return runner.counters(device) if isinstance(runner, RoutedRunner) else None
 
 
 def reason_against_replay(runner: AnyRunner) -> str | None:

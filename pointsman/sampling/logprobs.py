@@ -51,6 +51,7 @@ def likeliest_rows(rows_RV: Floats) -> tuple[list[int], list[bool]]:
 
 
 def host_rows(logits_BV: torch.Tensor) -> Floats:
-    """Float32 logits as an array on the host; on a CPU it is the same memory."""
-    assert logits_BV.dim() == 2 and logits_BV.dtype == torch.float32, f"{logits_BV.dtype} of shape {tuple(logits_BV.shape)}"
-    return logits_BV.numpy(force=True)
+    """Float32 or bfloat16 logits as a float32 array on the host; float32 on a CPU is the same memory."""
+    shape = tuple(logits_BV.shape)
+    assert logits_BV.dim() == 2 and logits_BV.dtype in (torch.float32, torch.bfloat16), f"{logits_BV.dtype} of shape {shape}"
+    return logits_BV.float().numpy(force=True)

@@ -60,7 +60,7 @@ def joined(*parts: tuple[Sequence[int], Drawn]) -> Drawn:
 
 
 def sample(logits_BV: torch.Tensor, lanes: Sequence[LaneSampling]) -> Drawn:
-    """Draw a token for each lane from its row of float32 logits, and tell the lane."""
+    """Draw a token for each lane from its row of logits, and tell the lane."""
     assert len(logits_BV) == len(lanes)
     drawn = Drawn([], {}, {})
     rows_BV = host_rows(logits_BV)

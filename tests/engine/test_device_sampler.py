@@ -54,7 +54,7 @@ def lanes_of(ways: list[dict[str, Any]], output: int = 3) -> list[LaneSampling]:
 
 def test_what_kernels_cannot_draw_is_left_to_the_host() -> None:
     way = Kernels()
-    way.make_ready(DEVICE, V)
+    way.make_ready(DEVICE, V, torch.float32)
     assert all(way.takes(lane) for lane in lanes_of(HERE))
     assert not any(way.takes(lane) for lane in lanes_of(HOST))
 

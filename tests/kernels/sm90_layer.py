@@ -56,15 +56,15 @@ def products(tp: int, num_rows: int) -> list[Launch]:
     width = HEADS * CHANNELS // tp
     with caught() as found:
         for rows, columns in ((width + 2 * KV_HEADS * CHANNELS // tp, HIDDEN), (HIDDEN, width)):
-            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns))
-            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, aligned=False))
-            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, invariant=True))
+            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns), pdl=True)
+            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, aligned=False), pdl=True)
+            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, invariant=True), pdl=True)
             if num_rows > 128:
                 for tile_columns in (128, 256):
                     ready = weight(rows, columns)
                     assert ready.scale is not None
                     dense_gemm.product(*rows_of(num_rows, columns), ready.data, ready.scale, tile_columns, 132)
-        block_gemm.linear(meta(num_rows, HIDDEN, dtype=torch.bfloat16), weight(200_064, HIDDEN, quantized=False, invariant=True))
+        block_gemm.linear(meta(num_rows, HIDDEN, dtype=torch.bfloat16), weight(200_064, HIDDEN, quantized=False, invariant=True), pdl=True)
     return found
 
 
@@ -75,8 +75,8 @@ def others(tp: int, num_rows: int) -> list[Launch]:
     positions_T, table_LP = meta(num_rows, dtype=torch.int64), meta(128, 4096, dtype=torch.int32)
     rows, squares = box(tp, num_rows, HIDDEN, torch.bfloat16), box(tp, 2 * num_rows, 1, torch.float32)
     with caught() as found:
-        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, mailbox=rows)
-        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, quantize=True, mailbox=rows)
+        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, mailbox=rows, pdl=True)
+        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, quantize=True, mailbox=rows, pdl=True)
         if rows is not None:
             all_reduce(x_TD, rows)
         norm_quant.quantize(meta(num_rows, heads * CHANNELS, dtype=torch.bfloat16))
@@ -87,15 +87,15 @@ def others(tp: int, num_rows: int) -> list[Launch]:
             qkv_TN = meta(num_rows, (heads + 2 * kv_heads) * CHANNELS, dtype=torch.bfloat16)
             norms = meta(heads * CHANNELS, dtype=torch.bfloat16), meta(kv_heads * CHANNELS, dtype=torch.bfloat16)
             angles = meta(num_rows, HALF), meta(num_rows, HALF)
-            qkv_post(qkv_TN, *norms, 1e-6, *angles, pages, pages, positions_T, squares)
+            qkv_post(qkv_TN, *norms, 1e-6, *angles, pages, pages, positions_T, squares, pdl=True)
             for weights in (norms, (norms[0][:CHANNELS], norms[1][:CHANNELS]), (None, None)):
-                q_TQC = qkv_post(qkv_TN, *weights, 1e-6, *angles, pages, pages, positions_T)
+                q_TQC = qkv_post(qkv_TN, *weights, 1e-6, *angles, pages, pages, positions_T, pdl=True)
             for splits in (1, paged_attention.num_splits(num_rows, kv_heads)):
                 tiles = TilePlan(
                     decode_D3=meta(num_rows, 3, dtype=torch.int32), prefill_P3=meta(9, 3, dtype=torch.int32), num_splits=splits
                 )
-                paged_attention.attention(q_TQC, pages, pages, tiles, positions_T, table_LP, 0.1)
-                paged_attention.attention_quantize(q_TQC, pages, pages, tiles, positions_T, table_LP, 0.1)
+                paged_attention.attention(q_TQC, pages, pages, tiles, positions_T, table_LP, 0.1, pdl=True)
+                paged_attention.attention_quantize(q_TQC, pages, pages, tiles, positions_T, table_LP, 0.1, pdl=True)
     return found
 
 

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from pointsman.kernels import fused_experts, tiles, wide_gemm
+from pointsman.kernels import few_tokens, fused_experts, tiles, vector_products, wide_gemm
 from pointsman.kernels.arrange import arrange, spread
 from pointsman.kernels.expert_rows import activate, combine
 from pointsman.kernels.grouped_gemm import gemm, up
@@ -24,7 +24,7 @@ from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caugh
 
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 256, 8, 3072, 1536
 PRODUCTS = ("up_kernel", "gemm_kernel", "fused_kernel")
-FEW = [(1, 1), (1, 128), (4, 8), (2, 512), (1, 1024), (1, 8192)]
+FEW = [(1, 1), (2, 1), (1, 128), (4, 8), (2, 512), (1, 1024), (1, 8192)]
 ALL = [(tp, 2**power) for tp in (1, 2, 4) for power in range(14)]
 
 
@@ -53,6 +53,16 @@ def launches(tp: int, num_tokens: int, cut: Tiles, plain: Tiles) -> list[Launch]
         h_PF, scale_PG = up(q_TD, scale_TG, gate_up, order, num_pairs, TOP_K, cut.up, pdl=True)
         y_RD = gemm(h_PF, scale_PG, down, order, num_pairs, cut.down, meta(num_pairs, HIDDEN), pdl=True)
         combine(y_RD, ids_TK, weights_TK, torch.bfloat16, pdl=True)
+        if num_tokens <= few_tokens.MOST_TOKENS:
+            counter = meta(few_tokens.NUM_COUNTERS, dtype=torch.int32)
+            for arranged in (True, False):
+                few_tokens.route_few(
+                    x_TD, meta(NUM_EXPERTS, HIDDEN), slots_T, counter, top_k=TOP_K, softmax=False, bias_E=meta(NUM_EXPERTS),
+                    rows_CLK=rows_CLK, layer=1, arranged=arranged, num_zeros=0 if arranged else 8, pdl=True,
+                )  # fmt: skip
+        if num_tokens <= vector_products.MOST_TOKENS:
+            zeros = meta(vector_products.num_arrivals(num_pairs, width), dtype=torch.int32)
+            vector_products.experts(q_TD, scale_TG, ids_TK, weights_TK, gate_up, down, zeros, pdl=True)
         order, q_TD, scale_TG = arrange(ids_TK, NUM_EXPERTS, plain.up.block, x_TD)
         assert q_TD is not None
         both_PF = meta(len(order.pairs_P), 2 * width, dtype=torch.bfloat16)

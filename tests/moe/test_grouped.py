@@ -21,8 +21,9 @@ from pointsman.moe import grouped
 from pointsman.moe.candidates import reason_against_form, runner_choice, unsupported
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
+from pointsman.moe.router import ROUTERS, RouterInput, Wanted
 from pointsman.moe.routing import Routing, RoutingSpec
-from pointsman.moe.runner import make_runner
+from pointsman.moe.runner import make_runner, route_and_run
 from pointsman.moe.spec import ExpertForm
 from pointsman.moe.weights import ExpertWeights, stack_experts
 from tests.kernels.interpreter import correct
@@ -125,6 +126,28 @@ def test_plain_experts(name: str) -> None:
     runner = RUNNERS[name]()
     got = runner(x_TD, chosen, runner.prepare(weights, torch.bfloat16))
     assert distance(got, oracle(x_TD, chosen, weights)) < (0.0025 if name == "routed" else 0.006)
+
+
+@pytest.mark.parametrize(("num_tokens", "given"), [(1, False), (1, True), (5, True), (16, True)])
+def test_few_tokens_as_their_router_leaves_them(num_tokens: int, given: bool) -> None:
+    x_TD, weights = normal(num_tokens, D).bfloat16().to(DEVICE), experts(True)
+    gate_ED = normal(NUM_EXPERTS, D, seed=5).to(DEVICE) / D**0.5
+    slots_T = torch.arange(num_tokens, device=DEVICE) - int(num_tokens > 1)  # the first is padding
+    spec = RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid")
+    runner = RoutedRunner(tiles=wide(True) if given else None)  # given tiles are used for every number of tokens
+    rows = RouterInput(x_TD, gate_ED, None, 0, slots_T, None, None, counter=runner.counters(DEVICE))
+    wanted = runner.wanted(num_tokens, TOP_K, weights)
+    assert wanted == (Wanted(True, 0) if given else Wanted(False, num_tokens * TOP_K * WIDTH // 128))
+    few = ROUTERS["triton"].run_few(rows, spec, wanted)
+    got = runner.run_few(few, weights)
+    chosen = Routing(few.ids_TK, few.weights_TK)
+    if given:
+        assert torch.equal(got, runner(x_TD, chosen, weights)), "the bits of the chain, whatever rows of a block they are made in"
+    else:
+        assert distance(got, oracle(x_TD, chosen, weights)) < BOUND["routed"]
+    assert num_tokens == 1 or not got[0].any()
+    assert torch.equal(got, route_and_run(rows, spec, ROUTERS["triton"], runner, weights)), "the same bits again, through the layer's way"
+    assert not rows.counter.any()
 
 
 @pytest.mark.parametrize("name", RUNNERS)

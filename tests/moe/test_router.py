@@ -9,11 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pointsman.kernels import few_tokens
 from pointsman.kernels.device import Device
 from pointsman.moe import candidates
 from pointsman.moe.candidates import router_choice
 from pointsman.moe.capture import RouteStore
-from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput
+from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, Router, RouterInput, Wanted
 from pointsman.moe.routing import Routing, RoutingSpec
 from tests.kernels.interpreter import correct
 
@@ -23,7 +24,9 @@ T, D, E, K, LAYERS, SLOTS = 5, 256, 16, 4, 2, 12
 SPEC = RoutingSpec(num_experts=E, top_k=K, score="sigmoid")
 
 
-def routed(table: dict, rows_T: torch.Tensor, given_TLK: torch.Tensor | None) -> tuple[list[Routing], RouteStore]:
+def routed(
+    table: Router, rows_T: torch.Tensor, given_TLK: torch.Tensor | None, *, few_rows: bool = False
+) -> tuple[list[Routing], RouteStore]:
     """Two layers of one step through a router."""
     generator = torch.Generator().manual_seed(0)
     routes = RouteStore(SLOTS, LAYERS, K, E, DEVICE)
@@ -34,13 +37,20 @@ def routed(table: dict, rows_T: torch.Tensor, given_TLK: torch.Tensor | None) ->
         x_TD = torch.randn(T, D, generator=generator).bfloat16().to(DEVICE)
         gate_ED, bias_E = torch.randn(E, D, generator=generator).to(DEVICE), torch.randn(E, generator=generator).to(DEVICE) / 4
         given_TK = None if given_TLK is None else given_TLK[:, layer]
-        answers.append(table.run(RouterInput(x_TD, gate_ED, bias_E, layer, rows_T, routes, given_TK), SPEC))
+        rows = RouterInput(x_TD, gate_ED, bias_E, layer, rows_T, routes, given_TK, counter=few_tokens.counters(DEVICE))
+        if few_rows:
+            few = table.run_few(rows, SPEC, Wanted(True, 0))
+            answers.append(Routing(few.ids_TK, few.weights_TK))
+        else:
+            answers.append(table.run(rows, SPEC))
     return answers, routes
 
 
-@pytest.mark.parametrize("table", [ROUTERS, INVARIANT_ROUTERS], ids=["fast", "invariant"])
+@pytest.mark.parametrize(
+    ("table", "few_rows"), [(ROUTERS, False), (INVARIANT_ROUTERS, False), (ROUTERS, True)], ids=["fast", "invariant", "few rows"]
+)
 @pytest.mark.parametrize("replays", [False, True])
-def test_kernels_route_record_and_replay_as_the_reference(table: dict, replays: bool) -> None:
+def test_kernels_route_record_and_replay_as_the_reference(table: dict, replays: bool, few_rows: bool) -> None:
     slots_T = torch.tensor([7, 0, 3, 11, 5], device=DEVICE)
     given_TLK = None
     if replays:
@@ -51,7 +61,7 @@ def test_kernels_route_record_and_replay_as_the_reference(table: dict, replays: 
     want, want_routes = routed(ROUTERS["reference"], slots_T, given_TLK)
     padded_T = slots_T.clone()
     padded_T[4] = -1
-    got, got_routes = routed(table["triton"], padded_T, given_TLK)
+    got, got_routes = routed(table["triton"], padded_T, given_TLK, few_rows=few_rows)
     for mine, theirs in zip(got, want, strict=True):
         assert torch.equal(mine.ids_TK[:4].long(), theirs.ids_TK[:4])
         torch.testing.assert_close(mine.weights_TK[:4], theirs.weights_TK[:4], rtol=1e-5, atol=1e-6)
