@@ -77,29 +77,11 @@ def _store_rows(o, out_ptr, scale_ptr, row, head, valid, Q: tl.constexpr, C: tl.
 
 @triton.jit
 def attend_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    tiles_ptr,
-    positions_ptr,
-    table_ptr,
-    table_stride,
-    out_ptr,
-    scale_ptr,
-    part_ptr,
-    lse_ptr,
-    scale_log2,
+    q_ptr, k_ptr, v_ptr, tiles_ptr, positions_ptr, table_ptr, table_stride, out_ptr, scale_ptr, part_ptr, lse_ptr, scale_log2,
     num_splits,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    PAGE: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    PARTIAL: tl.constexpr, QUANTIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -169,18 +151,9 @@ def attend_kernel(
 
 @triton.jit
 def join_kernel(
-    part_ptr,
-    lse_ptr,
-    tiles_ptr,
-    out_ptr,
-    scale_ptr,
-    num_splits,
-    Q: tl.constexpr,
-    C: tl.constexpr,
-    SPLITS: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    part_ptr, lse_ptr, tiles_ptr, out_ptr, scale_ptr, num_splits,
+    Q: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, QUANTIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile, head = tl.program_id(0), tl.program_id(1)
