@@ -171,7 +171,7 @@ def test_no_temperature_is_lost_on_infinities(llm: LLM) -> None:
     ("option", "message"),
     [
         ({"tp": 4}, "tensor_parallel_size is 4: 6 query heads and 2 key/value heads"),
-        ({"tp": 2, "ep": 3}, "expert_parallel_size is 3: groups with whole experts are made of the 2 ranks of tensor_parallel_size"),
+        ({"tp": 2, "ep": 3}, r"expert_parallel_size is 3: groups with whole experts are made of the ranks \(2, by --tp\), as many in each"),
         ({"ep": 2}, "expert_parallel_size is 2"),
         ({"device": "cuda"}, "device is 'cuda'"),
         ({"moe_runner_backend": "flashinfer_trtllm_routed"}, "needs a CUDA device"),
