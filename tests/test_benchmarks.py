@@ -1,10 +1,11 @@
 """The benchmarks run and count what is there; what they say of this machine is not tested."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import streaming, structured
+from benchmarks import load_client, streaming, structured
 
 STREAMS, STEPS = 3, 40
 
@@ -38,3 +39,13 @@ def test_a_large_vocabulary_has_no_token_twice():
     assert total == len(tokens) == 5000 and tokens[: len(small)] == small
     added = tokens[len(small) :]
     assert len(set(added)) == len(added) and not set(added) & set(small) and eos_ids
+
+
+def test_the_stub_of_the_load_client_sees_a_request_behind_the_body_of_the_one_before(monkeypatch):
+    monkeypatch.setattr(load_client.Stub, "streams", [], raising=False)
+    written = []
+    stub = load_client.Stub()
+    stub.connection_made(SimpleNamespace(write=written.append))
+    for data in (b"POST /v1/completions HTTP/1.1\r\n\r\n", b'{"prompt":"x"}POST /v1/completions HTTP/1.1\r\n\r\n', b'{"prompt":"x"}'):
+        stub.data_received(data)
+    assert written == [load_client.HEAD] * 2 and len(load_client.Stub.streams) == 2
