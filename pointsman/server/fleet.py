@@ -119,7 +119,9 @@ class Fleet:
         if self.reason is not None:
             raise ApiError(503, "all replicas have stopped", code="engine_stopped")
         for index in self._placement.replicas:
-            return self._bridges[index].served()
+            if self._bridges[index].reason is None:
+                return self._bridges[index].served()
+            self.lost(index)  # it has gone just now
         if any(bridge.reason is not None for bridge in self._bridges) or self._live:
             raise ApiError(503, "no replica can take requests now", code="engine_stopped")
         raise ApiError(503, "the model is still loading", code="model_loading")

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pointsman.config import EngineConfig
 from pointsman.engine.engine import Engine
+from pointsman.server.errors import ApiError
 from pointsman.server.link import EngineLink, Hello
 from tests.exchange import OPTIONS, PROMPT, SHAPE
 from tests.server.asking import fault
@@ -66,6 +67,11 @@ def test_a_lost_replica_takes_its_own_requests_and_no_others(folder: Path) -> No
             told = (await asking.get("/server_info")).json()["replicas"]
             assert [(entry["replica"], entry["state"]) for entry in told] == [(0, "failed"), (1, "ready")]
             assert (await complete(asking, "who is there")).status_code == 200
+            await town.come()
+            town.fleet._bridges[0].fail("it is gone", ApiError(500, "gone"))  # and the seat has not noticed yet
+            assert (await complete(asking, "who is there now")).status_code == 200
+            while town.fleet.describe()[0]["state"] != "failed":
+                await asyncio.sleep(0.01)
             await town.come()
             assert [entry["state"] for entry in town.fleet.describe()] == ["ready", "ready"]
             before = counted(town)
