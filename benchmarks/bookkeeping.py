@@ -116,14 +116,32 @@ def _step(engine: Engine, running: int) -> list[float]:
     return [later - earlier for earlier, later in itertools.pairwise(marks)]
 
 
-def figure(rows: list[dict[str, Any]]) -> str:
-    """Cost by running requests, with the budget: an SVG document."""
+def followed(result: dict[str, Any], before: list[dict[str, Any]], date: str) -> dict[str, Any]:
+    """A result that also says what the budgeted step took when it was measured before, oldest first, and now."""
+    steps = {str(row["prefixes"]): row["step_ms"] for row in result["rows"] if row["running"] == BUDGET_RUNNING}
+    return result | {"history": [*before, {"date": date, "commit": result["commit"], "cpu": result["cpu"], "step_ms": steps}]}
+
+
+def figure(rows: list[dict[str, Any]], history: list[dict[str, Any]]) -> str:
+    """Cost by running requests, and that of the budgeted step from measurement to measurement: an SVG document."""
     lines = []
     for prefixes in sorted({row["prefixes"] for row in rows}):
         points = [(row["running"], row["step_ms"]) for row in rows if row["prefixes"] == prefixes]
         lines.append(Line(name=f"{prefixes:,} cached prefixes", points=points))
     budget = (f"budget at {BUDGET_RUNNING}", BUDGET_MS)
-    return chart([Panel(title="bookkeeping of a step", x="running requests", y="ms", lines=lines, limit=budget, logarithmic=True)])
+    panels = [Panel(title="bookkeeping of a step", x="running requests", y="ms", lines=lines, limit=budget, logarithmic=True)]
+    if history:
+        labels = [(point["commit"] or "?")[:7] for point in history]
+        over = [
+            Line(
+                name=f"{int(prefixes):,} cached prefixes",
+                points=[(number, point["step_ms"][prefixes]) for number, point in enumerate(history, 1) if prefixes in point["step_ms"]],
+                labels=labels if index == 0 else (),
+            )
+            for index, prefixes in enumerate(history[-1]["step_ms"])
+        ]
+        panels.append(Panel(title=f"at {BUDGET_RUNNING}, over time", x="measurement", y="ms", lines=over, limit=budget))
+    return chart(panels)
 
 
 def main() -> None:
@@ -146,7 +164,7 @@ def main() -> None:
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(summary, indent=1) + "\n")
     if arguments.plot:
-        Path(arguments.plot).write_text(figure(rows))
+        Path(arguments.plot).write_text(figure(rows, []))
     print(json.dumps(summary))
 
 

@@ -64,7 +64,7 @@ def bookkeeping_part(result: Result) -> str:
         f"### Bookkeeping\n\n`python -m benchmarks.bookkeeping`: the engine around a model that costs nothing, medians in ms; "
         f"the budget is {result['budget_ms']} ms at {result['budget_running']} running requests, hidden behind the step:\n\n"
         + table(head, rows)
-        + "\n![Bookkeeping of a step by running requests](bookkeeping.svg)\n"
+        + "\n![Bookkeeping of a step by running requests, and over time](bookkeeping.svg)\n"
         + where(result)
     )
 
@@ -248,6 +248,6 @@ PARTS = {
 }
 PLOTS: dict[str, Callable[[dict[str, Result]], str]] = {
     "cpu.svg": cpu_plot,
-    "bookkeeping.svg": lambda results: bookkeeping.figure(results["bookkeeping"]["rows"]),
+    "bookkeeping.svg": lambda results: bookkeeping.figure(results["bookkeeping"]["rows"], results["bookkeeping"]["history"]),
     "sweep.svg": lambda results: curves({"pointsman serve": results["sweep"]["points"]}),
 }

@@ -16,7 +16,14 @@ def test_every_request_decodes_in_every_step_that_is_timed():
     assert 0 < max(row[name] for name in bookkeeping.PARTS) < row["step_ms"] * 3
     result = {"budget_ms": 1.5, "budget_running": 256, "rows": [row]} | HERE
     assert "| 3 | 5 |" in comparisons.PARTS["bookkeeping"](result)
-    ElementTree.fromstring(comparisons.PLOTS["bookkeeping.svg"]({"bookkeeping": result}))
+    budgeted = result | {"rows": [row, row | {"running": 256, "step_ms": 2.0}]}
+    first = bookkeeping.followed(budgeted, [], "2026-01-01")
+    again = bookkeeping.followed(budgeted, first["history"], "2026-01-02")
+    assert [point["date"] for point in again["history"]] == ["2026-01-01", "2026-01-02"]
+    assert again["history"][0]["step_ms"] == {"5": 2.0}
+    picture = comparisons.PLOTS["bookkeeping.svg"]({"bookkeeping": again})
+    ElementTree.fromstring(picture)
+    assert "over time" in picture and picture.count(">abc<") == 2
 
 
 def test_other_engines_are_a_table_and_a_picture():

@@ -37,6 +37,9 @@ TYPES = {
     torch.uint8: "u8",
     torch.uint16: "u16",
 }
+# Bytes of stack a thread that Triton 3.7 alone makes, and neither 3.6 nor 3.9 does: in one cut of the wide kernel, and with six query
+# heads on each of eight ranks. More, or in another kernel, is a fault.
+KNOWN_STACK = {("3.7", "wide_kernel"): 96, ("3.7", "qkv_post_kernel"): 24}
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg", "num_ctas", "launch_cooperative_grid")
 
 
@@ -125,6 +128,12 @@ def caught() -> Iterator[list[Launch]]:
         yield found
     finally:
         JITFunction.run = original  # type: ignore[method-assign]
+
+
+def spilled(launch: Launch, binary: Binary) -> list[str]:
+    """What is wrong with the stack that a kernel uses."""
+    known = KNOWN_STACK.get((".".join(triton.__version__.split(".")[:2]), launch.kernel.__name__), 0)
+    return [f"spills {binary.stack} bytes"] if binary.stack > known else []
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

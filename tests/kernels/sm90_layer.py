@@ -18,7 +18,7 @@ from pointsman.kernels.paged_attention import TilePlan
 from pointsman.kernels.qkv_post import qkv_post
 from pointsman.kernels.sampling import RowSampling, draw
 from pointsman.kernels.weight import FP8, Quantized
-from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caught
+from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caught, spilled
 
 HIDDEN, HEADS, KV_HEADS, CHANNELS, HALF = 3072, 48, 8, 128, 32
 WIDTH = 1536  # of an expert that all tokens share
@@ -110,9 +110,7 @@ def sampler(num_rows: int) -> list[Launch]:
 
 def faults(launch: Launch, binary: Binary) -> list[str]:
     """What a shipped kernel must not be."""
-    found = []
-    if binary.stack:
-        found.append(f"spills {binary.stack} bytes")
+    found = spilled(launch, binary)
     if binary.shared > SHARED_LIMIT:
         found.append(f"needs {binary.shared} bytes of shared memory")
     given = launch.arguments

@@ -20,7 +20,7 @@ from pointsman.kernels.grouped_gemm import gemm, up
 from pointsman.kernels.routing import choose_experts, router_logits
 from pointsman.kernels.tiles import Shape, Tiles
 from pointsman.kernels.weight import FP8, Weight
-from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caught
+from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caught, spilled
 
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 256, 8, 3072, 1536
 PRODUCTS = ("up_kernel", "gemm_kernel", "fused_kernel")
@@ -96,9 +96,7 @@ def launches(tp: int, num_tokens: int, cut: Tiles, plain: Tiles) -> list[Launch]
 
 def faults(launch: Launch, binary: Binary) -> list[str]:
     """What a shipped kernel must not be."""
-    found = []
-    if binary.stack:
-        found.append(f"spills {binary.stack} bytes")
+    found = spilled(launch, binary)
     if binary.shared > SHARED_LIMIT:
         found.append(f"needs {binary.shared} bytes of shared memory")
     columns = launch.arguments.get("COLUMNS", 0)
