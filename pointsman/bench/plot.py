@@ -149,7 +149,10 @@ def _line(places: Sequence[tuple[float, float]], line: Line, colour: str) -> lis
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
     parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
-    return parts + [_text(x + 5, y - 5, label, size=9) for (x, y), label in zip(places, line.labels, strict=False)]
+    for (x, y), label in zip(places, line.labels, strict=False):
+        inside = x + 5 + 5 * len(label) < WIDTH  # with some five units a letter
+        parts.append(_text(x + 5 if inside else x - 5, y - 5, label, anchor="start" if inside else "end", size=9))
+    return parts
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 11) -> str:
