@@ -162,7 +162,8 @@ class Model:
         self, tokens: NDArray[np.int64], cache: str = "bfloat16", forced: NDArray[np.integer[Any]] | None = None
     ) -> tuple[Floats, NDArray[np.int64]]:
         """Logits [T, vocab] of one sequence, or of one with its experts given, and the router's choice [T, layers, top_k], best first."""
-        x, routes = self.embed[tokens], []
+        x: Floats = self.embed[tokens]
+        routes: list[NDArray[np.int64]] = []
         for layer in self.layers:
             x = x + self.attention(layer, rms(x, layer.packed.input_norm, self.shape.epsilon), cache)
             h = rms(x, layer.packed.post_norm, self.shape.epsilon)
@@ -170,7 +171,7 @@ class Model:
             if layer.common is not None:
                 x = x + pair_of(h, *layer.common)
             if layer.packed.gate is not None:
-                given = None if forced is None else forced[:, len(routes)].astype(np.int64)
+                given = None if forced is None else forced.astype(np.int64)[:, len(routes)]
                 update, best = self.experts(layer, h, given)
                 x = x + update
                 routes.append(best)
@@ -188,7 +189,8 @@ class Model:
         scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
         p = np.exp(scores - scores.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
-        return np.einsum("hqk,khd->qhd", p, np.repeat(v, repeat, axis=1)).reshape(length, -1) @ layer.o.T
+        out: Floats = np.einsum("hqk,khd->qhd", p, np.repeat(v, repeat, axis=1)).reshape(length, -1) @ layer.o.T
+        return out
 
     def normed(self, x: Floats, weight: NDArray[np.float32] | None) -> Floats:
         """Heads [T, H, C], normed all at once, each, or not."""
@@ -208,6 +210,7 @@ class Model:
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
     def experts(self, layer: Layer, h: Floats, given: NDArray[np.int64] | None) -> tuple[Floats, NDArray[np.int64]]:
+        assert layer.packed.gate is not None
         logits = h @ layer.packed.gate.T.astype(np.float64)
         scores = 1 / (1 + np.exp(-logits))
         if self.shape.score == "softmax":
@@ -231,8 +234,10 @@ class Model:
 
 def pair_of(h: Floats, gate_up: Floats, down: Floats) -> Floats:
     gate, up = np.split(h @ gate_up.T, 2, axis=1)
-    return (gate / (1 + np.exp(-gate)) * up) @ down.T
+    out: Floats = (gate / (1 + np.exp(-gate)) * up) @ down.T
+    return out
 
 
 def rms(x: Floats, weight: NDArray[np.float32], epsilon: float) -> Floats:
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * weight
+    out: Floats = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * weight
+    return out
