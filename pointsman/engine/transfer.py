@@ -67,9 +67,10 @@ class Upload:
         """Send arrays in one copy; the answer is what they are on the device.
 
         Args:
-            into: uint8, device memory that keeps its place; None takes new memory.
+            into: uint8, device memory that keeps its place, of which what lies behind the arrays stays as it is; None takes new memory.
         """
-        offsets, size = lay_out(arrays)
+        offsets, _ = lay_out(arrays)
+        size = offsets[-1] + arrays[-1].nbytes
         buffer = self._room(size)
         host = buffer.numpy()
         for array, offset in zip(arrays, offsets, strict=True):
