@@ -49,8 +49,8 @@ def lay_out(arrays: Sequence[Array]) -> tuple[list[int], int]:
     """Where each array begins, in bytes, and where the last one ends; each is aligned."""
     offsets, end = [], 0
     for array in arrays:
-        offsets.append(end)
-        end += math.ceil(array.nbytes / ALIGNMENT) * ALIGNMENT
+        offsets.append(math.ceil(end / ALIGNMENT) * ALIGNMENT)
+        end = offsets[-1] + array.nbytes
     return offsets, end
 
 
@@ -69,8 +69,7 @@ class Upload:
         Args:
             into: uint8, device memory that keeps its place, of which what lies behind the arrays stays as it is; None takes new memory.
         """
-        offsets, _ = lay_out(arrays)
-        size = offsets[-1] + arrays[-1].nbytes
+        offsets, size = lay_out(arrays)
         buffer = self._room(size)
         host = buffer.numpy()
         for array, offset in zip(arrays, offsets, strict=True):

@@ -27,7 +27,7 @@ import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Collection, Iterator
-from itertools import chain, takewhile
+from itertools import chain
 
 from pointsman.cache.pages import PagePool
 from pointsman.cache.radix import RadixCache
@@ -243,8 +243,7 @@ class Scheduler:
         if self._radix is not None and not sequence.wants_prompt_rows:
             hit = self._radix.match(sequence.keys[: len(sequence.tokens) - 1], sequence.request.cache_salt)
             if sequence.num_preemptions:  # another's pages of the same tokens are not what its own tokens were drawn from
-                pairs = zip(self._pool.dated(hit), sequence.left, strict=False)
-                hit = [page for (page, _), _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+                hit = sequence.own(self._pool.dated(hit))
             self._pool.share(hit)
         num_new = self._pages_for(len(sequence.tokens)) - len(hit)
         if self._num_available < num_new + margin:
@@ -318,7 +317,8 @@ class Scheduler:
         sequence.num_computed = end = segment.start + len(segment.tokens)
         rows = None
         if not (segment.sample and index in result.errors):
-            rows = self._prompt_rows(sequence, segment, result) if segment.prompt_logits else None
+            if segment.prompt_logits:
+                rows = sequence.more_prompt_rows(result.prompt_logprobs[segment.seq], segment.start)
             if segment.start < sequence.num_prompt:
                 self._extend_cache(sequence)
         if segment.sample:
@@ -327,12 +327,6 @@ class Scheduler:
             return Advance(sequence, prompt_logprobs=rows) if rows else None
         self.finish(sequence, FinishReason.LENGTH)  # nothing was to be generated
         return Advance(sequence, prompt_logprobs=rows, finish_reason=FinishReason.LENGTH)
-
-    def _prompt_rows(self, sequence: Sequence, segment: Segment, result: StepResult) -> list[dict[int, Logprob]]:
-        """The rows not handed out before: after a preemption the prompt is computed again."""
-        rows = result.prompt_logprobs[segment.seq][sequence.num_prompt_rows - segment.start :]
-        sequence.num_prompt_rows += len(rows)
-        return rows
 
     def _extend_cache(self, sequence: Sequence) -> None:
         """Full pages of the prompt go to the prefix tree as soon as they are computed, and the other choices may start after the last."""

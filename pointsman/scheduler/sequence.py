@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import takewhile
 
 import msgspec
 
@@ -100,6 +101,17 @@ class Sequence:
     def wants_prompt_rows(self) -> bool:
         """Rows of prompt log-probabilities are still to be computed: one for each prompt token but the first."""
         return self.request.sampling.prompt_logprobs is not None and self.num_prompt_rows < self.num_prompt - 1
+
+    def own(self, dated: list[tuple[int, int]]) -> list[int]:
+        """Of pages with their generations those at the front that it left itself when it was preempted."""
+        pairs = zip(dated, self.left, strict=False)
+        return [page for (page, _), _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+    def more_prompt_rows(self, rows: list[dict[int, Logprob]], start: int) -> list[dict[int, Logprob]]:
+        """Of the rows from `start` on those not handed out before: after a preemption the prompt is computed again."""
+        more = rows[self.num_prompt_rows - start :]
+        self.num_prompt_rows += len(more)
+        return more
 
     def ending(self, eos: frozenset[int], final: bool = False) -> tuple[FinishReason, int | None] | None:
         """Why the last token ends the sequence, and the stop token where the request named it; None if it goes on.
