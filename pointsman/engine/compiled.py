@@ -71,9 +71,10 @@ def choose_step(config: EngineConfig, decoder: Decoder, kv: PagedKV, routes: Rou
     shape = _shape(decoder.architecture)
 
     def make() -> CompiledStep:
+        step = CompiledStep(CpuStep(shape, weights, cache, max_rows=max_rows, num_threads=num_threads), cache.routes)
         decoder.release()  # what the torch step multiplied with
         return_memory(decoder.device)
-        return CompiledStep(CpuStep(shape, weights, cache, max_rows=max_rows, num_threads=num_threads), cache.routes)
+        return step
 
     if wanted == "compiled" or is_cached(kinds):
         logger.info("CPU step: compiled, %d threads", num_threads)
@@ -119,13 +120,15 @@ class ChangingStep:
 
     def __call__(self, batch: Batch, lanes: Lanes) -> Tensor:
         if self._compiled is not None and self._compiled.done():
-            errors = self._compiled.result()
+            errors, self._compiled = self._compiled.result(), None
+            if errors is None:
+                try:
+                    self._now = self._make()
+                    logger.info("CPU step: compiled from here on")
+                except RuntimeError as error:  # what was compiled is gone again, or cannot be read
+                    errors = str(error)
             if errors is not None:
                 logger.warning("compiling the CPU step failed; the torch step, several times slower, goes on serving: %s", errors[-2000:])
-            else:
-                logger.info("CPU step: compiled from here on")
-                self._now = self._make()
-            self._compiled = None
         return self._now(batch, lanes)
 
 

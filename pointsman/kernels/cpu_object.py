@@ -24,6 +24,8 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
+from pointsman import program
+
 FORMS = ("float32", "bfloat16", "e4m3")
 SYMBOL = "pointsman_step"
 SOURCES = (
@@ -72,11 +74,9 @@ def is_cached(kinds: Kinds) -> bool:
 
 def start_compiling(kinds: Kinds) -> subprocess.Popen[str]:
     """Start a process that compiles the object and stores it; its exit code says whether it did, its stderr why not."""
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     # Numba optimizes every function once for itself and again wherever it is called; here all of it is optimized once, at the end.
-    environment = os.environ | {"PYTHONPATH": path, "NUMBA_OPT": "0"}
-    command = [sys.executable, "-m", "pointsman.kernels.cpu_object", *kinds]
+    environment = program.environment({"NUMBA_OPT": "0"})
+    command = program.command("pointsman.kernels.cpu_object", *kinds)
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -84,7 +84,7 @@ def load(kinds: Kinds) -> StepThread:
     """The compiled step; compiles it first, which takes seconds, where it is not on disk.
 
     Raises:
-        RuntimeError: it could not be compiled.
+        RuntimeError: it could not be compiled, or is gone again.
     """
     if not is_cached(kinds):
         process = start_compiling(kinds)
@@ -105,7 +105,9 @@ def _machine() -> llvm.TargetMachine:
 @functools.cache
 def _link(kinds: Kinds) -> StepThread:
     """Load the object into this process, for good."""
-    place = next(place for place in _places(kinds) if os.access(place, os.R_OK))
+    place = next((place for place in _places(kinds) if os.access(place, os.R_OK)), None)
+    if place is None:
+        raise RuntimeError(f"the compiled step is in none of {', '.join(str(place) for place in _places(kinds))}")
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
     engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(place.read_bytes()))
     engine.finalize_object()

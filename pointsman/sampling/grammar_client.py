@@ -16,13 +16,13 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import IO
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from pointsman import program
 from pointsman.grammar import Grammar
 from pointsman.sampling.grammar_messages import (
     ANSWER,
@@ -107,11 +107,9 @@ class Host:
 
 
 def _start(launch: Launch, control: socket.socket) -> subprocess.Popen[bytes]:
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
-        [sys.executable, "-m", "pointsman.sampling.grammar_process", msgspec.json.encode(launch).decode(), str(control.fileno())],
-        env=os.environ | _SINGLE_THREADED | {"PYTHONPATH": path},
+        program.command("pointsman.sampling.grammar_process", msgspec.json.encode(launch).decode(), str(control.fileno())),
+        env=program.environment(_SINGLE_THREADED),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=[control.fileno()],

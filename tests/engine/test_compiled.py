@@ -62,6 +62,18 @@ def test_where_compiling_fails_torch_goes_on_and_the_reason_is_told(caplog: pyte
     assert "no such processor" in caplog.text
 
 
+def test_where_what_was_compiled_cannot_be_had_torch_goes_on_and_the_reason_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def make() -> Any:
+        raise RuntimeError("it is gone")
+
+    now: Any = Named("torch")
+    with caplog.at_level(logging.WARNING):
+        step = ChangingStep(now, compiler(""), make)
+        run_until_final(step)
+    assert (step(None, None), step.name, step.final) == ("torch", "torch", True)
+    assert "it is gone" in caplog.text and "compiled from here on" not in caplog.text
+
+
 def test_an_engine_that_ends_first_leaves_the_compiler_to_itself(tmp_path: Path) -> None:
     """Warnings are errors, and a process that nobody waits for is one."""
     step = changing(compiler(WAIT + "\nopen(sys.argv[2], 'w')", str(tmp_path / "go"), str(tmp_path / "done")))

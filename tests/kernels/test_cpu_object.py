@@ -76,6 +76,11 @@ def test_loading_needs_no_compiler() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_what_cannot_be_found_is_told(elsewhere: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"the compiled step is in none of .*package.*cache"):
+        cpu_object._link.__wrapped__(KINDS)
+
+
 def test_unknown_forms_fail_and_say_why() -> None:
     process = start_compiling(("float16", "e4m3", "bfloat16", "bfloat16"))
     _, errors = process.communicate()
