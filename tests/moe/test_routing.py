@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.minimax_m2.configuration_minimax_m2 import MiniMaxM2Config
@@ -27,11 +28,12 @@ def dense(routing: Routing) -> Tensor:
 
 
 def brute_force(logits_TE: Tensor, spec: RoutingSpec, bias_E: Tensor) -> list[list[int]]:
-    """The choice with Python's sort: by score, then by id."""
+    """The choice with Python's sort: by score, then by id. A group's rank is a float32, as scores are: what rounds to the same is a tie."""
     chosen = []
     for scores in (logits_TE.sigmoid() if spec.score == "sigmoid" else logits_TE.softmax(-1)) + bias_E:
         values, size = scores.tolist(), spec.num_experts // spec.num_groups
-        rank = [sum(sorted(values[g * size : (g + 1) * size])[-2:]) for g in range(spec.num_groups)]
+        best_two = [sorted(values[g * size : (g + 1) * size])[-2:] for g in range(spec.num_groups)]
+        rank = [float(np.float32(sum(two))) for two in best_two]
         groups = sorted(range(spec.num_groups), key=lambda g: (-rank[g], g))[: spec.top_groups]
         experts = [e for e in range(spec.num_experts) if e // size in groups]
         chosen.append(sorted(experts, key=lambda e: (-values[e], e))[: spec.top_k])
@@ -65,6 +67,7 @@ def test_qwen3_is_softmax_renormalized() -> None:
 
 
 @settings(deadline=None, max_examples=40)
+@example(levels=3, shape=(12, 5, 3, 2), score="softmax", seed=442)  # two groups' ranks differ by less than float32 tells
 @given(
     levels=st.integers(1, 5),
     shape=st.sampled_from([(64, 8, 1, 1), (64, 8, 8, 4), (12, 5, 3, 2), (6, 6, 1, 1), (5, 1, 5, 1), (300, 3, 1, 1)]),
