@@ -25,28 +25,29 @@ LIMIT = 120  # seconds after which a rank counts as hanging
 
 def run_ranks(tp: int, ep: int, function: Callable[..., None], *args: Any, timeout: float = 60.0) -> None:
     """Run `function(mesh, *args)` on every rank of a mesh. Raises AssertionError with what the ranks have raised."""
-    port, started = free_port(), []
+    port, started = 0, []
     for rank in range(tp):
         here, there = _context.Pipe(duplex=False)
         process = _context.Process(target=_rank, args=(there, tp, ep, rank, port, timeout, function, args))
         process.start()
         there.close()
+        if rank == 0:  # a port that it has is nobody else's; a socket that listens cannot be handed to a forkserver's child
+            port = int(here.recv_bytes())
         started.append((rank, process, here))
     faults = [_fault(rank, process, here) for rank, process, here in started]
     assert not any(faults), "\n".join(fault for fault in faults if fault)
 
 
-def free_port() -> int:
-    """A port that nobody uses just now: a socket that listens cannot be handed to a forkserver's child."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
-
-
 def _rank(there: Connection, tp: int, ep: int, rank: int, port: int, timeout: float, function: Callable[..., None], args: Any) -> None:
     torch.set_num_threads(1)
+    listener = None
+    if rank == 0:
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        there.send_bytes(str(port).encode())
     try:
-        mesh = Mesh.connect(tp=tp, ep=ep, rank=rank, address="127.0.0.1", port=port, device=torch.device("cpu"), timeout=timeout)
+        where: dict[str, Any] = {"address": "127.0.0.1", "port": port, "listener": listener, "device": torch.device("cpu")}
+        mesh = Mesh.connect(tp=tp, ep=ep, rank=rank, timeout=timeout, **where)
         function(mesh, *args)
         answer = "done"
     except BaseException:  # noqa: BLE001 - whatever it is, the test tells it

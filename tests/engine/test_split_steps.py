@@ -23,7 +23,7 @@ from pointsman.engine.assembly import Assembled
 from pointsman.engine.executor import Executor, Pending, choose_executor
 from pointsman.engine.orders import SIZE, Run, decode_order, encode
 from pointsman.step import StepPlan
-from tests.distributed.ranks import free_port, run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.engine.replays import rows
 from tests.engine.test_device_step import mixed
 
@@ -62,18 +62,18 @@ def told(way: BinaryIO) -> StepPlan | None:
     return order.plan
 
 
-def meet(mesh: Mesh, port: int) -> socket.socket:
+def meet(mesh: Mesh) -> socket.socket:
     """A socket between the two."""
     if mesh.rank == 0:
-        with socket.create_server(("127.0.0.1", port)) as listener:
-            mesh.all_reduce(torch.ones(1))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            mesh.broadcast(torch.tensor([listener.getsockname()[1]]))
             return listener.accept()[0]
-    mesh.all_reduce(torch.ones(1))
+    (port,) = mesh.broadcast(torch.zeros(1, dtype=torch.int64)).tolist()
     return socket.create_connection(("127.0.0.1", port))
 
 
-def drive(mesh: Mesh, folder: str, port: int, overlap: bool, want: list[Answer]) -> None:
-    way = meet(mesh, port)
+def drive(mesh: Mesh, folder: str, overlap: bool, want: list[Answer]) -> None:
+    way = meet(mesh)
     build.launches_steps = lambda device: True
     options = OPTIONS | {"tp": 2, "ep": mesh.ep, "disable_overlap_schedule": not overlap}
     if mesh.rank == 0:
@@ -107,4 +107,4 @@ def answers(folder: Path) -> list[Answer]:
 
 @pytest.mark.parametrize(("ep", "overlap"), [(1, True), (2, True), (2, False)])
 def test_two_ranks_say_what_one_says(folder: Path, answers: list[Answer], ep: int, overlap: bool) -> None:
-    run_ranks(2, ep, drive, str(folder), free_port(), overlap, answers)
+    run_ranks(2, ep, drive, str(folder), overlap, answers)
