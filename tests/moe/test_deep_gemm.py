@@ -1,4 +1,4 @@
-"""The runner over DeepGEMM against the reference: our kernels in Triton's interpreter, the library's products emulated.
+"""The runner over DeepGEMM against the reference: our kernels in Triton's interpreter or on a GPU, the library's products emulated.
 
 On a Hopper GPU with the library there the same tests run on it. Buffers are poisoned: torch fills what it hands out with NaN.
 """
@@ -27,7 +27,7 @@ from tests.moe.libraries.models import NUM_EXPERTS, TOP_K, D, distance, experts,
 
 correct()
 REAL = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and installed(DEEP_GEMM) is not None
-DEVICE = torch.device("cuda" if REAL else "cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where our own kernels of the runner run
 # gate and up, and the output of a choice, are rounded to bfloat16, as in runner `triton`, whose bound this is
 BOUND = 0.045
 

@@ -20,7 +20,7 @@ def product(rows_PN: Tensor, scale_PG: Tensor, matrix_MN: Tensor, scale_RG: Tens
     """float32 [P, M]."""
     check(rows_PN.dtype == matrix_MN.dtype == FP8, "rows and matrix must be e4m3")
     check(scale_PG.dtype == scale_RG.dtype == torch.float32, "scales must be float32")
-    out_PM = torch.zeros(len(rows_PN), len(matrix_MN))
+    out_PM = torch.zeros(len(rows_PN), len(matrix_MN), device=rows_PN.device)
     for block in range(matrix_MN.shape[1] // BLOCK):
         columns = slice(block * BLOCK, (block + 1) * BLOCK)
         scale_M = scale_RG[:, block].repeat_interleave(BLOCK)
