@@ -91,7 +91,7 @@ VERBS = {
         engine=False,
     ),
     "quantize": Verb(
-        "make a checkpoint's weights block FP8",
+        "make a checkpoint's weights FP8",
         "pointsman.cli.options:QuantizeOptions",
         "pointsman.cli.quantize:run",
         positional="folders",

@@ -82,6 +82,7 @@ class QuantizeOptions:
     """A checkpoint, and where its quantized form goes."""
 
     folders: tuple[str, ...] = flag((), "the checkpoint (a folder or a Hugging Face id), and the folder to write")
+    per_tensor: bool = flag(False, "one scale for each matrix, in place of one for each block of 128 x 128")
     force: bool = flag(False, "write into a folder that is not empty; weights in it are replaced")
     json: bool = flag(False, "print one JSON object with every layer's error instead of the table")
 

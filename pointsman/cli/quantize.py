@@ -1,4 +1,4 @@
-"""`pointsman quantize`: a plain checkpoint becomes one in block FP8, and each layer's error is told."""
+"""`pointsman quantize`: a plain checkpoint becomes one in FP8, in blocks or with one scale a matrix, and each layer's error is told."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from rich.table import Table
 
 from pointsman.cli.options import QuantizeOptions
 from pointsman.models.folder import locate
-from pointsman.models.quantize import Quantized, quantize_checkpoint
+from pointsman.models.quantize import BLOCK, Quantized, quantize_checkpoint
 
 
 def run(_engine: dict[str, Any], options: QuantizeOptions) -> int:
     """Write the second folder from the first."""
     source, target = options.folders
-    found = quantize_checkpoint(locate(source), Path(target).expanduser(), force=options.force)
+    block = None if options.per_tensor else BLOCK
+    found = quantize_checkpoint(locate(source), Path(target).expanduser(), block=block, force=options.force)
     if not options.json:
         Console(width=None if sys.stdout.isatty() else 120).print(_table(found))
         before, after = found.bytes_before / 2**30, found.bytes_after / 2**30

@@ -23,7 +23,7 @@ from pointsman.kernels.device import Device
 from pointsman.kernels.dtypes import NUM_BYTES
 from pointsman.kernels.flashinfer_room import num_bytes as planner_bytes
 from pointsman.models.architecture import Architecture
-from pointsman.models.choices import Choices, attention_shape, choices_of, reason_against_capture
+from pointsman.models.choices import Choices, attention_shape, choices_of, describe_scales, reason_against_capture
 from pointsman.models.sharding import Shard
 from pointsman.models.sizes import PLAIN_KINDS, Size, described, forms
 from pointsman.moe.candidates import ROUTED_ALIKE
@@ -84,6 +84,7 @@ class Plan:
             found.append(f"The runner {runner} cannot be given experts to replay; {ROUTED_ALIKE[runner]} can.")
         elif runner is not None:
             found.append("Experts can be given to replay.")
+        found += describe_scales(self.shard.architecture)
         if self.sums is not None and self.sums.chosen == "mailboxes":
             rows = MAILBOX_ROWS // (self.shard.tp - 1)
             found.append(

@@ -5,7 +5,7 @@ runner dequantizes once, the compiled step packs bytes and scales as they are. M
 v; gate and up) are joined along their rows. Each of them was quantized on its own, so a joined matrix whose parts are no
 multiple of the block has more rows of scales than its height alone would give: `parts` says where each begins.
 
-Shape suffixes: E experts, N rows (outputs), K columns (inputs), R rows of scales, B blocks along K.
+Shape suffixes: E experts, N rows (outputs), K columns (inputs), R rows of scales, B blocks along K, P parts.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ class Weight:
         scale: float32 [..., R, B]; an element's value is its e4m3 number times its block's scale.
         block: rows and columns of a block.
         parts: rows of each of the matrices that were joined along N; they sum to N.
+        input_scale: float32 [..., P], where the checkpoint has a scale for what each of these matrices multiplies.
     """
 
     data: Tensor
     scale: Tensor | None = None
     block: tuple[int, int] = (128, 128)
     parts: tuple[int, ...] = ()
+    input_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -55,6 +57,8 @@ class Weight:
         if self.scale is not None:
             assert self.data.dtype == FP8 and self.scale.dtype == torch.float32
             assert self.scale.shape == (*self.data.shape[:-2], *scale_shape(self.parts, self.data.shape[-1], self.block))
+        if self.input_scale is not None:
+            assert self.input_scale.shape == (*self.data.shape[:-2], len(self.parts)) and self.input_scale.dtype == torch.float32
 
     @property
     def quantized(self) -> bool:
@@ -62,7 +66,8 @@ class Weight:
 
     def __getitem__(self, expert: int) -> Weight:
         """One matrix of a stack, without a copy."""
-        return Weight(self.data[expert], None if self.scale is None else self.scale[expert], self.block, self.parts)
+        scale, inputs = (None if part is None else part[expert] for part in (self.scale, self.input_scale))
+        return Weight(self.data[expert], scale, self.block, self.parts, inputs)
 
     def scale_row_N(self) -> Tensor:
         """For each row, the row of `scale` that holds its blocks."""

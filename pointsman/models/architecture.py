@@ -27,6 +27,8 @@ class Architecture:
         qk_norm: whether q and k are normed over "all" of their heads at once, over "each", or not at all.
         qkv_bias: whether the projections to q, k and v add a bias.
         quantization_block: rows and columns of an FP8 block; None for a plain checkpoint.
+        scalar_scales: the checkpoint has one scale for each matrix, which is that of all its blocks here.
+        input_scales: and one for what each matrix multiplies.
         num_draft_layers: layers past the last that a checkpoint may have for multi-token prediction; they are not loaded.
         dtype: type of the checkpoint's plain weights.
     """
@@ -51,6 +53,8 @@ class Architecture:
     qk_norm: Literal["all", "each"] | None
     qkv_bias: bool = False
     quantization_block: tuple[int, int] | None
+    scalar_scales: bool = False
+    input_scales: bool = False
     num_draft_layers: int = 0
     dtype: str
 

@@ -23,28 +23,30 @@ MOST_READERS = 8
 
 
 class Header(NamedTuple):
-    """What a weight file's header says of one tensor; `dtype` is safetensors' name (BF16, F32, F8_E4M3)."""
+    """What a weight file's header says of one tensor; `dtype` is safetensors' name (BF16, F32, F8_E4M3), `stored` the file's for it."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
+    stored: str
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors: `headers` has every tensor by name; `problems` what the index and the files disagree about."""
+    """A folder of safetensors: `headers` has every tensor by name, as `respell` has it; `problems` what index and files disagree about."""
 
     folder: Path
     headers: dict[str, Header]
     problems: tuple[str, ...]
+    respell: Callable[[str], str] = str
 
     def tensors(self, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these names, file by file in stored order, each to be copied before the next."""
         for file in sorted({header.file for header in self.headers.values()}):
             with safe_open(self.folder / file, framework="pt") as shard:
-                for name in shard.offset_keys():
-                    if name in names:
-                        yield name, shard.get_tensor(name)
+                for stored in shard.offset_keys():
+                    if (name := self.respell(stored)) in names:
+                        yield name, shard.get_tensor(stored)
 
     def slices(self, names: Container[str], take: Callable[[str, Any], None], *, whole: bool) -> None:
         """Have `take` read what it wants of the tensors of these names, several files at once.
@@ -61,13 +63,16 @@ class Checkpoint:
 
     def _slices(self, file: str, names: Container[str], take: Callable[[str, Any], None], whole: bool) -> None:
         with safe_open(self.folder / file, framework="pt") as shard:
-            for name in shard.offset_keys():
-                if name in names:
-                    take(name, shard.get_tensor(name) if whole else shard.get_slice(name))
+            for stored in shard.offset_keys():
+                if (name := self.respell(stored)) in names:
+                    take(name, shard.get_tensor(stored) if whole else shard.get_slice(stored))
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, respell: Callable[[str], str] = str) -> Checkpoint:
     """Read the index and the headers of all weight files.
+
+    Args:
+        respell: gives a stored name as it is wanted.
 
     Raises:
         ValueError: there are none, a file is broken, or the index names something outside the folder.
@@ -81,14 +86,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     headers: dict[str, Header] = {}
     problems = []
     for file in files:
-        for name, header in _read_headers(folder, file):
+        for stored, header in _read_headers(folder, file):
+            name = respell(stored)
             if name in headers:
-                problems.append(f"{name} is in both {headers[name].file} and {file}")
-            if index and index.get(name) != file:
-                problems.append(f"{name} is in {file}, but the index says {index.get(name, 'nothing of it')}")
+                other = headers[name]
+                twice = f"both {other.file} and {file}" if stored == other.stored else f"{file} as {stored} and as {other.stored}"
+                problems.append(f"{name} is in {twice}")
+            if index and index.get(stored) != file:
+                problems.append(f"{stored} is in {file}, but the index says {index.get(stored, 'nothing of it')}")
             headers[name] = header
-    problems += [f"{name} should be in {file} by the index, but no file has it" for name, file in index.items() if name not in headers]
-    return Checkpoint(folder, headers, tuple(problems))
+    there = {header.stored for header in headers.values()}
+    problems += [f"{name} should be in {file} by the index, but no file has it" for name, file in index.items() if name not in there]
+    return Checkpoint(folder, headers, tuple(problems), respell)
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -106,7 +115,7 @@ def _read_headers(folder: Path, file: str) -> Iterator[tuple[str, Header]]:
         with safe_open(path, framework="pt") as shard:
             for name in shard.offset_keys():
                 entry = shard.get_slice(name)
-                yield name, Header(file, tuple(entry.get_shape()), entry.get_dtype())
+                yield name, Header(file, tuple(entry.get_shape()), entry.get_dtype(), name)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:

@@ -25,6 +25,9 @@ HARMLESS = frozenset(
     | {"output_router_logits", "output_attentions", "output_hidden_states"}
 )
 QUANTIZATION_HARMLESS = frozenset({"quant_method", "fmt", "activation_scheme", "weight_block_size", "dequantize"})
+QUANTIZATION_HARMLESS |= {"version", "global_compression_ratio"}
+COMPRESSED_HARMLESS = frozenset({"observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype"})  # how scales were found and kept
+KERNEL_BLOCK = (128, 128)
 NEVER_QUANTIZED = frozenset({"gate", "e_score_correction_bias", "lm_head", "embed_tokens", "norm"})
 
 
@@ -144,7 +147,7 @@ def read_sizes(reader: ConfigReader, *, head_dim: int | None = None) -> dict[str
         "head_dim": reader.whole("head_dim", default=max(1, hidden_size // num_heads)) if head_dim is None else head_dim,
         "max_positions": reader.whole("max_position_embeddings"),
         "norm_epsilon": reader.real("rms_norm_eps"),
-        "quantization_block": read_quantization(reader),
+        **read_quantization(reader),
         "dtype": read_dtype(reader),
     }
 
@@ -186,39 +189,91 @@ def read_rotary(reader: ConfigReader, head_dim: int, default_theta: float, defau
     return round(rotary_dim), reader.agreed("rope_theta", thetas, default_theta)
 
 
-def read_quantization(reader: ConfigReader) -> tuple[int, int] | None:
-    """The block of an FP8 checkpoint; None for a plain one. Other quantizations are refused."""
+def read_quantization(reader: ConfigReader) -> dict[str, Any]:
+    """How matrices are quantized, as arguments of `Architecture`: in FP8 with a scale for each block, with one for each matrix, or not.
+
+    Other quantizations are refused.
+    """
+    plain = {"quantization_block": None, "scalar_scales": False, "input_scales": False}
     section = reader.section("quantization_config", QUANTIZATION_HARMLESS)
     if section is None:
-        return None
-    if section.get("quant_method") != "fp8":
-        section.refuse("quant_method", "this version reads 'fp8' (block-quantized e4m3) and plain checkpoints")
+        return plain
+    method = section.get("quant_method")
+    if method not in ("fp8", "compressed-tensors"):
+        section.refuse("quant_method", "this version reads 'fp8', 'compressed-tensors' with one e4m3 scale a matrix, and plain checkpoints")
         reader.problems += section.problems
-        return None
+        return plain
+    found = _read_fp8(section) if method == "fp8" else _read_compressed(section)
+    if section.get("kv_cache_scheme") is not None:
+        section.refuse("kv_cache_scheme", "keys and values have scale 1 here, whatever they are stored as")
+    for key in ("modules_to_not_convert", "ignored_layers", "ignore"):
+        left = section.get(key, [])
+        if not isinstance(left, list) or not all(_never_quantized(str(module)) for module in left):
+            section.refuse(key, f"this version leaves only {', '.join(sorted(NEVER_QUANTIZED))} unquantized")
+    reader.join(section)
+    return found
+
+
+def _read_fp8(section: ConfigReader) -> dict[str, Any]:
     section.only("fmt", "float8_e4m3fn", "e4m3")
-    section.only("activation_scheme", "dynamic")
     section.only("scale_fmt", "float")
     section.only("expert_dtype", "fp8")
     section.only("modules_to_convert")
-    block = section.get("weight_block_size")
+    block, static = section.get("weight_block_size"), section.get("activation_scheme") == "static"
+    section.only("activation_scheme", "dynamic", "static")
     if block is None:
-        how = "FP8 with one scale a matrix is not read; `pointsman quantize` makes blocks of a bfloat16 checkpoint"
-        section.refuse("weight_block_size", how)
-        block = [128, 128]
+        return _scalar(static)
+    if static:
+        section.refuse("activation_scheme", "of FP8 in blocks it must be 'dynamic'; with one scale a matrix weight_block_size is null")
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         section.refuse("weight_block_size", "it must be two whole numbers, rows and columns of a block, such as [128, 128]")
-        block = [128, 128]
-    for key in ("modules_to_not_convert", "ignored_layers"):
-        plain = section.get(key, [])
-        if not isinstance(plain, list) or not all(_never_quantized(str(module)) for module in plain):
-            section.refuse(key, f"this version leaves only {', '.join(sorted(NEVER_QUANTIZED))} unquantized")
-    reader.join(section)
-    return block[0], block[1]
+        block = KERNEL_BLOCK
+    return {"quantization_block": (block[0], block[1]), "scalar_scales": False, "input_scales": False}
+
+
+def _read_compressed(section: ConfigReader) -> dict[str, Any]:
+    """What llm-compressor writes: one group of all linears, of which weights and what they multiply are described apart."""
+    section.only("format", "float-quantized")
+    section.only("quantization_status", "compressed", "frozen")
+    section.only("sparsity_config", {})
+    section.only("transform_config", {})
+    static = False
+    groups = section.section("config_groups")
+    names = [] if groups is None else list(groups.config)
+    group = groups.section(names[0]) if groups is not None and len(names) == 1 else None
+    if groups is None or group is None:
+        section.refuse("config_groups", "it must have one group, of all linears")
+        return _scalar(static)
+    group.only("targets", ["Linear"])
+    group.only("format", "float-quantized")
+    group.only("output_activations")
+    for name in ("weights", "input_activations"):
+        part = group.section(name, COMPRESSED_HARMLESS)
+        if part is None:
+            group.problems.append(f"quantization_config.config_groups.{names[0]}.{name} is missing")
+            continue
+        for key, right in (("num_bits", (8,)), ("type", ("float",)), ("symmetric", (True,)), ("group_size", ()), ("block_structure", ())):
+            part.only(key, *right)
+        if name == "weights":
+            part.only("strategy", "tensor")  # one for each row, or block, is another form
+            part.only("dynamic", False)
+        else:
+            static = not part.flag("dynamic", False)
+            part.only("strategy", *(("tensor",) if static else ("tensor", "token")))
+        group.join(part)
+    groups.join(group)
+    section.join(groups)
+    return _scalar(static)
+
+
+def _scalar(static: bool) -> dict[str, Any]:
+    """One scale a matrix: the scale of each of its blocks, of the size that kernels take."""
+    return {"quantization_block": KERNEL_BLOCK, "scalar_scales": True, "input_scales": static}
 
 
 def _never_quantized(module: str) -> bool:
-    """Whether a module name, such as `gate` or `model.layers.0.block_sparse_moe.gate`, ends in one that is never quantized."""
-    last = module.removesuffix(".weight").rsplit(".", 1)[-1]
+    """Whether a module name, such as `gate`, `model.layers.0.mlp.gate` or `re:.*lm_head$`, ends in one that is never quantized."""
+    last = module.removesuffix(".weight").rsplit(".", 1)[-1].strip("*$")
     return last in NEVER_QUANTIZED or last.endswith("norm")
 
 

@@ -14,6 +14,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from pointsman.models import MODELS, architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.backends import DTYPES, take
 from pointsman.models.checkpoint import Checkpoint, open_checkpoint
-from pointsman.models.choices import choices_of
+from pointsman.models.choices import choices_of, describe_scales
 from pointsman.models.decoder import ALONE, Decoder
 from pointsman.models.folder import locate, read_json
-from pointsman.models.names import Kind, Place, Row, places, up_before_gate
+from pointsman.models.names import Kind, Place, Row, places, respelled, up_before_gate
 from pointsman.models.parameters import Parameters, Storage
 from pointsman.models.sharding import Shard, describe_split
 from pointsman.moe.runner import AnyRunner, takes_up_first
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 FILE_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": FP8}
 MOST_LISTED = 20
 DUMMY_STD = 0.02
+DUMMY_INPUT = 8.0  # the largest of a million normed numbers is below
 DUMMY_ROUTER_STD = 0.05 * math.sqrt(3072)
 
 
@@ -83,7 +85,8 @@ def load_model(
     if quantization == "fp8" and architecture.quantization_block is None:
         raise ValueError(f"quantization is 'fp8', but {folder} is a {architecture.dtype} checkpoint; leave it out, or quantize it first")
     on, shard = torch.device(device), Shard(architecture, mesh.tp, mesh.ep, mesh.rank)
-    for line in () if shard.whole or mesh.rank else describe_split(architecture, mesh.tp, mesh.ep):
+    split = [] if shard.whole else describe_split(architecture, mesh.tp, mesh.ep)
+    for line in () if mesh.rank else (*split, *describe_scales(architecture)):
         logger.info("%s", line)
     choices = choices_of(
         shard,
@@ -117,7 +120,7 @@ def read_parameters(folder: Path, shard: Shard, rows: tuple[Row, ...], *, device
     """A shard of a checkpoint's weights; all its headers are checked against the architecture."""
     architecture = shard.architecture
     expected = places(rows, architecture)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, partial(respelled, scalar=architecture.scalar_scales))
     check_headers(checkpoint, expected, architecture)
     storage = Storage(rows, shard, _plain_dtypes(expected, checkpoint), device)
     wanted = {name: (row, place) for name, (row, place) in expected.items() if storage.holds(row, place)}
@@ -128,11 +131,11 @@ def read_parameters(folder: Path, shard: Shard, rows: tuple[Row, ...], *, device
             row, place = wanted[name]
             view = storage.view(place)
             view.copy_(storage.cut(row, place, tensor))
-            broken[name] = is_broken(view)
+            broken[name] = is_broken(view, positive=place.input)
             advance()
 
         checkpoint.slices(wanted, take, whole=shard.whole)
-    _raise(folder, [f"{name} has numbers that are NaN or infinite" for name, flag in zip(broken, _flags(broken), strict=True) if flag])
+    _raise(folder, [broken_words(name, wanted[name][1]) for name, flag in zip(broken, _flags(broken), strict=True) if flag])
     return storage.parameters()
 
 
@@ -154,8 +157,8 @@ def _differences(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpoi
             yield f"{name} is missing"
             continue
         shape, dtypes = form(row, place, architecture)
-        if header.shape != shape:
-            yield f"{name} is {list(header.shape)} where {list(shape)} belongs"
+        if not fits(header.shape, shape):
+            yield f"{name} is {list(header.shape)} where {shape_words(shape)} belongs"
         if header.dtype not in dtypes:
             yield f"{name} is {header.dtype} where {' or '.join(dtypes)} belongs"
     for name in checkpoint.headers.keys() - expected.keys():
@@ -164,13 +167,30 @@ def _differences(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpoi
 
 
 def form(row: Row, place: Place, architecture: Architecture) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Shape and file types that a tensor may have."""
+    """Shape and file types that a tensor may have; see `fits` for a scalar's."""
     shape, block = tuple(architecture.sizes[name] for name in row.shape), architecture.quantization_block
     if row.kind is not Kind.MATRIX or block is None:
         return shape, ("BF16", "F32")
+    if place.input or (place.scale and architecture.scalar_scales):
+        return (), ("F32", "BF16")
     if not place.scale:
         return shape, ("F8_E4M3",)
     return tuple(num_blocks(size, step) for size, step in zip(shape, block, strict=True)), ("F32", "BF16")
+
+
+def fits(shape: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape may stand where that one belongs; one number may be a list of it."""
+    return shape == right or (right == () and shape == (1,))
+
+
+def shape_words(right: tuple[int, ...]) -> str:
+    """What belongs there."""
+    return str(list(right)) if right else "one number ([] or [1])"
+
+
+def broken_words(name: str, place: Place) -> str:
+    """What is wrong with a tensor that `is_broken`."""
+    return f"{name} is no positive finite number" if place.input else f"{name} has numbers that are NaN or infinite"
 
 
 def _is_draft_layer(name: str, architecture: Architecture) -> bool:
@@ -190,15 +210,17 @@ def _plain_dtypes(expected: Mapping[str, tuple[Row, Place]], checkpoint: Checkpo
     return widest
 
 
-def is_broken(tensor: Tensor) -> Tensor:
-    """Whether it has NaN or infinite numbers, where it is, so that a device is not waited for.
+def is_broken(tensor: Tensor, *, positive: bool = False) -> Tensor:
+    """Whether it has NaN or infinite numbers (or some that are not positive), where it is, so that a device is not waited for.
 
     Found by the largest: these reductions are ten times as fast as a test of each number.
     """
     if tensor.dtype == FP8:
         # e4m3 has no infinity, and its NaN is all ones after the sign
         return (tensor.view(torch.uint8) & 0x7F).max() == 0x7F
-    return ~torch.stack(torch.aminmax(tensor)).isfinite().all()
+    least, most = torch.aminmax(tensor)
+    found = ~(least.isfinite() & most.isfinite())
+    return found | (least <= 0) if positive else found
 
 
 def _raise(folder: Path, problems: list[str]) -> None:
@@ -238,6 +260,8 @@ def make_parameters(shard: Shard, rows: tuple[Row, ...], *, seed: int, device: t
             view = storage.view(place)
             if place.scale:
                 view.fill_(DUMMY_STD * 4 / FP8_MAX)
+            elif place.input:
+                view.fill_(DUMMY_INPUT / FP8_MAX)
             elif row.parameter == "bias":
                 view.zero_()
             elif len(row.shape) == 1:

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 from pointsman.models.architecture import Architecture, Part
 
 SCALE_SUFFIX = "_scale_inv"
+SCALAR_SUFFIX = "_scale"  # of one for the matrix
+INPUT_SCALE = "input_scale"  # of what it multiplies, in place of "weight"
+# what transformers calls them
+SPELLINGS = {"weight_scale_inv": "weight_scale", "activation_scale": INPUT_SCALE}
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -86,13 +90,14 @@ def up_before_gate(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 
 
 class Place(NamedTuple):
-    """Where a tensor belongs: part `part` of `parameter` of a layer, of an expert; its numbers or their scales."""
+    """Where a tensor belongs: part `part` of `parameter` of a layer, of an expert; its numbers, their scales, or its input's scale."""
 
     parameter: str
     layer: int | None = None
     expert: int | None = None
     part: int = 0
     scale: bool = False
+    input: bool = False
 
 
 class Model(NamedTuple):
@@ -102,10 +107,27 @@ class Model(NamedTuple):
     rows: tuple[Row, ...]
 
 
-def name_of(rows: tuple[Row, ...], place: Place) -> str:
-    """The checkpoint's name of a place."""
+def name_of(rows: tuple[Row, ...], place: Place, *, scalar: bool = False) -> str:
+    """The checkpoint's name of a place; `scalar`: of a checkpoint with one scale a matrix."""
     row = next(row for row in rows if (row.parameter, row.part) == (place.parameter, place.part))
-    return row.name.format(layer=place.layer, expert=place.expert) + (SCALE_SUFFIX if place.scale else "")
+    name = row.name.format(layer=place.layer, expert=place.expert)
+    return input_scale_of(name) if place.input else name + scale_suffix(scalar) if place.scale else name
+
+
+def scale_suffix(scalar: bool) -> str:
+    """What follows a matrix's name in that of its scales, or of its one scale."""
+    return SCALAR_SUFFIX if scalar else SCALE_SUFFIX
+
+
+def input_scale_of(name: str) -> str:
+    """The scale of what a matrix multiplies."""
+    return f"{name.removesuffix('weight')}{INPUT_SCALE}"
+
+
+def respelled(name: str, *, scalar: bool) -> str:
+    """A tensor's name as the table has it: where matrices have one scale, that goes by two names."""
+    module, _, last = name.rpartition(".")
+    return f"{module}.{SPELLINGS[last]}" if scalar and last in SPELLINGS else name
 
 
 def places(rows: tuple[Row, ...], architecture: Architecture) -> dict[str, tuple[Row, Place]]:
@@ -117,7 +139,10 @@ def places(rows: tuple[Row, ...], architecture: Architecture) -> dict[str, tuple
             name = row.name.format(layer=layer, expert=expert)
             found[name] = (row, Place(row.parameter, layer, expert, row.part))
             if quantized:
-                found[name + SCALE_SUFFIX] = (row, Place(row.parameter, layer, expert, row.part, scale=True))
+                suffix = scale_suffix(architecture.scalar_scales)
+                found[name + suffix] = (row, Place(row.parameter, layer, expert, row.part, scale=True))
+            if quantized and architecture.input_scales:
+                found[input_scale_of(name)] = (row, Place(row.parameter, layer, expert, row.part, input=True))
     return found
 
 

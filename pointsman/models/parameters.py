@@ -92,7 +92,9 @@ class Storage:
             return Weight(torch.empty(shape, dtype=self._plain_dtype[rows[0].parameter], device=self._device), parts=parts)
         block = (self._shard.block([row.shape[0] for row in rows], block[0]), self._shard.block(rows[0].shape[1:], block[1]))
         scale = torch.empty((*stack, *scale_shape(parts, columns, block)), dtype=torch.float32, device=self._device)
-        return Weight(torch.empty(shape, dtype=FP8, device=self._device), scale, block, parts)
+        has_inputs = self._shard.architecture.input_scales
+        inputs = torch.empty((*stack, len(parts)), dtype=torch.float32, device=self._device) if has_inputs else None
+        return Weight(torch.empty(shape, dtype=FP8, device=self._device), scale, block, parts, inputs)
 
     @staticmethod
     def of(rows: tuple[Row, ...], shard: Shard, parameters: Parameters) -> Storage:
@@ -121,8 +123,8 @@ class Storage:
             for key, weight in self._weights.items():
                 dtype = weight.data.dtype if weight.quantized else dtypes[key[0]]
                 if key in changed or dtype != weight.data.dtype:
-                    scale = None if weight.scale is None else weight.scale.clone()
-                    weight = Weight(weight.data.to(dtype, copy=True), scale, weight.block, weight.parts)
+                    scale, inputs = (None if part is None else part.clone() for part in (weight.scale, weight.input_scale))
+                    weight = Weight(weight.data.to(dtype, copy=True), scale, weight.block, weight.parts, inputs)
                 other._weights[key] = weight
         return other
 
@@ -132,6 +134,8 @@ class Storage:
 
     def cut(self, row: Row, place: Place, tensor: Any) -> Any:
         """What the shard has of a tensor of the checkpoint, or of anything that is sliced like one."""
+        if place.input or (place.scale and self._shard.architecture.scalar_scales):
+            return tensor[...].reshape(())  # some write [1]
         if self._shard.whole:
             return tensor
         if not place.scale:
@@ -143,8 +147,12 @@ class Storage:
         return near[[at - rows[0] for at in rows]][:, [at - columns[0] for at in columns]]
 
     def view(self, place: Place) -> Tensor:
-        """The memory that the shard's part of a tensor of the checkpoint fills, in that part's shape."""
+        """The memory that the shard's part of a tensor of the checkpoint fills, in that part's shape; one scale fills all blocks'."""
         heights = list(self._parts[place.parameter])
+        if place.input:
+            inputs = self._weights[place.parameter, place.layer].input_scale
+            assert inputs is not None
+            return inputs[..., place.part] if place.expert is None else inputs[place.expert - self._shard.experts.start, place.part]
         if (tensor := self._tensors.get((place.parameter, place.layer))) is None:
             weight = self._weights[place.parameter, place.layer]
             tensor = weight.data
@@ -205,7 +213,8 @@ def held(parameters: Parameters) -> dict[str, Size]:
         weights += weights_of(layer).items()
         tensors += tensors_of(layer).items()
     for name, weight in weights:
-        add_size(sizes, name, weight.data.nbytes + (0 if weight.scale is None else weight.scale.nbytes), weight.data.numel())
+        scales = sum(part.nbytes for part in (weight.scale, weight.input_scale) if part is not None)
+        add_size(sizes, name, weight.data.nbytes + scales, weight.data.numel())
     for name, tensor in tensors:
         add_size(sizes, name, tensor.nbytes, tensor.numel())
     return sizes

@@ -1,4 +1,5 @@
 """A plain checkpoint becomes one in block FP8, as Hugging Face and MiniMax publish it: `weight` in e4m3, `weight_scale_inv` beside it.
+Or one with a single scale a matrix, as AutoFP8 and llm-compressor do, which is `weight_scale` then.
 
 Tensors pass one by one from the old files into new ones of a bounded size, so that a model of any size needs the memory of one file.
 Matrices are quantized, by `kernels.reference.quantize_weight`; norms, routers, biases, embedding and head stay as they are, but
@@ -28,7 +29,7 @@ from pointsman.models import MODELS, architecture_of
 from pointsman.models.checkpoint import INDEX, SINGLE, Checkpoint, Header, open_checkpoint
 from pointsman.models.folder import inside, read_json
 from pointsman.models.loader import check_headers, is_broken, loading_bar
-from pointsman.models.names import SCALE_SUFFIX, Kind, Place, Row, places
+from pointsman.models.names import Kind, Place, Row, places, scale_suffix
 
 BLOCK = (128, 128)
 MOST_BYTES = 4 << 30  # of a file
@@ -70,15 +71,15 @@ def quantize_checkpoint(
     source: Path,
     target: Path,
     *,
-    block: tuple[int, int] = BLOCK,
+    block: tuple[int, int] | None = BLOCK,
     force: bool = False,
     most_bytes: int = MOST_BYTES,
     progress: bool | None = None,
 ) -> Quantized:
-    """Write the checkpoint in `source` to `target`, in block FP8.
+    """Write the checkpoint in `source` to `target`, in FP8.
 
     Args:
-        block: rows and columns of a block.
+        block: rows and columns of a block; None: a matrix has one scale.
         force: write into a folder that has files; weights that are there go.
         most_bytes: of a new file, unless one tensor is larger.
         progress: show a bar on stderr; None shows one on a terminal.
@@ -116,7 +117,7 @@ def quantize_checkpoint(
         "fmt": "float8_e4m3fn",
         "modules_to_not_convert": list(UNQUANTIZED),
         "quant_method": "fp8",
-        "weight_block_size": list(block),
+        "weight_block_size": block and list(block),
     }
     (target / "config.json").write_text(json.dumps(config | told | {"quantization_config": quantization}, indent=2) + "\n")
     return tally.result(num_bytes)
@@ -130,11 +131,13 @@ def _as_bfloat16(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, headers=headers)
 
 
-def _bytes_after(header: Header, known: tuple[Row, Place] | None, block: tuple[int, int]) -> int:
+def _bytes_after(header: Header, known: tuple[Row, Place] | None, block: tuple[int, int] | None) -> int:
     """What a tensor will take."""
     numbers = math.prod(header.shape)
     if known is None or known[0].kind is not Kind.MATRIX:
         return numbers * BYTES[header.dtype]
+    if block is None:
+        return numbers + 4
     return numbers + 4 * math.prod(num_blocks(length, step) for length, step in zip(header.shape, block, strict=True))
 
 
@@ -162,10 +165,11 @@ def _quantized(name: str, tensor: Tensor, known: tuple[Row, Place] | None, tally
     if bool(is_broken(tensor)):
         raise ValueError(f"{name} has numbers that are NaN or infinite")
     if known is not None and known[0].kind is Kind.MATRIX:
-        weight = quantize_weight(tensor, tally.block)
+        weight = quantize_weight(tensor, tally.block or (tensor.shape[0], tensor.shape[1]))
         assert weight.scale is not None
         tally.add(name, known[1].layer or 0, tensor, weight)
-        yield from ((name, weight.data), (name + SCALE_SUFFIX, weight.scale))
+        scale = weight.scale if tally.block else weight.scale.reshape(())
+        yield from ((name, weight.data), (name + scale_suffix(scalar=tally.block is None), scale))
     else:
         yield name, tensor.to(torch.bfloat16) if tensor.dtype == torch.float16 else tensor
 
@@ -173,7 +177,7 @@ def _quantized(name: str, tensor: Tensor, known: tuple[Row, Place] | None, tally
 class _Tally:
     """Differences that are being summed."""
 
-    def __init__(self, block: tuple[int, int]) -> None:
+    def __init__(self, block: tuple[int, int] | None) -> None:
         self.block = block
         self.bytes_before = 0
         self._matrices: dict[int, list[tuple[str, float, float, float]]] = {}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pointsman.kernels.reference import quantize_weight
 from pointsman.models import MODELS
-from pointsman.models.loader import FILE_DTYPES, MOST_LISTED, form, is_broken
-from pointsman.models.names import SCALE_SUFFIX, Kind, Row, places
+from pointsman.models.loader import FILE_DTYPES, MOST_LISTED, broken_words, fits, form, is_broken, shape_words
+from pointsman.models.names import Kind, Place, Row, places, respelled, scale_suffix
 from pointsman.models.parameters import Parameters, Storage
 from pointsman.models.sharding import Shard
 
@@ -44,24 +44,23 @@ class Revision:
 
         Args:
             tensors: by the names that a checkpoint has for them.
-            quantize: plain matrices of a model that is FP8 are quantized in blocks, by `kernels.reference.quantize_weight`.
+            quantize: plain matrices of a model that is FP8 are quantized by `kernels.reference.quantize_weight`, in its blocks or as one.
 
         Raises:
             ValueError: some do not belong to the model, or are broken; the message names them.
         """
         taken: dict[str, Tensor] = {}
         problems: list[str] = []
-        for name, tensor in tensors.items():
+        for given, tensor in tensors.items():
+            name = self._named(given)
             if name not in self._expected:
-                problems.append(f"{name:.200} does not belong to this model")
-            elif name in self._tensors:
+                problems.append(f"{given:.200} does not belong to this model")
+            elif name in self._tensors or name in taken:
                 problems.append(f"{name} has come already in this update")
             elif wrong := self._wrong(name, tensor, quantize):
                 problems.append(wrong)
             elif self._is_raw(name, tensor):
-                weight = quantize_weight(tensor, self._architecture.quantization_block or (1, 1))
-                assert weight.scale is not None
-                taken |= {name: weight.data, name + SCALE_SUFFIX: weight.scale}
+                taken |= self._quantized(name, tensor)
             else:
                 taken[name] = tensor
         _raise(problems)
@@ -69,16 +68,16 @@ class Revision:
 
     def check(self, name: str, shape: tuple[int, ...], dtype: str, *, quantize: bool = False) -> torch.dtype:
         """The type of a tensor that is announced by safetensors' name of its type. Raises ValueError where it would be refused."""
-        if name not in self._expected:
+        if (known := self._expected.get(self._named(name))) is None:
             raise ValueError(f"{name:.200} does not belong to this model")
-        row, place = self._expected[name]
+        row, place = known
         right, dtypes = form(row, place, self._architecture)
-        if quantize and row.kind is Kind.MATRIX and not place.scale:
+        if quantize and row.kind is Kind.MATRIX and _is_numbers(place):
             dtypes = (*dtypes, "BF16", "F32")
-        if shape != right:
-            raise ValueError(f"{name} is {list(shape)} where {list(right)} belongs")
+        if not fits(shape, right):
+            raise ValueError(f"{name} is {list(shape)} where {shape_words(right)} belongs")
         if dtype not in dtypes:
-            hint = "; quantize true makes blocks of plain numbers" if dtypes == ("F8_E4M3",) and dtype in ("BF16", "F32") else ""
+            hint = "; quantize true makes FP8 of plain numbers" if dtypes == ("F8_E4M3",) and dtype in ("BF16", "F32") else ""
             raise ValueError(f"{name} is {dtype:.20} where {' or '.join(dict.fromkeys(dtypes))} belongs{hint}")
         return FILE_DTYPES[dtype]
 
@@ -87,13 +86,24 @@ class Revision:
             self.check(name, tuple(tensor.shape), _NAMES.get(tensor.dtype, str(tensor.dtype)), quantize=quantize)
         except ValueError as error:
             return str(error)
-        return f"{name} has numbers that are NaN or infinite" if is_broken(tensor) else None
+        place = self._expected[name][1]
+        return broken_words(name, place) if is_broken(tensor, positive=place.input) else None
+
+    def _named(self, name: str) -> str:
+        return respelled(name, scalar=self._architecture.scalar_scales)
+
+    def _quantized(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A plain matrix in FP8, and its scales or one scale."""
+        block, scalar = self._architecture.quantization_block, self._architecture.scalar_scales
+        weight = quantize_weight(tensor, (tensor.shape[0], tensor.shape[1]) if scalar else block or (1, 1))
+        assert weight.scale is not None
+        return {name: weight.data, name + scale_suffix(scalar): weight.scale.reshape(()) if scalar else weight.scale}
 
     def _is_raw(self, name: str, tensor: Tensor) -> bool:
         """Whether it is a matrix of plain numbers where the model has FP8."""
         row, place = self._expected[name]
         quantized = row.kind is Kind.MATRIX and self._architecture.quantization_block is not None
-        return quantized and not place.scale and tensor.element_size() > 1
+        return quantized and _is_numbers(place) and tensor.element_size() > 1
 
     def apply(self, parameters: Parameters | None, device: torch.device) -> Parameters:
         """The parameters with these tensors in their places; where there are none, these are all of them, on this device.
@@ -123,7 +133,8 @@ class Revision:
 
     def _partner(self, name: str) -> str:
         """The tensor without which this one means nothing: scales and numbers; itself for one that is alone."""
-        partner = name.removesuffix(SCALE_SUFFIX) if name.endswith(SCALE_SUFFIX) else name + SCALE_SUFFIX
+        suffix = scale_suffix(self._architecture.scalar_scales)
+        partner = name.removesuffix(suffix) if self._expected[name][1].scale else name + suffix
         return partner if partner in self._expected else name
 
     def _dtypes(self, live: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
@@ -135,6 +146,10 @@ class Revision:
             if dtype is not None:
                 found.setdefault(row.parameter, []).append(dtype)
         return {parameter: max(dtypes, key=lambda dtype: dtype.itemsize) for parameter, dtypes in found.items()}
+
+
+def _is_numbers(place: Place) -> bool:
+    return not place.scale and not place.input
 
 
 def _raise(problems: list[str]) -> None:

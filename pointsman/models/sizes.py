@@ -75,7 +75,8 @@ def _num_bytes(row: Row, lengths: list[int], shard: Shard) -> int:
     block = architecture.quantization_block
     if row.kind is Kind.PLAIN or block is None:
         return numbers * NUM_BYTES[architecture.dtype]
-    return numbers + 4 * math.prod(-(-length // step) for length, step in zip(lengths, block, strict=True))
+    scales = math.prod(-(-length // step) for length, step in zip(lengths, block, strict=True))
+    return numbers + 4 * (scales + architecture.input_scales)
 
 
 def add_size(sizes: dict[str, Size], parameter: str, num_bytes: int, num_elements: int) -> None:

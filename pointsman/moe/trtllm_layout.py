@@ -35,7 +35,8 @@ def turned(weights: ExpertWeights) -> ExpertWeights:
     assert gate == up and gate % gate_up.block[0] == 0
     data = torch.cat(list(reversed(gate_up.data.view(torch.uint8).chunk(2, dim=-2))), dim=-2)
     scale = None if gate_up.scale is None else torch.cat(list(reversed(gate_up.scale.chunk(2, dim=-2))), dim=-2)
-    return ExpertWeights(Weight(data.view(gate_up.data.dtype), scale, gate_up.block, (up, gate)), weights.down)
+    inputs = None if gate_up.input_scale is None else gate_up.input_scale.flip(-1)
+    return ExpertWeights(Weight(data.view(gate_up.data.dtype), scale, gate_up.block, (up, gate), inputs), weights.down)
 
 
 class TrtllmWeights(NamedTuple):

@@ -49,13 +49,16 @@ def join_rows(weights: list[Weight]) -> Weight:
     parts = tuple(part for weight in weights for part in weight.parts)
     data = torch.cat([_bytes(weight.data) for weight in weights]).view(weights[0].data.dtype)
     scales = [weight.scale for weight in weights if weight.scale is not None]
-    return Weight(data, torch.cat(scales) if scales else None, weights[0].block, parts)
+    inputs = [weight.input_scale for weight in weights if weight.input_scale is not None]
+    return Weight(data, torch.cat(scales) if scales else None, weights[0].block, parts, torch.cat(inputs) if inputs else None)
 
 
 def _stack(weights: list[Weight]) -> Weight:
     data = torch.stack([_bytes(weight.data) for weight in weights]).view(weights[0].data.dtype)
     scales = [weight.scale for weight in weights if weight.scale is not None]
-    return Weight(data, torch.stack(scales) if scales else None, weights[0].block, weights[0].parts)
+    inputs = [weight.input_scale for weight in weights if weight.input_scale is not None]
+    block, parts = weights[0].block, weights[0].parts
+    return Weight(data, torch.stack(scales) if scales else None, block, parts, torch.stack(inputs) if inputs else None)
 
 
 def _bytes(data: torch.Tensor) -> torch.Tensor:

@@ -248,7 +248,7 @@ def published_names(tensors: Mapping[str, Tensor], model_type: str = "minimax_m2
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     plain = tensor.dtype.is_floating_point and tensor.element_size() > 1 and tensor.dim() > 1
-    return tensor.to(dtype) if dtype is not None and plain and not name.endswith((".gate.weight", "_scale_inv")) else tensor
+    return tensor.to(dtype) if dtype is not None and plain and not name.endswith((".gate.weight", "_scale_inv", "_scale")) else tensor
 
 
 def _buckets(named: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:

@@ -32,6 +32,7 @@ SHAPES = {
     "blocks": Shape(heads=8, kv_heads=2, hidden=64, width=192, block=(16, 16)),
     # a head is less than a block, two blocks of width for four ranks
     "shared scales": Shape(heads=8, kv_heads=4, hidden=48, width=64, experts=6, top_k=3, block=(32, 32)),
+    "one scale": Shape(heads=8, kv_heads=4, hidden=48, width=256, experts=6, scalar="dynamic"),
     "plain": Shape(heads=8, kv_heads=8, width=24),
 }
 # tp to the checkpoints, runners and numbers of groups that are tried on such a mesh

@@ -80,7 +80,7 @@ def test_some_of_them(llm: LLM, tmp_path: Path, names: list[str]) -> None:
 def test_plain_matrices_are_quantized_when_asked(llm: LLM, tmp_path: Path) -> None:
     """As a checkpoint would have been that was quantized by the same function."""
     plain = Shape().tensors(5)
-    with pytest.raises(ValueError, match=r"w1\.weight is BF16 where F8_E4M3 belongs; quantize true makes blocks"):
+    with pytest.raises(ValueError, match=r"w1\.weight is BF16 where F8_E4M3 belongs; quantize true makes FP8"):
         llm.update_weights_from_tensor(plain)
     quantized = dict(plain)
     for name in OLD:
@@ -172,3 +172,24 @@ def test_an_update_in_parts_serves_as_a_whole_or_not_at_all(llm: LLM, data: st.D
     expected = answer(llm)
     control.update_weights_from_tensor(live)
     assert answer(llm) == expected
+
+
+def test_one_scale_a_matrix(tmp_path: Path) -> None:
+    """Some by their names, some quantized on arrival, and all from disk; scales of activations stay where none come."""
+    shape = Shape(hidden=160, width=136, experts=4, scalar="static")
+    old, new = shape.tensors(0), shape.tensors(1)
+    llm = make(tmp_path / "old", old, shape)
+    part = {name: tensor for name, tensor in new.items() if "k_proj" in name or "experts.2.w3" in name or name == "model.norm.weight"}
+    raw = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    numbers = Shape(hidden=160, width=136).tensors(7)[raw]
+    weight = quantize_weight(numbers, (160, 136))
+    assert weight.scale is not None
+    llm.update_weights_from_tensor(part | {raw: numbers}, quantize=True)
+    assert answer(llm) == fresh_answer(tmp_path / "new", old | part | {raw: weight.data, raw + "_scale": weight.scale.reshape(())}, shape)
+    write(tmp_path / "disk", shape.config(), new)
+    llm.update_weights_from_disk(str(tmp_path / "disk"))
+    assert answer(llm) == fresh_answer(tmp_path / "fresh", new, shape)
+    blocks = Shape(hidden=160, width=136, experts=4, block=(128, 128))
+    with pytest.raises(ValueError, match="scalar_scales"):
+        llm.update_weights_from_disk(str(blocks.write(tmp_path / "blocks")))
+    llm.close()

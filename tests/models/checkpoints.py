@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +24,7 @@ from pointsman.moe.capture import RouteStore
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a test model; `block` makes it FP8."""
+    """Sizes of a test model; `block` makes it FP8, and so does `scalar`, the activation scheme of one with one scale a matrix."""
 
     layers: int = 2
     hidden: int = 32
@@ -36,6 +37,11 @@ class Shape:
     width: int = 24
     vocab: int = 97
     block: tuple[int, int] | None = None
+    scalar: Literal["dynamic", "static"] | None = None
+
+    @property
+    def fp8(self) -> bool:
+        return self.block is not None or self.scalar is not None
 
     def config(self) -> dict:
         """config.json as published."""
@@ -79,6 +85,9 @@ class Shape:
                 "quant_method": "fp8",
                 "weight_block_size": list(self.block),
             }
+        if self.scalar is not None:
+            left = ["lm_head", *(f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(self.layers))]
+            config["quantization_config"] = {"activation_scheme": self.scalar, "ignored_layers": left, "quant_method": "fp8"}
         return config
 
     def tensors(self, seed: int = 0) -> dict[str, Tensor]:
@@ -94,6 +103,12 @@ class Shape:
 
         def matrix(name: str, rows: int, columns: int) -> None:
             value = normal(rows, columns, std=columns**-0.5)
+            if self.scalar is not None:
+                weight = quantize_weight(value, (rows, columns))
+                tensors[name], tensors[name + "_scale"] = weight.data, weight.scale.reshape(())
+                if self.scalar == "static":
+                    tensors[name.removesuffix("weight") + "input_scale"] = 0.01 + 0.01 * torch.rand((), generator=generator)
+                return None
             if self.block is None:
                 return plain(name, value)
             weight = quantize_weight(value, self.block)
@@ -150,9 +165,11 @@ def dequantized(tensors: dict[str, Tensor], block: tuple[int, int] | None) -> di
     """Every weight as exact float32, by a loop that shares nothing with ours."""
     exact: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.endswith("_scale_inv"):
+        if name.endswith(("_scale_inv", "_scale")):
             continue
         exact[name] = tensor.float()
+        if name + "_scale" in tensors:
+            exact[name] *= tensors[name + "_scale"].float()
         if name + "_scale_inv" in tensors:
             assert block is not None
             scale = tensors[name + "_scale_inv"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -123,18 +124,63 @@ REFUSED = [
     ("quantization_config", "fp8", "object"),
 ]
 FP8 = PUBLISHED["quantization_config"]
+_E4M3 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "group_size": None, "block_structure": None}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "global_compression_ratio": 1.4,
+    "ignore": ["lm_head", "re:.*block_sparse_moe.gate$"],
+    "kv_cache_scheme": None,
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "output_activations": None,
+            "weights": _E4M3 | {"dynamic": False, "observer": "minmax", "observer_kwargs": {}},
+            "input_activations": _E4M3 | {"dynamic": False, "observer": "minmax", "actorder": None},
+        }
+    },
+}
+
+
+def compressed(part: str, **changes: Any) -> dict[str, Any]:
+    group = COMPRESSED["config_groups"]["group_0"]
+    return COMPRESSED | {"config_groups": {"group_0": group | {part: group[part] | changes}}}
+
+
 REFUSED_QUANTIZATION = [
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_method is 'modelopt'"),
     (FP8 | {"fmt": "float8_e5m2"}, "fmt is 'float8_e5m2'"),
-    (FP8 | {"activation_scheme": "static"}, "activation_scheme is 'static'"),
-    (FP8 | {"weight_block_size": None}, "weight_block_size is None"),
+    (FP8 | {"activation_scheme": "static"}, "of FP8 in blocks it must be 'dynamic'; with one scale a matrix weight_block_size is null"),
+    (FP8 | {"activation_scheme": "none", "weight_block_size": None}, "activation_scheme is 'none'"),
     (FP8 | {"weight_block_size": [128]}, "two whole numbers"),
-    ({name: value for name, value in FP8.items() if name != "weight_block_size"}, "one scale a matrix is not read; `pointsman quantize`"),
     (FP8 | {"weight_block_size": [128, 0]}, "two whole numbers"),
     (FP8 | {"modules_to_not_convert": ["gate", "model.layers.0.self_attn"]}, "modules_to_not_convert"),
     (FP8 | {"scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0'"),
-    (FP8 | {"kv_cache_scheme": "static"}, "does not know"),
+    (FP8 | {"kv_cache_scheme": "static"}, "kv_cache_scheme is 'static'; keys and values have scale 1 here"),
+    (COMPRESSED | {"format": "pack-quantized"}, "format is 'pack-quantized'"),
+    (COMPRESSED | {"config_groups": {}}, "one group, of all linears"),
+    (compressed("weights", strategy="channel"), "config_groups.group_0.weights.strategy is 'channel'"),
+    (compressed("weights", num_bits=4), "weights.num_bits is 4"),
+    (compressed("weights", type="int"), "weights.type is 'int'"),
+    (compressed("input_activations", strategy="token"), "input_activations.strategy is 'token'; this model is written for 'tensor'"),
+    (COMPRESSED | {"ignore": ["re:.*mlp.*"]}, "ignore is ['re:.*mlp.*']"),
+    (COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, "keys and values have scale 1 here"),
 ]
+ONE_SCALE = [
+    ({"quant_method": "fp8", "activation_scheme": "dynamic"}, False),
+    ({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head", "model.layers.0.block_sparse_moe.gate"]}, True),
+    (FP8 | {"weight_block_size": None}, False),
+    (COMPRESSED, True),
+    (compressed("input_activations", dynamic=True, strategy="token"), False),
+]
+
+
+@pytest.mark.parametrize(("section", "static"), ONE_SCALE)
+def test_one_scale_a_matrix_is_that_of_all_its_blocks(section: dict[str, Any], static: bool) -> None:
+    """As AutoFP8, transformers and llm-compressor say it."""
+    want = dataclasses.replace(architecture_of(PUBLISHED), scalar_scales=True, input_scales=static)
+    assert architecture_of(changed(quantization_config=section)) == want and want.quantization_block == (128, 128)
 
 
 @pytest.mark.parametrize(("key", "value", "right"), REFUSED)

@@ -34,8 +34,10 @@ SHAPES = {
     "fp8 blocks larger than all": Shape(
         hidden=40, heads=4, kv_heads=4, head_dim=8, rotary_dim=4, width=24, experts=8, top_k=6, block=(128, 128)
     ),
+    "fp8 one scale": Shape(hidden=256, heads=4, kv_heads=2, head_dim=64, width=192, experts=5, top_k=2, scalar="dynamic"),
+    "fp8 one scale, ragged, static": Shape(layers=3, hidden=136, heads=5, kv_heads=1, width=40, experts=4, top_k=2, scalar="static"),
 }
-FP8_SHAPES = [name for name, shape in SHAPES.items() if shape.block is not None]
+FP8_SHAPES = [name for name, shape in SHAPES.items() if shape.fp8]
 SQUARE = ("plain", "three layers, seven experts, top 3", "fp8 square", "fp8 small blocks")
 TOKENS = 64
 

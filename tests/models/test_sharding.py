@@ -103,6 +103,7 @@ SHAPES = {
     "blocks": (Shape(heads=8, kv_heads=2, hidden=48, width=80, experts=5, block=(16, 16)), [(2, 1), (4, 2), (8, 1), (8, 4)]),
     "heads share blocks": (Shape(heads=8, kv_heads=4, hidden=48, width=96, block=(32, 32)), [(8, 1), (4, 4), (2, 2)]),
     "heads across blocks": (Shape(heads=6, kv_heads=2, hidden=48, width=48, block=(32, 48)), [(2, 1), (6, 3)]),
+    "one scale": (Shape(heads=8, kv_heads=2, head_dim=32, hidden=48, width=320, experts=5, scalar="static"), [(2, 1), (8, 1), (8, 4)]),
     "plain": (Shape(heads=4, kv_heads=4, width=25, vocab=98), [(4, 1), (4, 2)]),
 }
 CASES = [(name, *layout) for name, (_, layouts) in SHAPES.items() for layout in layouts]

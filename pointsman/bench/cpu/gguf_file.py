@@ -6,6 +6,7 @@ and the router stay float32, as llama.cpp wants them, and the matrices take the 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from pointsman.models import architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.checkpoint import open_checkpoint
 from pointsman.models.folder import read_json
+from pointsman.models.names import respelled, scale_suffix
 
 TYPES = ("F32", "F16", "BF16", "Q8_0")
 
@@ -107,7 +109,7 @@ def _write_tokenizer(writer: Any, folder: Path, architecture: Architecture) -> N
 
 def tensors(folder: Path, architecture: Architecture) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """Every tensor by its name in GGUF, in float32, block scales multiplied in."""
-    weights = dequantized(folder, architecture.quantization_block)
+    weights = dequantized(folder, architecture)
     for name, to in WHOLE.items():
         yield to, weights[name].numpy()
     for layer in range(architecture.num_layers):
@@ -119,13 +121,17 @@ def tensors(folder: Path, architecture: Architecture) -> Iterator[tuple[str, npt
             yield f"blk.{layer}.{to}", torch.stack(experts).numpy()
 
 
-def dequantized(folder: Path, block: tuple[int, int] | None) -> dict[str, Tensor]:
+def dequantized(folder: Path, architecture: Architecture) -> dict[str, Tensor]:
     """Every weight in float32."""
-    checkpoint = open_checkpoint(folder)
+    scalar, block = architecture.scalar_scales, architecture.quantization_block
+    checkpoint, suffix = open_checkpoint(folder, functools.partial(respelled, scalar=scalar)), scale_suffix(scalar)
     found = {name: tensor.float() for name, tensor in checkpoint.tensors(checkpoint.headers)}
-    for name in [name for name in found if name.endswith("_scale_inv")]:
+    for name in [name for name in found if name.endswith(suffix) and name.removesuffix(suffix) in found]:
         assert block is not None
-        weight, scale = name.removesuffix("_scale_inv"), found.pop(name)
+        weight, scale = name.removesuffix(suffix), found.pop(name)
+        if scalar:
+            found[weight] *= scale
+            continue
         rows, columns = found[weight].shape
         spread = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
         found[weight] *= spread
