@@ -31,10 +31,11 @@ from pointsman.bench.options import KernelsOptions
 from pointsman.bench.plot import Line, Panel, chart
 from pointsman.kernels import reference
 from pointsman.kernels.capability import describe
+from pointsman.kernels.library import FLASHINFER, installed
 from pointsman.kernels.tiles import Shape
 from pointsman.kernels.triton_support import reason_against
 from pointsman.kernels.weight import FP8
-from pointsman.moe.candidates import unsupported
+from pointsman.moe.candidates import DEEP_GEMM, unsupported
 from pointsman.moe.deep_gemm import DeepGemmRunner
 from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner
 from pointsman.moe.fused import FusedRunner
@@ -167,7 +168,9 @@ def draw(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def versions() -> dict[str, Any]:
-    return here() | {"triton": importlib.import_module("triton").__version__, "cuda": torch.version.cuda}
+    libraries = {names[0]: installed(names) for names in (FLASHINFER, DEEP_GEMM)}
+    found = {name: version for name, version in libraries.items() if version is not None}
+    return here() | {"triton": importlib.import_module("triton").__version__, "cuda": torch.version.cuda} | found
 
 
 def measure_size(

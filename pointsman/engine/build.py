@@ -215,6 +215,7 @@ def _choices(config: EngineConfig, decoder: Decoder) -> dict[str, str]:
     return split | {
         "device": decoder.device.type,
         "moe_runner_backend": decoder.backends.moe.name,
+        "attention_backend": decoder.backends.attention.name,
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "kv_cache_dtype": kv_dtype_of(config),
     }

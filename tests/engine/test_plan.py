@@ -69,6 +69,7 @@ def test_what_is_planned_is_what_is_built(folder: Path, bundled: bool, options: 
         assert sum(plan.forms.values()) == again(decoder)
     assert plan.cache == parts.cache and plan.context_length == parts.context_length
     assert plan.choices.moe.chosen == parts.choices["moe_runner_backend"]
+    assert plan.choices.attention.chosen == parts.choices["attention_backend"]
     assert plan.choices.dtype == parts.choices["dtype"]
     taken = take(plan.choices, plan.shard)
     assert (taken.linear, taken.attention) == (decoder.backends.linear, decoder.backends.attention)
