@@ -43,6 +43,7 @@ from pointsman.kernels.apart import apart
 from pointsman.kernels.capability import describe
 from pointsman.kernels.dtypes import NUM_BYTES
 from pointsman.kernels.flashinfer_room import num_bytes as planner_bytes
+from pointsman.kernels.operations import ATTENTIONS
 from pointsman.layers.paged_kv import KV_DTYPES, PagedKV
 from pointsman.models.architecture import Architecture
 from pointsman.models.decoder import Decoder
@@ -215,7 +216,7 @@ def _choices(config: EngineConfig, decoder: Decoder) -> dict[str, str]:
     return split | {
         "device": decoder.device.type,
         "moe_runner_backend": decoder.backends.moe.name,
-        "attention_backend": decoder.backends.attention.name,
+        "attention_backend": next(name for name, has in ATTENTIONS.items() if has is decoder.backends.attention),
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "kv_cache_dtype": kv_dtype_of(config),
     }
