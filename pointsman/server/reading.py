@@ -7,11 +7,13 @@ value that changes nothing, such as an empty list of tools, is no reason to refu
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import msgspec.inspect
 
 from pointsman.config import nearest
 from pointsman.server.errors import ApiError
@@ -56,8 +58,7 @@ _WORDS = (
     *((rf"Expected `\w+` of length {sign} (.+)", rf"its length must be {words} \1") for sign, words in _BOUNDS),
     (r"Expected `\w+` matching regex (.+)", r"it must match \1"),
     (r"Expected `(.+)`, got `(.+)`", r"it must be \1, not \2"),
-    (r"Invalid value .*", "it is none of the values that it may have"),
-    (r"Invalid enum value .*", "it is none of the values that it may have"),
+    (r"Invalid (?:enum )?value .*", "it is none of the values that it may have"),
     (r"Object missing required field (.+)", r"its field \1 is missing"),
     (r"Object contains unknown field (.+)", r"it has no field \1"),
 )
@@ -85,7 +86,7 @@ def convert(plain: Mapping[str, Any], form: type[Body], no_effect: Mapping[str, 
     try:
         return msgspec.convert(fields, form)
     except msgspec.ValidationError as error:
-        path, message = explain(str(error), fields)
+        path, message = explain(str(error), fields, form)
         raise ApiError(400, message, param=path) from None
 
 
@@ -99,12 +100,14 @@ def _refuse(name: str, value: Any, known: tuple[str, ...], no_effect: Mapping[st
     return False
 
 
-def explain(message: str, fields: dict[str, Any]) -> tuple[str | None, str]:
+def explain(message: str, fields: dict[str, Any], form: type[msgspec.Struct]) -> tuple[str | None, str]:
     """The place that a message of msgspec names, as a path, and the message in plain words, with the value that is there."""
     problem, _, place = message.partition(" - at ")
     found = re.search(r"`\$\.?([^`]*)`", place)
     path = found[1] if found else ""
     what = next((re.sub(pattern, words, problem) for pattern, words in _WORDS if re.fullmatch(pattern, problem)), problem)
+    if problem.startswith("Invalid") and (values := _possible(msgspec.inspect.type_info(form), _steps(path))):
+        what = f"it must be {' or '.join(values)}"
     if place.startswith("`key`"):
         return path, f"{path} has a key that cannot be: {what}"
     text = _shown(_value_at(fields, path)) if path else ""
@@ -121,8 +124,34 @@ def _shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else ""
 
 
+def _steps(path: str) -> list[str]:
+    return re.findall(r"[^.\[\]]+", path)
+
+
+def _possible(kind: Any, steps: Sequence[str]) -> list[str]:
+    """What a field may be that has some values alone, as JSON has them."""
+    match kind:
+        case msgspec.inspect.Metadata():
+            return _possible(kind.type, steps)
+        case msgspec.inspect.UnionType():
+            return [value for each in kind.types for value in _possible(each, steps)]
+        case msgspec.inspect.LiteralType() if not steps:
+            return [json.dumps(value) for value in kind.values]
+        case msgspec.inspect.EnumType() if not steps:
+            return [json.dumps(member.value) for member in kind.cls]
+        case msgspec.inspect.StructType() if steps and steps[0] == kind.tag_field:
+            return [json.dumps(kind.tag)]
+        case msgspec.inspect.StructType() if steps:
+            return [value for field in kind.fields if field.encode_name == steps[0] for value in _possible(field.type, steps[1:])]
+        case msgspec.inspect.ListType() if steps:
+            return _possible(kind.item_type, steps[1:])
+        case msgspec.inspect.DictType() if steps:
+            return _possible(kind.value_type, steps[1:])
+    return []
+
+
 def _value_at(fields: Any, path: str) -> Any:
-    for key in re.findall(r"[^.\[\]]+", path):
+    for key in _steps(path):
         if isinstance(fields, dict) and key in fields:
             fields = fields[key]
         elif isinstance(fields, list) and key.isdigit():

@@ -62,7 +62,7 @@ def _check_tool(place: str, tool: dict[str, Any]) -> str:
     try:
         name = msgspec.convert(tool, Tool).function.name
     except msgspec.ValidationError as error:
-        path, message = explain(str(error), tool)
+        path, message = explain(str(error), tool, Tool)
         param = f"{place}.{path}" if path else place
         raise ApiError(400, f"{place}.{message}" if path else f"{place}: {message}", param=param) from None
     if too_deep(tool):

@@ -263,6 +263,17 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "values"),
+    [
+        ("/pause_generation", {"mode": "wait"}, '"abort" or "in_place" or "keep" or "retract"'),
+        ("/resume_memory_occupation", {"tags": ["weights", "cuda_graph"]}, '"kv_cache" or "weights"'),
+    ],
+)
+def test_what_a_field_may_be_is_told(client: httpx.Client, path: str, fields: dict[str, Any], values: str) -> None:
+    assert values in client.post(path, json=fields).json()["error"]["message"]
+
+
 @pytest.mark.parametrize(("path", "fields", "named"), WRONG)
 def test_what_cannot_be_asked(client: httpx.Client, path: str, fields: dict[str, Any], named: str | None) -> None:
     assert fault(client.post(path, json=fields), 400)["param"] == named

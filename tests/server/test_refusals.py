@@ -24,7 +24,7 @@ def call(arguments: Any) -> dict[str, Any]:
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
-    ({"response_format": {"type": "xml"}}, "response_format.type", "none of the values"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", '"text" or "json_object"'),
     ({"structural_tag": "{}"}, "structural_tag", "not supported"),
     ({"best_of": 2}, "best_of", "not supported"),
     ({"replay_routed_experts": {}}, "replay_routed_experts", "version is missing"),
@@ -78,7 +78,7 @@ CHAT_REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools[0]", "nested"),
     ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "not among the tools"),
-    ({"tool_choice": "sometimes"}, "tool_choice", "none of the values"),
+    ({"tool_choice": "sometimes"}, "tool_choice", '"auto" or "none" or "required"'),
     ({"messages": [call("[]")]}, "messages", "must be an object"),
     ({"messages": [call("{")]}, "messages", "not JSON"),
     ({"messages": [call(DEEP)]}, "messages[0].tool_calls[0].function.arguments", "nested"),

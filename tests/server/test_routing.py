@@ -140,7 +140,7 @@ def test_an_aborted_choice_has_the_rows_that_are_known(client: httpx.Client, ser
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        (ASK | {"routed_experts_format": "parquet"}, "routed_experts_format", "parquet"),
+        (ASK | {"routed_experts_format": "parquet"}, "routed_experts_format", 'is \'parquet\'; it must be "int32" or "npy" or "record"'),
         (ASK | {"routed_experts_start": -1}, "routed_experts_start", "at least 0"),
         (ASK | {"routed_experts_start": 100_000}, "routed_experts_start", "at most"),
         (ASK | {"routed_experts_start": 1, "routed_experts_start_len": 2}, "routed_experts_start_len", "differ"),

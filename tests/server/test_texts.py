@@ -60,8 +60,8 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("/detokenize", {"tokens": [300]}, "tokens", "from 0 to 299"),
     ("/detokenize", {"tokens": [[1]] * 1025}, "tokens", "at most 1024"),
     ("/parse_function_call", {"text": "x", "tools": [{}]}, "tools[0]", "function"),
-    ("/parse_function_call", {"text": "x", "tools": [], "tool_call_parser": "qwen"}, "tool_call_parser", "none of the values"),
-    ("/separate_reasoning", {"text": "x", "reasoning_parser": "qwen3"}, "reasoning_parser", "none of the values"),
+    ("/parse_function_call", {"text": "x", "tools": [], "tool_call_parser": "qwen"}, "tool_call_parser", 'be "minimax-m2"'),
+    ("/separate_reasoning", {"text": "x", "reasoning_parser": "qwen3"}, "reasoning_parser", '"minimax"'),
     ("/separate_reasoning", {"reasoning_parser": "minimax"}, None, "`text` is missing"),
 ]
 
