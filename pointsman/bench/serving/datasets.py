@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,6 +21,9 @@ from pointsman.bench.serving.traces import read_azure, read_mooncake, trace_quer
 SHAREGPT_FEWEST = 4
 SHAREGPT_PROMPT = 1024
 SHAREGPT_TOTAL = 2048
+
+
+Some = TypeVar("Some")
 
 
 class _Turn(msgspec.Struct):
@@ -93,7 +96,7 @@ class Source:
     def _random(self, draws: Random) -> list[Query]:
         options = self.options
         most = (options.random_input_len, options.random_output_len)
-        lengths = random_lengths(draws, options.num_prompts, *most, options.random_range_ratio)
+        lengths = random_lengths(draws, options.most_prompts, *most, options.random_range_ratio)
         if self._sends_random_ids:
             return [Query(ids=self._random_ids(length, draws), input_len=length, output_len=output) for length, output in lengths]
         return [self._query(self._writer.write(length, draws), length, output) for length, output in lengths]
@@ -115,7 +118,7 @@ class Source:
     def _trace(self, draws: Random) -> list[Query]:
         options = self.options
         read = read_azure if options.dataset_name == "azure" else read_mooncake
-        rows = read(options.path, options.num_prompts)
+        rows = _enough(read(options.path, options.most_prompts), options)
         scale, slowdown = options.trace_length_scale, options.trace_slowdown
         made = trace_queries(rows, self._writer, scale=scale, slowdown=slowdown, seed=options.seed)
         return [self._query(text, length, output, at) for text, length, output, at in made]
@@ -128,7 +131,7 @@ class Source:
         queries: list[Query] = []
         for entry in entries:
             turns = entry.conversations or entry.conversation or []
-            if len(queries) == options.num_prompts:
+            if len(queries) == options.most_prompts:
                 break
             if len(turns) < 2:
                 continue
@@ -144,7 +147,7 @@ class Source:
         options = self.options
         queries: list[Query] = []
         for number, row in _decode_lines(options.path, _Row):
-            if len(queries) == options.num_prompts:
+            if len(queries) == options.most_prompts:
                 break
             where = f"line {number} of {options.path}"
             if (row.prompt is None) == (row.messages is None):
@@ -168,8 +171,11 @@ def random_lengths(draws: Random, count: int, input_len: int, output_len: int, r
     return list(zip(inputs, outputs, strict=True))
 
 
-def _enough(queries: list[Query], options: ServeOptions) -> list[Query]:
-    if len(queries) < options.num_prompts:
+def _enough(queries: list[Some], options: ServeOptions) -> list[Some]:
+    """Those that a file has. Raises ValueError where more were asked for."""
+    if not queries:
+        raise ValueError(f"{options.path} has no requests that can be used")
+    if options.num_prompts is not None and len(queries) < options.num_prompts:
         raise ValueError(f"{options.path} has {len(queries)} requests that can be used; --num-prompts is {options.num_prompts}")
     return queries
 

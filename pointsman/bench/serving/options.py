@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ BACKENDS = ("openai", "openai-chat", "generate")
 DATASETS = ("random", "shared-prefix", "azure", "mooncake", "sharegpt", "custom")
 FILES = ("azure", "mooncake", "sharegpt", "custom")
 METRICS = ("ttft", "tpot", "itl", "e2el")
+NUM_PROMPTS = 1000
 
 # Flags that only some datasets have a use for, with what they are where they are not given.
 ONLY_FOR: dict[str, dict[str, Any]] = {
@@ -29,6 +31,20 @@ ONLY_FOR: dict[str, dict[str, Any]] = {
     "trace": {"trace_length_scale": 1.0, "trace_slowdown": 1.0},
 }
 TRACES = ("azure", "mooncake")
+# What a saved run tells of every load.
+DESCRIBED = (
+    "use_chat_template",
+    "tokenize_prompt",
+    "burstiness",
+    "ramp_up_strategy",
+    "ramp_up_start_rps",
+    "ramp_up_end_rps",
+    "num_warmups",
+    "temperature",
+    "ignore_eos",
+    "return_routed_experts",
+    "seed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +67,9 @@ class ServeOptions:
     trust_remote_code: bool = flag(False, "accepted and without effect: no code of a checkpoint ever runs")
     dataset_name: str = flag("random", "what is asked", choices=DATASETS)
     dataset_path: str | None = flag(None, "file of sharegpt, custom, azure or mooncake")
-    num_prompts: int = flag(None, "requests to send (default: 1000, or all of shared-prefix)", low=1, high=10_000_000)
+    num_prompts: int | None = flag(
+        None, "requests to send (default: 1000, all of shared-prefix, and of a file that has fewer all)", low=1, high=10_000_000
+    )
     random_input_len: int = flag(None, "most tokens of a random prompt (default: 1024)", low=1, high=1 << 24)
     random_output_len: int = flag(None, "most tokens of its answer (default: 1024)", low=1, high=1 << 24)
     random_range_ratio: float = flag(
@@ -93,15 +111,27 @@ class ServeOptions:
     seed: int = flag(1, "which prompts and gaps", low=0)
 
     def __post_init__(self) -> None:
+        if self.compare:
+            self._check_alone()
         self._check_dataset()
         self._check_arrivals()
         self._check_reports()
 
+    def _check_alone(self) -> None:
+        """Before any default is filled in."""
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        if others := [_typed(name) for name in given if name not in ("compare", "plot", "trust_remote_code")]:
+            raise ValueError(f"--compare reads files and sends nothing; leave out {' and '.join(others)}")
+
+    @property
+    def _dataset(self) -> str:
+        """Under what its own flags are in `ONLY_FOR`."""
+        return "trace" if self.dataset_name in TRACES else self.dataset_name
+
     def _check_dataset(self) -> None:
-        own = "trace" if self.dataset_name in TRACES else self.dataset_name
         for dataset, defaults in ONLY_FOR.items():
             for name, default in defaults.items():
-                if dataset != own and getattr(self, name) is not None:
+                if dataset != self._dataset and getattr(self, name) is not None:
                     which = " or ".join(TRACES) if dataset == "trace" else dataset
                     raise ValueError(f"{_typed(name)} is for --dataset-name {which}; it is {self.dataset_name}")
                 if getattr(self, name) is None:
@@ -112,8 +142,8 @@ class ServeOptions:
         made = self.gsp_num_groups * self.gsp_prompts_per_group
         if self.dataset_name == "shared-prefix" and self.num_prompts not in (None, made):
             raise ValueError(f"--num-prompts is {self.num_prompts}, but the groups of shared-prefix have {made} prompts; leave it out")
-        if self.num_prompts is None:
-            object.__setattr__(self, "num_prompts", made if self.dataset_name == "shared-prefix" else 1000)
+        if self.num_prompts is None and self.dataset_name not in FILES:
+            object.__setattr__(self, "num_prompts", made if self.dataset_name == "shared-prefix" else NUM_PROMPTS)
         if self.backend == "openai-chat" and self.tokenize_prompt:
             raise ValueError("--tokenize-prompt sends ids, which --backend openai-chat does not take")
 
@@ -144,6 +174,17 @@ class ServeOptions:
             raise ValueError("--save-detailed needs --save-result or --output-file")
         if self.save_result and self.output_file:
             raise ValueError("--save-result names its file by itself; give it or --output-file")
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a saved run says of the load, beside what a sweep changes."""
+        names = ["dataset_name", *(["dataset_path"] if self.dataset_name in FILES else []), *ONLY_FOR[self._dataset], *DESCRIBED]
+        return {name: getattr(self, name) for name in names} | {"extra_request_body": self.extra, "goodput_ms": self.goodput_ms}
+
+    @property
+    def most_prompts(self) -> int:
+        """How many requests are sent; fewer where a file has fewer and nobody has asked for more."""
+        return self.num_prompts or NUM_PROMPTS
 
     @property
     def path(self) -> str:
@@ -182,6 +223,8 @@ class ServeOptions:
             if name not in METRICS or not colon:
                 raise ValueError(f"--goodput is {text!r}; it must be METRIC:MILLISECONDS with one of {', '.join(METRICS)}")
             limits[name] = _number("--goodput", value)
+            if limits[name] <= 0:
+                raise ValueError(f"--goodput is {text!r}; a limit is more than 0 ms")
         return limits
 
     @property

@@ -212,15 +212,10 @@ def _describe(options: ServeOptions, point: Point, load: Load, result: Run) -> d
         "backend": options.backend,
         "server": f"{load.client.origin}",
         "model": load.wish.model,
-        "dataset_name": options.dataset_name,
         "num_prompts": len(result.outcomes),
         "max_concurrency": point.max_concurrency,
         "request_rate": None if point.request_rate is None or math.isinf(point.request_rate) else point.request_rate,
-        "seed": options.seed,
-        "random_input_len": options.random_input_len,
-        "random_output_len": options.random_output_len,
-        "random_range_ratio": options.random_range_ratio,
-    }
+    } | options.described
     summary |= summarize(result.outcomes, result.duration_s, percentiles=options.percentiles, goodput_ms=options.goodput_ms)
     summary["server_input_tokens"] = sum(outcome.prompt_tokens or 0 for outcome in answered)
     if options.return_routed_experts:

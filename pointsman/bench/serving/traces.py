@@ -45,7 +45,7 @@ class _Mooncake(msgspec.Struct):
 
 
 def read_azure(path: str, count: int) -> list[TraceRow]:
-    """The first rows. Raises ValueError where the file is something else or shorter."""
+    """The first rows, at most so many. Raises ValueError where the file is something else."""
     rows: list[TraceRow] = []
     first: datetime | None = None
     with open(path, newline="", encoding="utf-8-sig") as file:
@@ -60,11 +60,11 @@ def read_azure(path: str, count: int) -> list[TraceRow]:
                 raise ValueError(f"line {reader.line_num} of {path}: {error}") from None
             first = first or moment
             rows.append(TraceRow((moment - first).total_seconds(), inputs, outputs))
-    return _checked(path, rows, count)
+    return _checked(path, rows)
 
 
 def read_mooncake(path: str, count: int) -> list[TraceRow]:
-    """The first rows. Raises ValueError where the file is something else or shorter."""
+    """The first rows, at most so many. Raises ValueError where the file is something else."""
     rows: list[TraceRow] = []
     with open(path, "rb") as file:
         for number, line in enumerate(itertools.islice(file, count), 1):
@@ -73,13 +73,11 @@ def read_mooncake(path: str, count: int) -> list[TraceRow]:
             except msgspec.MsgspecError as error:
                 raise ValueError(f"line {number} of {path}: {error}") from None
             rows.append(TraceRow(row.timestamp / 1000, row.input_length, row.output_length, tuple(row.hash_ids)))
-    return _checked(path, rows, count)
+    return _checked(path, rows)
 
 
-def _checked(path: str, rows: list[TraceRow], count: int) -> list[TraceRow]:
-    if len(rows) < count:
-        raise ValueError(f"{path} has {len(rows)} requests; --num-prompts is {count}")
-    for number, (row, later) in enumerate(itertools.pairwise([*rows, rows[-1]]), 1):
+def _checked(path: str, rows: list[TraceRow]) -> list[TraceRow]:
+    for number, (row, later) in enumerate(zip(rows, [*rows[1:], *rows[-1:]], strict=True), 1):
         if later.at_s < row.at_s or row.at_s < 0:
             raise ValueError(f"{path}: the request after number {number} comes before it")
         if row.input_len < 1 or row.output_len < 0 or (row.blocks and len(row.blocks) * BLOCK < row.input_len):

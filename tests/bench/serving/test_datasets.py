@@ -126,6 +126,20 @@ def test_sharegpt_takes_the_first_turn_and_the_length_of_the_second(tmp_path, co
         queries(counter, dataset_name="sharegpt", dataset_path=str(path), num_prompts=2)
 
 
+def test_a_file_that_has_fewer_requests_is_asked_whole_unless_more_are_wanted(tmp_path, counter):
+    rows = [{"timestamp": 0, "input_length": 3, "output_length": 5, "hash_ids": [number]} for number in range(3)]
+    files = {
+        "custom": lines(tmp_path / "c.jsonl", *[{"prompt": "a"}] * 3),
+        "mooncake": lines(tmp_path / "m.jsonl", *rows),
+        "azure": lines(tmp_path / "a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens", *["2023-11-16 18:15:46,3,4"] * 3),
+    }
+    for dataset, path in files.items():
+        assert len(queries(counter, dataset_name=dataset, dataset_path=path)) == 3
+        assert len(queries(counter, dataset_name=dataset, dataset_path=path, num_prompts=2)) == 2
+        with pytest.raises(ValueError, match=r"has 3 requests that can be used; --num-prompts is 4"):
+            queries(counter, dataset_name=dataset, dataset_path=path, num_prompts=4)
+
+
 def test_custom_files(tmp_path, counter):
     rows = [{"prompt": "a b", "output_len": 3, "timestamp": 1.5}, {"messages": [{"role": "user", "content": "a"}]}]
     path = lines(tmp_path / "c.jsonl", *rows)
@@ -146,7 +160,8 @@ def test_custom_files(tmp_path, counter):
         ("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,0,2", "request 1 has 0 tokens in"),
         ("mooncake", '{"timestamp": 0}', "line 1 of"),
         ("mooncake", '{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1]}', "600 tokens in, 1 out, 1 blocks"),
-        ("mooncake", "", "has 0 requests; --num-prompts is 1"),
+        ("mooncake", "", "has no requests that can be used"),
+        ("sharegpt", "[]", "has no requests that can be used"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_something_else_is_named(dataset, content, message, tmp_path, counter):

@@ -61,6 +61,18 @@ def test_an_endless_rate_and_lists_are_read():
     assert "k'" not in repr(made)
 
 
+def test_a_run_says_what_it_was_loaded_with_and_no_more():
+    words = "--dataset-name azure --dataset-path a.csv --trace-slowdown 2 --goodput ttft:200 --ignore-eos"
+    told = cli.read(f"bench serve {words}".split()).options.described
+    assert (told["dataset_path"], told["trace_slowdown"], told["trace_length_scale"]) == ("a.csv", 2.0, 1.0)
+    assert (told["goodput_ms"], told["ignore_eos"], told["seed"]) == ({"ttft": 200.0}, True, 1)
+    assert not [name for name in told if name.startswith(("random_", "gsp_", "custom_"))]
+    ramp = "--ramp-up-strategy linear --ramp-up-start-rps 1 --ramp-up-end-rps 2 --burstiness 3"
+    told = cli.read(f"bench serve {ramp}".split()).options.described
+    assert (told["ramp_up_strategy"], told["ramp_up_start_rps"], told["ramp_up_end_rps"], told["burstiness"]) == ("linear", 1.0, 2.0, 3.0)
+    assert told["random_input_len"] == 1024 and "trace_slowdown" not in told
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -80,6 +92,8 @@ def test_an_endless_rate_and_lists_are_read():
         ("--metric-percentiles 101", "--metric-percentiles has 101; a percentile is from 0 to 100"),
         ("--goodput speed:1", "--goodput is 'speed:1'; it must be METRIC:MILLISECONDS"),
         ("--goodput ttft:nan", "--goodput has 'nan', which is no number"),
+        ("--goodput ttft:-5", "--goodput is 'ttft:-5'; a limit is more than 0 ms"),
+        ("--compare x --num-prompts 5 --seed 2", "--compare reads files and sends nothing; leave out --num-prompts and --seed"),
         ("--extra-request-body [1]", "--extra-request-body is '[1]'; it must be a JSON object"),
         ("--extra-request-body {", "--extra-request-body is not JSON"),
         ("--header x", "--header is 'x'; it must be NAME: VALUE"),
