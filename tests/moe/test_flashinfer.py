@@ -12,25 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pointsman.kernels import flashinfer as library_door
-from pointsman.kernels import library
 from pointsman.kernels.capability import describe
-from pointsman.kernels.device import Device
-from pointsman.kernels.flashinfer import member
 from pointsman.kernels.library import FLASHINFER, installed, numbers
 from pointsman.layers.moe import MoE
-from pointsman.moe import flashinfer_limits as limits
 from pointsman.moe import trtllm_layout
-from pointsman.moe.candidates import runner_choice, unsupported
+from pointsman.moe.candidates import unsupported
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRunner
 from pointsman.moe.router import ROUTERS, RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec, route
 from pointsman.moe.runner import make_runner
-from pointsman.moe.spec import ExpertForm, Share
+from pointsman.moe.spec import Share
 from pointsman.moe.weights import ExpertWeights
-from tests.moe.libraries.flashinfer import PLACES, VERSIONS, Emulation, unshuffled
-from tests.moe.libraries.models import NUM_EXPERTS, TOP_K, D, distance, experts, hidden_rows, normal, oracle, routing
+from tests.moe.libraries.flashinfer import VERSIONS, Emulation
+from tests.moe.libraries.models import FORM, NUM_EXPERTS, SPECS, TOP_K, D, distance, experts, hidden_rows, normal, oracle, routing
 from tests.moe.libraries.signatures import known, signature
 
 # Without what the kernels round beyond the reference, the result's rounding to bfloat16 is left (0.0017 of a number on average), and
@@ -38,16 +33,6 @@ from tests.moe.libraries.signatures import known, signature
 EXACT, ROUNDED = 0.004, 0.06
 # bfloat16 between kernels moves some hidden numbers to the next e4m3, as in runner `triton`, whose bound this is
 CUTLASS = 0.045
-SPECS = {
-    "minimax": RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid"),
-    "scaled": RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid", scale=2.5),
-    "grouped": RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid", scale=1.5, num_groups=4, top_groups=2),
-    "qwen3": RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="softmax"),
-    "softmax": RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="softmax", renormalize=False),
-}
-BLACKWELL = Device(type="cuda", capability=(10, 0), triton=(3, 6))
-HOPPER = Device(type="cuda", capability=(9, 0), triton=(3, 6))
-FORM = ExpertForm(256, 128, (128, 128))
 versions = pytest.mark.parametrize("version", VERSIONS)
 
 
@@ -59,15 +44,6 @@ def layer() -> ExpertWeights:
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch, version: str) -> Emulation:
     return Emulation(version).install(monkeypatch)
-
-
-def there(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
-    """As if this version were installed."""
-    monkeypatch.setattr(library, "installed", lambda names: version)
-    monkeypatch.setattr(library_door, "installed", lambda names: version)
-    monkeypatch.setattr(limits, "installed", lambda names: version)
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(limits, "torch_cuda", lambda: "13.0")
 
 
 def rows(x_TD: Tensor, spec: RoutingSpec, routes: RouteStore | None = None, *, biased: bool = True) -> RouterInput:
@@ -248,165 +224,6 @@ def test_on_the_hardware(kind: type, layout: str | None) -> None:
         assert distance(got, oracle(x_TD, chosen, weights)) < (CUTLASS if kind is CutlassRunner else ROUNDED)
         if made.routes_itself:
             assert torch.equal(routes.rows_SLK[given.slots_T, 1].sort(-1).values.long(), chosen.ids_TK.sort(-1).values)
-
-
-def test_the_library_shuffles_as_we_do() -> None:
-    if installed(FLASHINFER) is None:
-        pytest.skip("flashinfer-python is not installed")
-    utils, moe = importlib.import_module("flashinfer"), importlib.import_module("flashinfer.fused_moe.core")
-    matrix = normal(256, 256).to(torch.float8_e4m3fn)
-    for tile in 64, 128:
-        theirs = utils.shuffle_matrix_a(matrix.view(torch.uint8), tile)
-        assert torch.equal(theirs, trtllm_layout.shuffled(matrix.unsqueeze(0), tile)[0].view(torch.uint8))
-    theirs = moe.convert_to_block_layout(matrix.view(torch.uint8), 128)
-    assert torch.equal(theirs, trtllm_layout.block_major(matrix.unsqueeze(0))[0].view(torch.uint8))
-    theirs = utils.shuffle_matrix_a(moe.reorder_rows_for_gated_act_gemm(matrix.view(torch.uint8)), 128)
-    assert torch.equal(theirs, trtllm_layout.interleaved(matrix.unsqueeze(0))[0].view(torch.uint8))
-
-
-@pytest.mark.parametrize("tile", PLACES)
-def test_shuffling_is_undone_by_the_documented_places(tile: int) -> None:
-    stack = torch.randint(0, 255, (2, 256, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    shuffled = trtllm_layout.shuffled(stack, tile)
-    assert not torch.equal(shuffled, stack) and torch.equal(unshuffled(shuffled, tile), stack)
-
-
-def test_interleaving_alternates_up_and_gate() -> None:
-    """For one scale a matrix: rows in turn, then shuffled; undone by the documented places."""
-    up, gate = torch.arange(64).repeat(2, 1), torch.arange(64).repeat(2, 1) + 64
-    stack = torch.cat([up, gate], 1).to(torch.uint8).unsqueeze(-1)
-    rows_EM = unshuffled(trtllm_layout.interleaved(stack), 128).squeeze(-1)
-    assert torch.equal(rows_EM[:, 0::2], up.to(torch.uint8)) and torch.equal(rows_EM[:, 1::2], gate.to(torch.uint8))
-
-
-def test_packing_keeps_ids_and_weights_apart() -> None:
-    ids_TK = torch.tensor([[0, 255, 32767], [-1, 3, -1]])
-    weights_TK = torch.tensor([[0.0, 1.0, 3.3], [0.5, 1e-30, 2.0]])
-    words_TK = trtllm_layout.pack(ids_TK, weights_TK)
-    assert words_TK.dtype == torch.int32 and (words_TK >> 16).tolist() == [[0, 255, 32767], [0, 3, 0]]
-    bits_TK = (words_TK & 0xFFFF).short().view(torch.bfloat16)
-    assert torch.equal(bits_TK, torch.where(ids_TK < 0, 0, weights_TK).bfloat16())
-    assert (trtllm_layout.pack(ids_TK[:, :2], weights_TK[:, :2], first=64, nobody=256) >> 16).tolist() == [[64, 319], [256, 67]]
-
-
-@pytest.mark.parametrize(
-    ("spec", "form", "device", "version", "reason"),
-    [
-        ({}, {}, Device(type="cpu"), "0.7.2", "sm_100 or sm_103; the device is cpu"),
-        ({}, {}, HOPPER, "0.7.2", "this one is sm_90"),
-        ({}, {}, Device(type="cuda"), "0.7.2", "torch sees none"),
-        ({}, {}, BLACKWELL, None, "not installed: pip install 'pointsman\\[flashinfer\\]'"),
-        ({}, {}, BLACKWELL, "0.6.7.post3", "0.6.8 or later; 0.6.7.post3 is installed"),
-        ({}, {"block": None}, BLACKWELL, "0.7.2", "experts are not FP8"),
-        ({}, {"block": (64, 128)}, BLACKWELL, "0.7.2", "have blocks of 64x128"),
-        ({}, {"hidden": 320}, BLACKWELL, "0.7.2", "multiples of 128; they are 320 and 128"),
-        ({}, {"width": 192}, BLACKWELL, "0.7.2", "multiples of 128; they are 256 and 192"),
-        ({"num_experts": 10}, {}, BLACKWELL, "0.7.2", "multiple of 4; the model has 10"),
-        ({"num_experts": 8, "top_k": 8}, {}, BLACKWELL, "0.7.2", "must not use all experts"),
-        ({"num_experts": 320}, {}, BLACKWELL, "0.6.14", "0.6.16 or later; 0.6.14 is installed"),
-        ({"num_experts": 64, "top_k": 33}, {}, BLACKWELL, "0.7.2", "at most 3[23] experts|at most 32 experts"),
-    ],
-)
-def test_limits_of_both(spec: dict, form: dict, device: Device, version: str | None, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    there(monkeypatch, version)
-    if version is None:
-        monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
-    model = RoutingSpec(**({"num_experts": 256, "top_k": 8, "score": "sigmoid"} | spec))
-    for name in "flashinfer_trtllm", "flashinfer_trtllm_routed":
-        with pytest.raises(ValueError, match=f"'{name}' cannot serve here: .*({reason})"):
-            runner_choice(name, model, FORM._replace(**form), device=device, dtype="bfloat16").take()
-
-
-@pytest.mark.parametrize(
-    ("spec", "reason"),
-    [
-        ({"num_experts": 1028}, "at most 1024 experts"),
-        ({"renormalize": False}, "divides the weights of sigmoid scores by their sum"),
-        ({"score": "softmax", "scale": 2.0}, "does not scale the weights of a softmax"),
-        ({"score": "softmax", "num_groups": 8, "top_groups": 4}, "by sigmoid scores alone"),
-        ({"score": "softmax", "renormalize": False, "top_k": 9}, "at most 8 experts of 256"),
-        ({"score": "softmax", "renormalize": False, "num_experts": 512}, "at most 256 experts"),
-        ({"scale": 2.5, "top_k": 9}, "at most 8 experts of 256"),
-        ({"num_groups": 16, "top_groups": 4}, "4 of up to 8 groups of up to 32 experts; the model has 4 of 16 of 16"),
-        ({"num_groups": 8, "top_groups": 5}, "the model has 5 of 8 of 32"),
-        ({"num_groups": 4, "top_groups": 2}, "the model has 2 of 4 of 64"),
-        ({"num_experts": 64, "num_groups": 8, "top_groups": 1}, "must not use all experts of its groups; they have 8, and it uses 8"),
-    ],
-)
-def test_limits_of_the_kernels_own_choice(spec: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each names what it is; the engine's choice has none of them."""
-    there(monkeypatch, "0.7.2")
-    model = RoutingSpec(**({"num_experts": 256, "top_k": 8, "score": "sigmoid"} | spec))
-    assert reason in str(unsupported("flashinfer_trtllm", model, FORM, BLACKWELL, "bfloat16"))
-    assert unsupported("flashinfer_trtllm_routed", model, FORM, BLACKWELL, "bfloat16") is None
-
-
-def test_limits_of_the_engines_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    there(monkeypatch, "0.7.2")
-    assert "at most 2048 experts" in str(
-        unsupported("flashinfer_trtllm_routed", RoutingSpec(num_experts=2052, top_k=8, score="sigmoid"), FORM, BLACKWELL, "bfloat16")
-    )
-
-
-def test_limits_of_cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
-    there(monkeypatch, "0.7.2")
-    spec = SPECS["minimax"]
-
-    def why(form: ExpertForm = FORM, device: Device = HOPPER, dtype: str = "bfloat16") -> str:
-        return str(unsupported("flashinfer_cutlass", spec, form, device, dtype))
-
-    assert why() == "None"
-    assert "sm_90; this one is sm_100" in why(device=BLACKWELL)
-    assert "the dtype is float32" in why(dtype="float32")
-    assert "blocks of 128x128" in why(FORM._replace(block=None)) and "they are 256 and 64" in why(FORM._replace(width=64))
-    monkeypatch.setattr(limits, "torch_cuda", lambda: "12.6")
-    assert "CUDA 12.8 or later; this torch was built for 12.6" in why()
-    there(monkeypatch, "0.6.7")
-    assert "0.6.8 or later" in why()
-
-
-def test_every_limit_is_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is refused, the kernel refuses, too: the emulation raises where the launcher does."""
-    emulation = Emulation("0.7.2").install(monkeypatch)
-    chosen, x_TD = routing("uneven", 5), hidden_rows(5)
-    runner = RoutedTrtllmRunner()
-    weights = runner.prepare(experts(num_experts=6), torch.bfloat16)
-    assert "multiple of 4" in str(trtllm_limits(6, 3))
-    with pytest.raises(RuntimeError, match="divisible by 4"):
-        runner(x_TD, chosen, weights)
-    assert "all experts" in str(trtllm_limits(4, 4))
-    everybody = Routing(torch.arange(4).expand(5, 4).contiguous(), torch.ones(5, 4))
-    with pytest.raises(RuntimeError, match="greater than top_k"):
-        runner(x_TD, everybody, runner.prepare(experts(num_experts=4), torch.bfloat16))
-    assert len(emulation.calls) == 2
-
-
-def trtllm_limits(num_experts: int, top_k: int) -> str | None:
-    return limits.reason_against_trtllm_form(RoutingSpec(num_experts=num_experts, top_k=top_k, score="sigmoid"), FORM)
-
-
-def test_a_version_that_lacks_what_is_needed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    emulation = Emulation("0.6.8").install(monkeypatch)
-    there(monkeypatch, "0.6.8")
-    parameters = signature(known()["flashinfer-python"]["0.6.8"]["functions"]["trtllm_fp8_block_scale_moe"])
-    without = parameters.replace(parameters=[p for p in parameters.parameters.values() if p.name != "routing_replay_out"])
-    emulation.moe.trtllm_fp8_block_scale_moe = emulation._function("trtllm_fp8_block_scale_moe", without, emulation.fused)
-    with pytest.raises(ValueError, match=r"of FlashInfer 0.6.8 has no routing_replay_out; install 0.6.8 or later"):
-        TrtllmRunner()
-    monkeypatch.delattr(emulation.moe, "cutlass_fused_moe")
-    with pytest.raises(ValueError, match=r"FlashInfer 0.6.8 has no cutlass_fused_moe"):
-        CutlassRunner()
-    with pytest.raises(ValueError, match=r"no RoutingMethodType.Sigmoid; it has Default, "):
-        member("RoutingMethodType", "Sigmoid")
-
-
-def test_methods_are_named_and_numbers_differ() -> None:
-    """What is 8 in one version is another method in the next: a number that is kept would be wrong."""
-    names = {
-        version: {v: n for n, v in known()["flashinfer-python"][version]["enumerations"]["RoutingMethodType"].items()}
-        for version in VERSIONS
-    }
-    assert names["0.6.8"][8] != names["0.7.2"][8]
 
 
 def test_a_softmax_with_a_bias_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,19 @@ from torch import Tensor
 from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.weight import Weight
 from pointsman.moe.reference import ReferenceRunner
-from pointsman.moe.routing import Routing
+from pointsman.moe.routing import Routing, RoutingSpec
+from pointsman.moe.spec import ExpertForm
 from pointsman.moe.weights import ExpertWeights, stack_experts
 
 NUM_EXPERTS, TOP_K, D, WIDTH = 8, 3, 256, 128
+FORM = ExpertForm(D, WIDTH, (128, 128))
+SPECS = {
+    "minimax": RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid"),
+    "scaled": RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid", scale=2.5),
+    "grouped": RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid", scale=1.5, num_groups=4, top_groups=2),
+    "qwen3": RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="softmax"),
+    "softmax": RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="softmax", renormalize=False),
+}
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:
