@@ -19,7 +19,8 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 def where(result: Result) -> str:
     """What it was measured on."""
-    return f"\n{result['cpu']}, {result['cores']} cores; Python {result['python']}; commit {result['commit']}.\n"
+    gpu = f"{result['gpu']}; " if "gpu" in result else ""
+    return f"\n{gpu}{result['cpu']}, {result['cores']} cores; Python {result['python']}; commit {result['commit']}.\n"
 
 
 def cpu(result: Result) -> str:
@@ -138,7 +139,7 @@ def accuracy(result: Result) -> str:
         f"* {', '.join(sorted({way['moe_runner_backend'] for way in ways}))}: {reason}\n" for reason, ways in result["refused"].items()
     )
     return (
-        "### Accuracy of every way to run it\n\n"
+        f"### Accuracy of every way to run it{f', on {gpu}' if (gpu := result.get('gpu')) else ''}\n\n"
         f"`pointsman eval table`, the same {result['num_questions']} problems of each kind in every row:\n\n"
         + table(("runner", "cache", "tp", "ep", "step", "word problems", "tool calls", "tokens/s"), rows)
         + (f"\nRefused here:\n\n{refused}" if refused else "")
@@ -243,6 +244,7 @@ PARTS = {
     "sweep": sweep,
     "load_client": load_client,
     "accuracy": accuracy,
+    "accuracy_gpu": accuracy,
     "agreement": agreement,
     "gsm8k": gsm8k,
 }

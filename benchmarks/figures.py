@@ -43,10 +43,12 @@ COMPARISONS = {
     "load_client": "python -m benchmarks.load_client",
     "sweep": "python -m benchmarks.sweep",
     "accuracy": "pointsman eval table --num-questions 64 --max-running-requests 128",
+    "accuracy_gpu": "pointsman eval table --num-questions 64 --max-running-requests 128 --device cuda",
     "agreement": "pointsman eval agreement",
     "gsm8k": "pointsman eval gsm8k --data-path test.jsonl --num-questions 100",
     "scaling": "pointsman bench scaling --gpu h200 --gpus 2 4 8 16 --chunked-prefill-size 1024",
 }
+ON_A_GPU = "accuracy_gpu"  # asked for by name
 DATA = "test.jsonl"
 EVALS = (("word problems", "arithmetic"), ("tool calls", "tools"))
 PLACE = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
@@ -222,7 +224,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--data-path", metavar="FILE")
     arguments = parser.parse_args(words)
     names = arguments.name or ([] if arguments.write else list(COMMANDS))
-    names = [each for name in names for each in (COMPARISONS if name == "more" else [name])]
+    names = [each for name in names for each in ([more for more in COMPARISONS if more != ON_A_GPU] if name == "more" else [name])]
     for name in names:
         if name not in COMMANDS | COMPARISONS:
             parser.error(f"unknown figure {name!r}; there are {', '.join(COMMANDS | COMPARISONS)}, and more for the latter")

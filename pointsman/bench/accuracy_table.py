@@ -49,7 +49,8 @@ def eval_table(engine: dict[str, Any], options: TableOptions) -> int:
     for reason, entries in refused.items():
         print(f"{len(entries)} ways are refused, such as {' '.join(_name(entries[0]).split())}: {reason}")
     summary = {"eval": "table", "num_questions": options.num_questions, "seed": options.seed, "rows": rows, "refused": refused}
-    print(json.dumps(summary | here(), allow_nan=False))
+    gpu = {"gpu": torch.cuda.get_device_name()} if any(row["device"] == "cuda" for row in rows) else {}
+    print(json.dumps(summary | gpu | here(), allow_nan=False))
     return 0 if rows else 1
 
 
@@ -70,7 +71,7 @@ def _run(engine: dict[str, Any], problems: dict[str, list[Any]], options: TableO
     """The accuracy of one way. Raises ValueError where the engine refuses it."""
     with contextlib.closing(LLM(**engine)) as llm:
         settle(llm.engine)
-        row: dict[str, Any] = {"step": llm.engine.step_name, "model": llm.engine.model_name}
+        row: dict[str, Any] = {"device": llm.engine.choices["device"], "step": llm.engine.step_name, "model": llm.engine.model_name}
         tokens = seconds = 0.0
         for name, task in TASKS.items():
             graded, spent = accuracy.answer(task, llm, problems[name], options.max_tokens)

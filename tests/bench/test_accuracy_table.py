@@ -33,7 +33,8 @@ def test_a_way_that_runs_has_figures_and_one_that_does_not_its_reason(monkeypatc
     out = capsys.readouterr().out
     summary = json.loads(out.splitlines()[-1])
     (row,) = summary["rows"]
-    assert (row["moe_runner_backend"], row["model"]) == ("cpu", "pointsman-tiny")
+    assert (row["moe_runner_backend"], row["model"], row["device"]) == ("cpu", "pointsman-tiny", "cpu")
+    assert "gpu" not in summary
     assert all(
         0 <= row[name]["accuracy_95"][0] <= row[name]["accuracy"] <= row[name]["accuracy_95"][1] <= 1 for name in ("arithmetic", "tools")
     )
