@@ -84,7 +84,7 @@ class Plan:
             found.append(f"The runner {runner} cannot be given experts to replay; {ROUTED_ALIKE[runner]} can.")
         elif runner is not None:
             found.append("Experts can be given to replay.")
-        found += describe_scales(self.shard.architecture)
+        found += describe_scales(self.shard.architecture, runner)
         if self.sums is not None and self.sums.chosen == "mailboxes":
             rows = MAILBOX_ROWS // (self.shard.tp - 1)
             found.append(

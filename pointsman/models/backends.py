@@ -36,5 +36,5 @@ def take(choices: Choices, shard: Shard) -> Backends:
         attentions(invariant=choices.invariant)[attention],
         GLUES[glue],
         routers(invariant=choices.invariant)[router],
-        make_runner(moe, deterministic=choices.invariant, share=share),
+        make_runner(moe, deterministic=choices.invariant, share=share, input_scales=shard.architecture.input_scales),
     )

@@ -14,7 +14,7 @@ from pointsman.kernels.device import Device
 from pointsman.kernels.dtypes import resolve_dtype
 from pointsman.models.architecture import Architecture
 from pointsman.models.sharding import Shard
-from pointsman.moe.candidates import WAITING_RUNNERS, router_choice, runner_choice
+from pointsman.moe.candidates import STATIC_RUNNERS, WAITING_RUNNERS, router_choice, runner_choice
 from pointsman.moe.spec import ExpertForm
 
 
@@ -84,16 +84,21 @@ def attention_shape(shard: Shard) -> AttentionShape:
 def expert_form(shard: Shard) -> ExpertForm:
     """What the model's experts are like, as far as they are here."""
     architecture = shard.architecture
-    return ExpertForm(architecture.hidden_size, shard.sizes["width"], architecture.quantization_block, some=shard.ep > 1)
+    block, inputs = architecture.quantization_block, architecture.input_scales
+    return ExpertForm(architecture.hidden_size, shard.sizes["width"], block, some=shard.ep > 1, input_scales=inputs)
 
 
-def describe_scales(architecture: Architecture) -> list[str]:
+def describe_scales(architecture: Architecture, runner: str | None) -> list[str]:
     """What becomes of the scales of a checkpoint that has one a matrix, in sentences; nothing of another."""
     if not architecture.scalar_scales:
         return []
     lines = ["A matrix has one FP8 scale in the checkpoint, which is exactly that of each of its 128x128 blocks here."]
-    if architecture.input_scales:
-        lines.append("Its scales of activations are not used: what is quantized has a scale of its own for each token and 128 channels.")
+    if architecture.input_scales and runner in STATIC_RUNNERS:
+        lines.append(
+            f"Its scales of activations are those of the experts in {runner}; linears scale each token and 128 channels as they are."
+        )
+    elif architecture.input_scales:
+        lines.append("Its scales of activations are not used: what is quantized gets one of its own for each token and 128 channels.")
     return lines
 
 

@@ -85,8 +85,7 @@ def load_model(
     if quantization == "fp8" and architecture.quantization_block is None:
         raise ValueError(f"quantization is 'fp8', but {folder} is a {architecture.dtype} checkpoint; leave it out, or quantize it first")
     on, shard = torch.device(device), Shard(architecture, mesh.tp, mesh.ep, mesh.rank)
-    split = [] if shard.whole else describe_split(architecture, mesh.tp, mesh.ep)
-    for line in () if mesh.rank else (*split, *describe_scales(architecture)):
+    for line in () if shard.whole or mesh.rank else describe_split(architecture, mesh.tp, mesh.ep):
         logger.info("%s", line)
     choices = choices_of(
         shard,
@@ -99,6 +98,8 @@ def load_model(
         deterministic=deterministic,
     )
     backends = take(choices, shard)
+    for line in () if mesh.rank else describe_scales(architecture, backends.moe.name):
+        logger.info("%s", line)
     if backends.glue.takes_mailbox:
         mesh = with_mailboxes(mesh, architecture.hidden_size)
     rows = rows_for(backends.moe, architecture)

@@ -9,6 +9,7 @@ from pointsman.kernels.dtypes import NUM_BYTES
 from pointsman.models import MODELS
 from pointsman.models.names import Kind, Row
 from pointsman.models.sharding import Shard
+from pointsman.moe.candidates import STATIC_RUNNERS
 
 # what a layer's parameters are for
 KINDS = {"qkv": "attention", "o": "attention", "qkv_bias": "attention", "gate": "router", "bias": "router", "embed": "embedding"}
@@ -51,13 +52,16 @@ def forms(shard: Shard, *, step: str | None, linear: str | None, runner: str | N
     """Bytes of weights that stand once more beside the checkpoint's, as what was chosen multiplies with them.
 
     The compiled step packs all, with a scale for each output and block of columns. A CPU's torch step has matrices in the dtype that is
-    computed in, made when they are first used. Plain ones of another dtype are converted by all but the reference.
+    computed in, made when they are first used. Plain ones of another dtype are converted by all but the reference. A kernel of FlashInfer's
+    has rows in an order of its own.
     """
     sizes, block = described(shard), shard.architecture.quantization_block
     if step == "compiled":
         byte = 1.0 if block is None else 1 + 4 / block[1]
         plain = PLAIN_KINDS if block is not None else sizes.keys()
         return {"packed": sum(size.num_bytes if kind in plain else int(size.num_elements * byte) for kind, size in sizes.items())}
+    ordered = shard.architecture.input_scales and runner in STATIC_RUNNERS
+    again = {f"experts as {runner} reads them": sizes["experts"].num_elements} if ordered else {}
     converts, found = shard.architecture.dtype != dtype, 0
     for kind, size in sizes.items():
         how = runner if kind == "experts" else linear
@@ -65,7 +69,7 @@ def forms(shard: Shard, *, step: str | None, linear: str | None, runner: str | N
         made = how == "cpu" if quantized else converts and how not in (None, "reference")
         if made and kind not in ("router", "norms", "embedding"):
             found += size.num_elements * NUM_BYTES[dtype]
-    return {f"in {dtype}": found} if found else {}
+    return again | ({f"in {dtype}": found} if found else {})
 
 
 def _num_bytes(row: Row, lengths: list[int], shard: Shard) -> int:

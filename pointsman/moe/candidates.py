@@ -90,6 +90,9 @@ INVARIANT_RUNNERS = frozenset({"routed", "triton"})
 # these ask the device what the rows' experts are, so a step that has them cannot be captured in a CUDA graph
 WAITING_RUNNERS = frozenset({"cpu", "reference"})
 
+# of a checkpoint's scales of activations these make use
+STATIC_RUNNERS = frozenset({"flashinfer_trtllm"})
+
 # for each that chooses experts inside its kernel, the one of its kind that is given them
 ROUTED_ALIKE = {"fused": "routed", "flashinfer_trtllm": "flashinfer_trtllm_routed"}
 

@@ -1,6 +1,7 @@
 """The experts by FlashInfer's kernels.
 
-`flashinfer_trtllm` gives router logits and bias to the kernel, which chooses the experts and says which they were.
+`flashinfer_trtllm` gives router logits and bias to the kernel, which chooses the experts and says which they were; where the checkpoint
+has a scale for each matrix and what it multiplies, to another one (`flashinfer_scalar`).
 `flashinfer_trtllm_routed` gives it the engine's choice, an int32 for each token and choice. Both are for Blackwell. `flashinfer_cutlass`
 is for Hopper, takes the engine's choice, and quantizes activations itself.
 
@@ -103,26 +104,33 @@ class _Trtllm:
         return result.to(x_TD.dtype)
 
 
-class TrtllmRunner(_Trtllm):
-    """Choice and experts in the kernel, from float32 logits and bias.
+class Chooser:
+    """What a kernel is told that chooses experts itself, and the record of what it chose.
 
     Args:
-        share: where `weights` has some of the experts; others' choices add nothing, and are recorded.
+        share: where some of the experts are here; others' choices add nothing, and are recorded.
     """
 
-    name: ClassVar[str] = "flashinfer_trtllm"
-    routes_itself: ClassVar[Literal[True]] = True
-    replays: ClassVar[bool] = False
+    NEEDS: ClassVar = (
+        "routing_logits",
+        "routing_bias",
+        "num_experts",
+        "top_k",
+        "n_group",
+        "topk_group",
+        "local_expert_offset",
+        "routed_scaling_factor",
+        "routing_method_type",
+        "routing_replay_out",
+    )
 
-    def __init__(self, *, layout: str = "MajorK", share: Share | None = None, up_first: bool = False) -> None:
-        super().__init__("trtllm_fp8_block_scale_moe", ("routing_logits", "routing_replay_out"), layout, up_first)
+    def __init__(self, share: Share | None) -> None:
         self._first_expert = 0 if share is None else share.first
 
-    def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: TrtllmWeights) -> Tensor:
+    def arguments(self, rows: RouterInput, spec: RoutingSpec) -> tuple[dict[str, Any], Tensor]:
+        """Arguments by their names, and the int16 [T, K] that the experts will be in."""
         assert rows.given_TK is None, "the engine refuses replay with this runner"
         x_TD, method = rows.x_TD, method_of(spec)[0]
-        if len(x_TD) == 0:
-            return torch.empty_like(x_TD)
         if spec.score == "softmax" and rows.bias_E is not None:
             raise ValueError(
                 "flashinfer_trtllm adds no bias to the scores of a softmax, and this model has one: use flashinfer_trtllm_routed"
@@ -132,23 +140,46 @@ class TrtllmRunner(_Trtllm):
         if bias_E is None and spec.score == "sigmoid":  # those methods read one
             bias_E = torch.zeros(spec.num_experts, device=x_TD.device)
         chosen_TK = torch.empty(len(x_TD), spec.top_k, dtype=torch.int16, device=x_TD.device)
-        out_TD = self._run(
-            x_TD,
-            weights,
-            {},
-            routing_logits=reference.router_logits(x_TD, rows.gate_ED),
-            routing_bias=bias_E,
-            num_experts=spec.num_experts,
-            top_k=spec.top_k,
-            n_group=groups[0] if method == "DeepSeekV3" else None,
-            topk_group=groups[1] if method == "DeepSeekV3" else None,
-            local_expert_offset=self._first_expert,
-            routed_scaling_factor=spec.scale,
-            routing_method_type=int(member("RoutingMethodType", method)),
-            routing_replay_out=chosen_TK,
-        )
+        return {
+            "routing_logits": reference.router_logits(x_TD, rows.gate_ED),
+            "routing_bias": bias_E,
+            "num_experts": spec.num_experts,
+            "top_k": spec.top_k,
+            "n_group": groups[0] if method == "DeepSeekV3" else None,
+            "topk_group": groups[1] if method == "DeepSeekV3" else None,
+            "local_expert_offset": self._first_expert,
+            "routed_scaling_factor": spec.scale,
+            "routing_method_type": int(member("RoutingMethodType", method)),
+            "routing_replay_out": chosen_TK,
+        }, chosen_TK
+
+    def record(self, rows: RouterInput, chosen_TK: Tensor) -> None:
+        """Keep them, where rows say so."""
         if rows.routes is not None:
             rows.routes.record(rows.layer, rows.slots_T, chosen_TK)
+
+
+class TrtllmRunner(_Trtllm):
+    """Choice and experts in the kernel, from float32 logits and bias.
+
+    Args:
+        share: see `Chooser`.
+    """
+
+    name: ClassVar[str] = "flashinfer_trtllm"
+    routes_itself: ClassVar[Literal[True]] = True
+    replays: ClassVar[bool] = False
+
+    def __init__(self, *, layout: str = "MajorK", share: Share | None = None, up_first: bool = False) -> None:
+        super().__init__("trtllm_fp8_block_scale_moe", Chooser.NEEDS, layout, up_first)
+        self._chooser = Chooser(share)
+
+    def __call__(self, rows: RouterInput, spec: RoutingSpec, weights: TrtllmWeights) -> Tensor:
+        if len(rows.x_TD) == 0:
+            return torch.empty_like(rows.x_TD)
+        arguments, chosen_TK = self._chooser.arguments(rows, spec)
+        out_TD = self._run(rows.x_TD, weights, {}, **arguments)
+        self._chooser.record(rows, chosen_TK)
         return out_TD
 
 

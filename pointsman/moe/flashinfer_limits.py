@@ -11,6 +11,7 @@ from pointsman.moe.spec import ExpertForm, RoutingSpec
 
 BLOCK = 128
 MORE_EXPERTS = "0.6.16"  # before, a choice among more than 256 experts could read where it must not
+SCALAR_MINIMUM = "0.6.9"  # before, the function for one scale a matrix gives its kernel an argument too few
 BLACKWELL = ((10, 0), (10, 3))
 HOPPER = ((9, 0),)
 MOST_ROUTED_TOP_K = 32
@@ -78,6 +79,17 @@ def reason_against_experts(spec: RoutingSpec) -> str | None:
     return None
 
 
+def reason_against_input_scales(form: ExpertForm) -> str | None:
+    """Why this version cannot multiply by a checkpoint's scales of activations, or None."""
+    version = installed(FLASHINFER)
+    if form.input_scales and version is not None and numbers(version) < numbers(SCALAR_MINIMUM):
+        return (
+            f"with a checkpoint's scales of activations it needs flashinfer {SCALAR_MINIMUM} or later; {version} is installed. "
+            "flashinfer_trtllm_routed makes its own"
+        )
+    return None
+
+
 def reason_against_trtllm(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: str) -> str | None:
     return (
         reason_against_device(device, BLACKWELL)
@@ -85,6 +97,7 @@ def reason_against_trtllm(spec: RoutingSpec, form: ExpertForm, device: Device, d
         or reason_against_routing(spec)
         or reason_against_flashinfer()
         or reason_against_experts(spec)
+        or reason_against_input_scales(form)
     )
 
 

@@ -15,6 +15,7 @@ from pointsman.moe.candidates import ROUTED_ALIKE
 from pointsman.moe.cpu import CpuRunner
 from pointsman.moe.deep_gemm import DeepGemmRunner
 from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRunner
+from pointsman.moe.flashinfer_scalar import ScalarTrtllmRunner
 from pointsman.moe.fused import FusedRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
@@ -76,11 +77,12 @@ INVARIANT_RUNNERS: dict[str, type[RoutedRunner] | type[TritonRunner]] = {"routed
 OWN_RUNNERS = frozenset({"routed", "fused", "triton"})
 
 
-def make_runner(name: str, *, deterministic: bool = False, share: Share | None = None) -> AnyRunner:
+def make_runner(name: str, *, deterministic: bool = False, share: Share | None = None, input_scales: bool = False) -> AnyRunner:
     """The runner of this name, which can serve and may say how weights are loaded for it.
 
     Args:
         share: where some of the experts are here; most runners need not know, for others' choices are ids below zero to them.
+        input_scales: a matrix has one scale, and so has what it multiplies.
     """
     if deterministic:
         return INVARIANT_RUNNERS[name](deterministic=True)
@@ -88,7 +90,7 @@ def make_runner(name: str, *, deterministic: bool = False, share: Share | None =
         case RoutedTrtllmRunner.name:
             return RoutedTrtllmRunner(share=share, up_first=True)
         case TrtllmRunner.name:
-            return TrtllmRunner(share=share, up_first=True)
+            return (ScalarTrtllmRunner if input_scales else TrtllmRunner)(share=share, up_first=True)
         case CutlassRunner.name:
             return CutlassRunner(up_first=True)
     return RUNNERS[name]()
@@ -96,7 +98,7 @@ def make_runner(name: str, *, deterministic: bool = False, share: Share | None =
 
 def takes_up_first(runner: AnyRunner) -> bool:
     """Whether its experts' weights are to be loaded with the rows of up before those of gate."""
-    return isinstance(runner, TrtllmRunner | RoutedTrtllmRunner | CutlassRunner) and runner.up_first
+    return isinstance(runner, TrtllmRunner | ScalarTrtllmRunner | RoutedTrtllmRunner | CutlassRunner) and runner.up_first
 
 
 def route_and_run(rows: RouterInput, spec: RoutingSpec, router: Router, runner: AnyRunner, weights: Any) -> Tensor:

@@ -43,12 +43,14 @@ class ExpertForm(NamedTuple):
         width: as much of it as is here.
         block: that of FP8 weights, None for plain ones.
         some: there are others on other ranks.
+        input_scales: a matrix has one scale, and so has what it multiplies.
     """
 
     hidden: int
     width: int
     block: tuple[int, int] | None
     some: bool = False
+    input_scales: bool = False
 
 
 class Share(NamedTuple):

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pointsman.kernels.library import numbers
 from pointsman.kernels.weight import FP8
 from tests.moe.libraries.products import BLOCK, check, product, quantize, rounded
 from tests.moe.libraries.signatures import known, signature
@@ -54,6 +55,7 @@ class Emulation:
         work = {
             "trtllm_fp8_block_scale_moe": self.fused,
             "trtllm_fp8_block_scale_routed_moe": self.routed,
+            "trtllm_fp8_per_tensor_scale_moe": self.scalar,
             "cutlass_fused_moe": self.cutlass,
         }
         for name, function in work.items():
@@ -168,7 +170,12 @@ class Emulation:
         return out_TD
 
     def fused(self, given: dict[str, Any]) -> Tensor:
-        method, (_, _, expert) = self._check_routing(given), self._common(given)
+        (ids_TK, weights_TK), (_, _, expert) = self._choose(given), self._common(given)
+        return self._finish(given, ids_TK, weights_TK if self.exact else weights_TK.bfloat16(), expert)
+
+    def _choose(self, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The kernel's own routing; says what it was where it is asked."""
+        method = self._check_routing(given)
         logits_TE, bias_E = given["routing_logits"], given["routing_bias"]
         num_tokens, top_k = len(given["hidden_states"]), given["top_k"]
         check(logits_TE.shape == (num_tokens, given["num_experts"]), "routing_logits dim1 must match num_experts")
@@ -183,6 +190,34 @@ class Emulation:
             check(replay.dtype == torch.int16 and replay.dim() == 2 and replay.shape[1] == top_k, "routing_replay_out must be int16")
             check(len(replay) >= num_tokens and replay.is_contiguous(), "routing_replay_out dim0 must be >= num_tokens")
             replay[:num_tokens] = ids_TK.short()
+        return ids_TK, weights_TK
+
+    def scalar(self, given: dict[str, Any]) -> Tensor:
+        """One scale a matrix, static: sums of whole rows, scaled by an expert's numbers, activated as they leave the product."""
+        check(numbers(self.version) >= (0, 6, 9), "Mismatched number of arguments: expected 25 but got 24")
+        q_TD, width, local = given["hidden_states"], given["intermediate_size"], given["local_num_experts"]
+        hidden = q_TD.shape[1]
+        check(q_TD.dtype == FP8 and q_TD.is_contiguous(), "hidden_states must be float8_e4m3fn")
+        check(given["use_routing_scales_on_input"] is False, "the weights of choices scale the output")
+        scales = [given[name] for name in ("output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar")]
+        for scale in scales:
+            check(scale.dtype == torch.float32 and scale.shape == (local,) and scale.is_contiguous(), "scales are [local_num_experts]")
+        stacks = [given["gemm1_weights"], given["gemm2_weights"]]
+        for stack, shape in zip(stacks, ((local, 2 * width, hidden), (local, hidden, width)), strict=True):
+            check(stack.dtype == FP8 and stack.shape == shape and stack.is_contiguous(), "weights must be float8_e4m3fn [E, M, K]")
+        both, down = (unshuffled(stack.view(torch.uint8), 128).view(FP8) for stack in stacks)
+        if (out := given.get("output")) is not None:
+            check(out.dtype == torch.bfloat16 and out.shape == q_TD.shape and out.is_contiguous(), "output is bfloat16")
+        ids_TK, weights_TK = self._choose(given)
+
+        def expert(number: int, tokens: Tensor) -> Tensor:
+            up_scale, gate_scale, down_scale = (scale[number] for scale in scales)
+            sums = q_TD[tokens].float() @ both[number].float().T
+            up, gate = sums[:, 0::2], sums[:, 1::2]
+            hidden_rows = (up * up_scale * F.silu(gate * gate_scale)).clamp(-448.0, 448.0).to(FP8)
+            y = hidden_rows.float() @ down[number].float().T * down_scale
+            return y if self.exact else y.bfloat16().float()
+
         return self._finish(given, ids_TK, weights_TK if self.exact else weights_TK.bfloat16(), expert)
 
     def routed(self, given: dict[str, Any]) -> Tensor:

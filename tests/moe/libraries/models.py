@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels.reference import quantize_weight
-from pointsman.kernels.weight import Weight
+from pointsman.kernels.weight import FP8, Weight
 from pointsman.moe.reference import ReferenceRunner
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.spec import ExpertForm
@@ -41,6 +41,44 @@ def experts(width: int = WIDTH, num_experts: int = NUM_EXPERTS, device: torch.de
     return stack_experts(
         [(weight(width, D, 3 * e), weight(width, D, 1000 + 3 * e), weight(D, width, 2000 + 3 * e)) for e in range(num_experts)]
     )
+
+
+def scalar_experts(width: int = WIDTH, num_experts: int = NUM_EXPERTS) -> ExpertWeights:
+    """Matrices with a scale each, no two alike, which all their blocks have; scales of activations come of rows that are there."""
+
+    def weight(rows: int, columns: int, seed: int, most: float) -> Weight:
+        numbers = normal(rows, columns, seed=seed) * columns**-0.5 * (1 + seed % 7 / 5)
+        found = quantize_weight(numbers, (rows, columns))
+        assert found.scale is not None
+        scale = found.scale.expand(rows // 128, columns // 128).contiguous()
+        return Weight(found.data, scale, input_scale=torch.tensor([most / 448]))
+
+    rows_TD = hidden_rows(64).float()
+    stacked = []
+    for e in range(num_experts):
+        most = float(rows_TD.abs().max()) * (1 + e / 50)
+        gate, up = weight(width, D, 3 * e, most), weight(width, D, 1000 + 3 * e, most * 0.97)
+        hidden = torch.nn.functional.silu(rows_TD @ gate.dequantize(torch.float32).T) * (rows_TD @ up.dequantize(torch.float32).T)
+        stacked.append((gate, up, weight(D, width, 2000 + 3 * e, float(hidden.abs().max()))))
+    return stack_experts(stacked)
+
+
+def static_oracle(x_TD: Tensor, chosen: Routing, weights: ExpertWeights) -> Tensor:
+    """Dequantized matrices; rows and hidden numbers in e4m3 by the scales of the checkpoint, rows by the largest of all experts here."""
+    both, down = weights
+    assert both.input_scale is not None and down.input_scale is not None
+    gate_up, output = both.dequantize(torch.float32), down.dequantize(torch.float32)
+
+    def rounded(rows: Tensor, scale: Tensor) -> Tensor:
+        return (rows / scale).clamp(-448, 448).to(FP8).float() * scale
+
+    rows_TD = rounded(x_TD.float(), both.input_scale.max())
+    out_TD = torch.zeros(x_TD.shape)
+    for token, (ids, shares) in enumerate(zip(chosen.ids_TK.tolist(), chosen.weights_TK.tolist(), strict=True)):
+        for expert, share in zip(ids, shares, strict=True):
+            gate, up = (gate_up[expert] @ rows_TD[token]).chunk(2)
+            out_TD[token] += share * (output[expert] @ rounded(torch.nn.functional.silu(gate) * up, down.input_scale[expert]))
+    return out_TD
 
 
 def hidden_rows(num_tokens: int) -> Tensor:

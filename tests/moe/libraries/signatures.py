@@ -22,6 +22,7 @@ FUNCTIONS = {
     "flashinfer-python": {
         "trtllm_fp8_block_scale_moe": r"flashinfer/fused_moe/core\.py",
         "trtllm_fp8_block_scale_routed_moe": r"flashinfer/fused_moe/core\.py",
+        "trtllm_fp8_per_tensor_scale_moe": r"flashinfer/fused_moe/core\.py",
         "cutlass_fused_moe": r"flashinfer/fused_moe/core\.py",
         "autotune": r"flashinfer/autotuner(/autotuner)?\.py",
         "BatchPrefillWithPagedKVCacheWrapper.__init__": r"flashinfer/prefill\.py",
