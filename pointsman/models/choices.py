@@ -94,9 +94,7 @@ def describe_scales(architecture: Architecture, runner: str | None) -> list[str]
         return []
     lines = ["A matrix has one FP8 scale in the checkpoint, which is exactly that of each of its 128x128 blocks here."]
     if architecture.input_scales and runner in STATIC_RUNNERS:
-        lines.append(
-            f"Its scales of activations are those of the experts in {runner}; linears scale each token and 128 channels as they are."
-        )
+        lines.append(f"Its scales of activations are the experts' in {runner}; linears make one for each token and 128 channels.")
     elif architecture.input_scales:
         lines.append("Its scales of activations are not used: what is quantized gets one of its own for each token and 128 channels.")
     return lines

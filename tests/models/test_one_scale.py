@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -16,13 +17,17 @@ from torch import Tensor
 from pointsman.cli import main
 from pointsman.distributed import Mesh
 from pointsman.kernels.reference import quantize_weight
+from pointsman.models.decoder import Decoder
 from pointsman.models.loader import load_model, rows_for
 from pointsman.models.parameters import Parameters, held, weights_of
 from pointsman.models.quantize import quantize_checkpoint
 from pointsman.models.revision import Revision
 from pointsman.models.sizes import described
+from pointsman.moe.candidates import RUNNERS
+from pointsman.moe.flashinfer_scalar import ScalarTrtllmRunner
 from tests.models.checkpoints import Harness, Shape, dequantized, write
 from tests.models.families import IDS, MODELS, build, forward, save
+from tests.moe.libraries.flashinfer import VERSIONS, Emulation
 
 # scales of several blocks of 128, and widths that are no multiple of it
 SIZES = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 2, "moe_intermediate_size": 136, "intermediate_size": 260}
@@ -153,6 +158,49 @@ def test_it_says_what_becomes_of_the_scales(tmp_path: Path, caplog: pytest.LogCa
     assert "Its scales of activations are not used" in caplog.text
     assert main(["explain", str(tmp_path / "config.json"), "--device", "cpu", "--json"]) == 0
     assert any("exactly that of each of its 128x128 blocks" in note for note in json.loads(capsys.readouterr().out)["notes"])
+
+
+WHOLE = Shape(heads=4, kv_heads=2, head_dim=32, rotary_dim=16, hidden=256, width=128, experts=8, scalar="static")
+
+
+def test_the_kernel_for_one_scale_is_given_the_checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Loaded with up before gate, as over weights in the usual order; near the reference; and after an update of some."""
+    emulation = Emulation(VERSIONS[-1], exact=True).install(monkeypatch)
+    monkeypatch.setitem(RUNNERS, "flashinfer_trtllm", lambda *what: None)
+    names = {"dtype": "bfloat16", "linear_backend": "reference", "progress": False}
+    decoder = load_model(WHOLE.write(tmp_path / "old"), moe_backend="flashinfer_trtllm", **names)
+    plain = load_model(tmp_path / "old", moe_backend="reference", **names)
+    other = Decoder(plain.shard, plain.parameters, dataclasses.replace(decoder.backends, moe=ScalarTrtllmRunner()), decoder.dtype)
+    ids = [5, 9, 33, 21, 60, 2]
+    got, want = Harness(decoder).step({0: ids})[0], Harness(plain).step({0: ids})[0]
+    assert torch.equal(got, Harness(other).step({0: ids})[0]) and {name for name, _ in emulation.calls} == {
+        "trtllm_fp8_per_tensor_scale_moe"
+    }
+    # scales of activations that are drawn at random: coarser than the reference's by up to some bits
+    assert 0.01 < float((got - want).float().norm() / want.float().norm()) < 0.15
+    some = {name: tensor for name, tensor in WHOLE.tensors(7).items() if ".experts.3.w1" in name or ".experts.5." in name}
+    revision = Revision(decoder.shard, rows_for(decoder.backends.moe, decoder.architecture))
+    revision.add(some)
+    updated = Decoder(decoder.shard, revision.apply(decoder.parameters, torch.device("cpu")), decoder.backends, decoder.dtype)
+    write(tmp_path / "new", WHOLE.config(), WHOLE.tensors() | some)
+    fresh = load_model(tmp_path / "new", moe_backend="flashinfer_trtllm", **names)
+    assert torch.equal(Harness(updated).step({0: ids})[0], Harness(fresh).step({0: ids})[0])
+    assert not torch.equal(Harness(updated).step({0: ids})[0], got)
+
+
+def test_explain_counts_the_weights_that_stand_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(RUNNERS, "flashinfer_trtllm", lambda *what: None)
+    WHOLE.write(tmp_path)
+    words = ["explain", str(tmp_path / "config.json"), "--device", "b200", "--json", "--moe-runner-backend"]
+    assert main([*words, "flashinfer_trtllm"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory"]["weights_again"] == {"experts as flashinfer_trtllm reads them": 2 * 8 * 3 * 256 * 128}
+    assert any("Its scales of activations are the experts' in flashinfer_trtllm" in note for note in found["notes"])
+    assert main([*words, "triton"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not found["memory"]["weights_again"] and any("activations are not used" in note for note in found["notes"])
 
 
 AT = "model.layers.0.self_attn.q_proj."
