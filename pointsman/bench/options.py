@@ -61,8 +61,12 @@ class Gsm8kOptions:
     def __post_init__(self) -> None:
         if not self.data_path:
             raise ValueError("--data-path is missing: the file test.jsonl of github.com/openai/grade-school-math")
+        if self.base_url is not None and (self.host is not None or self.port != 30000):
+            raise ValueError("--base-url stands in place of --host and --port; give one")
         if self.port != 30000 and self.host is None:
             raise ValueError(f"--port is {self.port}, but there is no --host; give --host, as 127.0.0.1")
+        if self.api_key is not None and self.host is None and self.base_url is None:
+            raise ValueError("--api-key is sent to a server; name it with --host or --base-url")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,9 @@ def test_the_engine_is_asked_where_no_server_is_named(path, capsys):
     [
         ("", 2, "--data-path is missing"),
         ("--data-path x --port 3", 2, "--port is 3, but there is no --host"),
+        ("--data-path x --base-url http://a --host b", 2, "--base-url stands in place of --host and --port; give one"),
+        ("--data-path x --base-url http://a --port 3", 2, "--base-url stands in place of --host and --port; give one"),
+        ("--data-path x --api-key k", 2, "--api-key is sent to a server; name it with --host or --base-url"),
         ("--data-path /nowhere", 1, "[Errno 2] No such file or directory: '/nowhere'"),
         ("--data-path {path} --num-questions 4 --host a --page-size 3", 1, "page_size is for an engine here; the server has its own"),
         ("--data-path {path}", 1, "the file has 8 problems; 5 shots leave 3, and --num-questions is 200"),

@@ -14,6 +14,7 @@ BACKENDS = ("openai", "openai-chat", "generate")
 DATASETS = ("random", "shared-prefix", "azure", "mooncake", "sharegpt", "custom")
 FILES = ("azure", "mooncake", "sharegpt", "custom")
 METRICS = ("ttft", "tpot", "itl", "e2el")
+HOST, PORT = "127.0.0.1", 30000
 NUM_PROMPTS = 1000
 
 # Flags that only some datasets have a use for, with what they are where they are not given.
@@ -52,8 +53,8 @@ class ServeOptions:
     """A load on an endpoint. What is None and has a default by its dataset gets it here."""
 
     backend: str = flag("openai", "API of the server: OpenAI's completions, its chat, or SGLang's /generate", choices=BACKENDS)
-    host: str = flag("127.0.0.1", "address of the server")
-    port: int = flag(30000, "port of the server", low=1, high=65535)
+    host: str = flag(HOST, "address of the server")
+    port: int = flag(PORT, "port of the server", low=1, high=65535)
     base_url: str | None = flag(None, "http(s)://host:port[/path] in place of --host and --port")
     endpoint: str | None = flag(None, "path of the API (default: that of the backend)")
     api_key: str | None = flag(None, "sent as a bearer token", secret=True)
@@ -113,6 +114,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.compare:
             self._check_alone()
+        if self.base_url is not None and (self.host, self.port) != (HOST, PORT):
+            raise ValueError("--base-url stands in place of --host and --port; give one")
         self._check_dataset()
         self._check_arrivals()
         self._check_reports()

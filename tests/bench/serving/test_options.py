@@ -93,6 +93,7 @@ def test_a_run_says_what_it_was_loaded_with_and_no_more():
         ("--goodput speed:1", "--goodput is 'speed:1'; it must be METRIC:MILLISECONDS"),
         ("--goodput ttft:nan", "--goodput has 'nan', which is no number"),
         ("--goodput ttft:-5", "--goodput is 'ttft:-5'; a limit is more than 0 ms"),
+        ("--base-url http://a:1 --port 5", "--base-url stands in place of --host and --port; give one"),
         ("--compare x --num-prompts 5 --seed 2", "--compare reads files and sends nothing; leave out --num-prompts and --seed"),
         ("--extra-request-body [1]", "--extra-request-body is '[1]'; it must be a JSON object"),
         ("--extra-request-body {", "--extra-request-body is not JSON"),
