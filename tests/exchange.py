@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,14 @@ class Answer(NamedTuple):
     logprobs: Any
     prompt_logprobs: Any
     routed_experts: list[Any]
+
+
+@contextlib.contextmanager
+def silent_port() -> Iterator[int]:
+    """A port of this machine that nobody else gets meanwhile, and at which nobody answers."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
 
 
 def make(folder: Path, **options: Any) -> LLM:

@@ -6,5 +6,6 @@ the bytes of tensors crosses, never objects, which torch would pickle; and whate
 
 from pointsman.distributed.group import Group
 from pointsman.distributed.mesh import Mesh
+from pointsman.distributed.rendezvous import listen
 
-__all__ = ["Group", "Mesh"]
+__all__ = ["Group", "Mesh", "listen"]

@@ -9,6 +9,7 @@ is an error here and not, as torch would have it, the end of the process.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -64,8 +65,12 @@ class Group:
         self._group: Any = None
         self._store: Any = None
 
-    def join(self) -> None:
-        """Meet the others. Raises ValueError where they do not all come in time."""
+    def join(self, listener: socket.socket | None = None) -> None:
+        """Meet the others. Raises ValueError where they do not all come in time.
+
+        Args:
+            listener: rank 0's socket that listens at the address already (`listen`), so that nobody else can; it is taken over.
+        """
         try:
             self._store, self._group = meet(
                 self.address,
@@ -75,6 +80,7 @@ class Group:
                 backend=self.backend,
                 timeout=self.timeout,
                 watched=self.timeout + WATCHDOG,  # `_wait` keeps the limit
+                listener=listener,
             )
             if self.backend == "nccl":  # which connects with the first broadcast
                 self._broadcast([torch.zeros(1, dtype=torch.uint8, device=self._device)])

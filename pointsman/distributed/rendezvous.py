@@ -93,7 +93,10 @@ def reason_against(backend: str) -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket at this address and no other; the store, which takes it, would otherwise listen on all of them."""
+    """A listening socket at this address and no other; the store, which takes it, would otherwise listen on all of them.
+
+    Port 0 is one that nobody has. Raises OSError where it is taken.
+    """
     return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 

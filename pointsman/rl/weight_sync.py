@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import threading
 import urllib.error
 import urllib.request
@@ -23,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pointsman.distributed import Group
+from pointsman.distributed import Group, listen
 from pointsman.request import MemoryTag
 
 BUCKET_BYTES = 16 << 20
@@ -147,13 +146,17 @@ class WeightSync:
             timeout: seconds that joining, and the broadcasts of one bucket, may take.
 
         Raises:
-            SyncFailed: the server refused, or did not come.
+            SyncFailed: the port is taken, or the server refused, or did not come.
         """
-        port = _free_port(master_address) if master_port is None else master_port
         ranks: int = self._ask("/server_info")["engine"]["parallel"]["tensor_parallel_size"]
+        try:
+            listener = listen(master_address, master_port or 0)
+        except OSError as error:
+            raise SyncFailed(f"cannot listen on {master_address} port {master_port or 0}: {error}") from error
+        port = listener.getsockname()[1]
         here = {"master_address": master_address, "master_port": port, "world_size": 1 + ranks, "backend": backend, "timeout": timeout}
         group = Group(**here, rank=0, name=group_name)  # type: ignore[arg-type]
-        self._together(group.join, "/init_weights_update_group", here | {"rank_offset": 1, "group_name": group_name})
+        self._together(lambda: group.join(listener), "/init_weights_update_group", here | {"rank_offset": 1, "group_name": group_name})
         self._group = group
 
     def disconnect(self) -> None:
@@ -274,12 +277,6 @@ def _last_known(buckets: Iterator[dict[str, Tensor]]) -> Iterator[tuple[dict[str
         before = bucket
     if before is not None:
         yield before, True
-
-
-def _free_port(address: str) -> int:
-    with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -38,13 +37,15 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=24, logprobs=0, return_route
 TRAINER = """
 import sys, torch
 from safetensors.torch import load_file
-from pointsman.distributed import Group
+from pointsman.distributed import Group, listen
 torch.cuda.set_device(1)
 torch.zeros(1, device="cuda")
-print("here", flush=True)
-group = Group(master_address="127.0.0.1", master_port=int(sys.argv[1]), rank=0, world_size=2, name="weights", backend="nccl", timeout=40)
-group.join()
-tensors = {name: tensor.cuda() for name, tensor in sorted(load_file(sys.argv[2]).items())}
+listener = listen("127.0.0.1", 0)
+port = listener.getsockname()[1]
+print("here", port, flush=True)
+group = Group(master_address="127.0.0.1", master_port=port, rank=0, world_size=2, name="weights", backend="nccl", timeout=40)
+group.join(listener)
+tensors = {name: tensor.cuda() for name, tensor in sorted(load_file(sys.argv[1]).items())}
 print("joined", flush=True)
 for line in sys.stdin:
     group.send(list(tensors.values()))
@@ -249,30 +250,26 @@ def test_a_replay_is_used_under_other_weights_too(llm: LLM, folders: list[Path],
     assert max(others) < 1
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
-def trainer(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that has started, imports and all, and is about to join at the port."""
-    command = [sys.executable, "-c", TRAINER, str(port), str(folder / "model.safetensors")]
+def trainer(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that has started, imports and all, and is about to join at the port at which it listens."""
+    command = [sys.executable, "-c", TRAINER, str(folder / "model.safetensors")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        hear(process, "here")
-        yield process
+        yield process, int(hear(process, "here"))
     finally:
         process.kill()
         process.communicate()
 
 
-def hear(process: subprocess.Popen[str], word: str) -> None:
-    """Wait for a word; NCCL has lines of its own to say where it is told to."""
+def hear(process: subprocess.Popen[str], word: str) -> str:
+    """Wait for a word, and return what stands behind it; NCCL has lines of its own to say where it is told to."""
     assert process.stdout is not None
-    lines = iter(process.stdout.readline, "")
-    assert any(line == f"{word}\n" for line in lines), f"the trainer ended without {word!r}"
+    for line in process.stdout:
+        first, _, rest = line.strip().partition(" ")
+        if first == word:
+            return rest
+    raise AssertionError(f"the trainer ended without {word!r}")
 
 
 def announced(tensors: dict[str, Tensor]) -> tuple[list[str], list[str], list[list[int]]]:
@@ -284,8 +281,8 @@ def announced(tensors: dict[str, Tensor]) -> tuple[list[str], list[str], list[li
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_from_a_trainer_on_another_gpu(llm: LLM, folders: list[Path], fresh: list[Any]) -> None:
     """Over NCCL."""
-    tensors, port = tensors_of(folders[1]), free_port()
-    with trainer(folders[1], port) as process:
+    tensors = tensors_of(folders[1])
+    with trainer(folders[1]) as (process, port):
         assert process.stdin is not None
         llm.init_weights_update_group("127.0.0.1", port, group_name="weights", timeout=40)
         hear(process, "joined")
@@ -307,8 +304,8 @@ def test_from_a_trainer_on_another_gpu(llm: LLM, folders: list[Path], fresh: lis
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_trainer_that_is_killed(llm: LLM, folders: list[Path], fresh: list[Any]) -> None:
     """Nothing comes, and the engine gives up on it. The time limit is short, and begins when the trainer has started."""
-    tensors, port = tensors_of(folders[1]), free_port()
-    with trainer(folders[1], port) as process:
+    tensors = tensors_of(folders[1])
+    with trainer(folders[1]) as (process, port):
         llm.init_weights_update_group("127.0.0.1", port, group_name="weights", timeout=6)
         hear(process, "joined")
         process.kill()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +11,10 @@ from typing import Any
 import pytest
 
 from pointsman import LLM
-from pointsman.distributed import Group
-from tests.exchange import SHAPE, Answer, answer, make
+from pointsman.distributed import Group, listen
+from tests.exchange import SHAPE, Answer, answer, make, silent_port
 
 NEW = SHAPE.tensors(1)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def announced(names: list[str]) -> tuple[list[str], list[str], list[list[int]]]:
@@ -31,9 +24,12 @@ def announced(names: list[str]) -> tuple[list[str], list[str], list[list[int]]]:
 class Trainer:
     """Rank 0, in a thread of its own."""
 
-    def __init__(self, port: int) -> None:
-        self._group = Group(master_address="127.0.0.1", master_port=port, rank=0, world_size=2, name="weight_update_group", timeout=20)
-        self._thread = threading.Thread(target=self._group.join)
+    def __init__(self) -> None:
+        listener = listen("127.0.0.1", 0)
+        self.port: int = listener.getsockname()[1]
+        here: dict[str, Any] = {"master_address": "127.0.0.1", "master_port": self.port, "timeout": 20}
+        self._group = Group(**here, rank=0, world_size=2, name="weight_update_group")
+        self._thread = threading.Thread(target=self._group.join, args=[listener])
         self._thread.start()
 
     def send(self, names: list[str]) -> None:
@@ -50,9 +46,8 @@ def llm(folders: list[Path]) -> Iterator[LLM]:
 
 @pytest.fixture
 def trainer(llm: LLM) -> Trainer:
-    port = free_port()
-    trainer = Trainer(port)
-    llm.init_weights_update_group("127.0.0.1", port, backend="gloo", timeout=2)
+    trainer = Trainer()
+    llm.init_weights_update_group("127.0.0.1", trainer.port, backend="gloo", timeout=2)
     return trainer
 
 
@@ -93,5 +88,5 @@ def test_what_does_not_fit_is_refused(llm: LLM) -> None:
         llm.update_weights_from_distributed(["a", "b"], ["bfloat16"], [[1]])
     with pytest.raises(ValueError, match="backend is 'mpi'"):
         llm.init_weights_update_group("127.0.0.1", 1, backend="mpi")
-    with pytest.raises(ValueError, match="did not come together"):
-        llm.init_weights_update_group("127.0.0.1", free_port(), backend="gloo", timeout=1)
+    with silent_port() as port, pytest.raises(ValueError, match="did not come together"):
+        llm.init_weights_update_group("127.0.0.1", port, backend="gloo", timeout=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from pointsman import LLM, SamplingParams
-from pointsman.distributed import Group
+from pointsman.distributed import Group, listen
 from pointsman.engine import orders, processes, spread_weights, workers
 from pointsman.engine.control import Control
 from pointsman.engine.orders import SIZE
@@ -142,15 +141,15 @@ def test_a_part_that_one_rank_refuses_ends_the_update_on_all(llm: LLM, folders: 
 def test_all_ranks_are_in_the_group_of_a_trainer(llm: LLM, folders: list[Path], expected: list[list[RequestOutput]]) -> None:
     """The trainer dies at last: the update fails, all leave the group, and the weights before go on serving."""
     llm.update_weights_from_disk(str(folders[0]))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
     here: dict[str, Any] = {"master_address": "127.0.0.1", "master_port": port, "name": "trainers", "timeout": 10.0}
     weights, tensors = llm.engine.weights, SHAPE.tensors(1)
     with pytest.raises(ValueError, match="world_size is 2; the 2 ranks of this engine take the ranks 1 to 2"):
         weights.join_group(Group(rank=1, world_size=2, **here))
     trainer = Group(rank=0, world_size=3, **here)
     with ThreadPoolExecutor(1) as beside:
-        joining = beside.submit(trainer.join)
+        joining = beside.submit(trainer.join, listener)
         weights.join_group(Group(rank=1, world_size=3, **here))
         joining.result()
         announced = [(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from pointsman.distributed import Group
+from pointsman.distributed import Group, listen
 from pointsman.rl.weight_sync import SyncFailed, WeightSync, published_names
-from tests.exchange import OPTIONS, PROMPT, SHAPE
+from tests.exchange import OPTIONS, PROMPT, SHAPE, silent_port
 from tests.models import families
 from tests.models.checkpoints import Shape
 from tests.server.asking import fault
@@ -126,36 +125,37 @@ def test_pushed_weights_take_the_place_of_released_ones(
     assert ask(client)["output_ids"] == greedy[1]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def join(client: httpx.Client, **fields: Any) -> httpx.Response:
-    body = {"master_address": "127.0.0.1", "master_port": free_port(), "world_size": 2, "backend": "gloo", "timeout": 1, **fields}
+def join(client: httpx.Client, port: int, timeout: float) -> httpx.Response:
+    body = {"master_address": "127.0.0.1", "master_port": port, "world_size": 2, "backend": "gloo", "timeout": timeout}
     return client.post("/init_weights_update_group", json=body)
 
 
 def test_a_trainer_that_never_comes(client: httpx.Client, sync: WeightSync, greedy: list[list[int]]) -> None:
     """Others are answered meanwhile, and a second update is told to wait."""
     done: list[httpx.Response] = []
-    joining = threading.Thread(target=lambda: done.append(join(client, timeout=2)))
-    joining.start()
-    while not done:
-        assert ask(client)["output_ids"] == greedy[0]
-    joining.join()
+    with silent_port() as port:
+        joining = threading.Thread(target=lambda: done.append(join(client, port, 2)))
+        joining.start()
+        while not done:
+            assert ask(client)["output_ids"] == greedy[0]
+        joining.join()
     assert "did not come together" in fault(done[0], 400)["message"]
     assert sync.push(HEAD, version="h") == "h"
 
 
+def test_a_port_that_is_taken(sync: WeightSync) -> None:
+    with silent_port() as port, pytest.raises(SyncFailed, match=f"cannot listen on 127.0.0.1 port {port}: .*in use"):
+        sync.connect(master_port=port)
+
+
 def test_a_trainer_that_dies(client: httpx.Client, sync: WeightSync, greedy: list[list[int]]) -> None:
     """It has joined and announced, and sends nothing."""
-    port = free_port()
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
     trainer = Group(master_address="127.0.0.1", master_port=port, rank=0, world_size=2, name="weight_update_group", timeout=30)
-    meeting = threading.Thread(target=trainer.join)
+    meeting = threading.Thread(target=trainer.join, args=[listener])
     meeting.start()
-    assert join(client, master_port=port, timeout=2).status_code == 200
+    assert join(client, port, 2).status_code == 200
     meeting.join()
     body = {"names": ["lm_head.weight"], "dtypes": ["bfloat16"], "shapes": [[97, 32]]}
     error = fault(client.post("/update_weights_from_distributed", json=body), 400)

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from pointsman.server.lifetime import MAX_RESTARTS, RESTART_SECONDS, Restarts
+from tests.processes import listening
 from tests.server.conftest import Server, start_server
 
 
@@ -49,28 +50,16 @@ def test_a_signal_ends_both_in_order(folder: Path, number: int) -> None:
 
 
 def test_a_signal_while_loading(folder: Path) -> None:
-    with start_server({"model_path": str(folder), "random_seed": 60}, {"port": (port := free_port())}) as server:
-        url = f"http://127.0.0.1:{port}"
-        response = first_response(url + "/health")
+    with start_server({"model_path": str(folder), "random_seed": 60}) as server:
+        while not (ports := listening(server.process.pid)):
+            assert server.process.poll() is None
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{ports[0]}"
+        response = httpx.get(url + "/health", timeout=30)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "model_loading")
         assert httpx.get(url + "/ready").status_code == 503
         assert httpx.post(url + "/v1/completions", json={"prompt": "x"}).status_code == 503
         assert server.end() == (0, "")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
-
-
-def first_response(url: str) -> httpx.Response:
-    for _ in range(1500):
-        try:
-            return httpx.get(url, timeout=30)
-        except httpx.ConnectError:
-            time.sleep(0.01)
-    raise AssertionError(f"nobody listens at {url}")
 
 
 def test_a_signal_cuts_streams_that_do_not_end(folder: Path) -> None:
