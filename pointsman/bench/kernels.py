@@ -12,6 +12,7 @@ Shape suffixes: T tokens, D hidden, E experts, K experts per token, F expert wid
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -36,13 +37,14 @@ from pointsman.kernels.tiles import Shape
 from pointsman.kernels.triton_support import reason_against
 from pointsman.kernels.weight import FP8
 from pointsman.moe.candidates import DEEP_GEMM, unsupported
+from pointsman.moe.capture import RouteStore
 from pointsman.moe.deep_gemm import DeepGemmRunner
-from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner
+from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRunner
 from pointsman.moe.fused import FusedRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput
-from pointsman.moe.routing import Routing
-from pointsman.moe.runner import MoERunner, counter_for, route_and_run
+from pointsman.moe.routing import Routing, route
+from pointsman.moe.runner import AnyRunner, counter_for, route_and_run
 
 MINIMAX = {tp: Shape(num_experts=256, top_k=8, hidden=3072, width=1536 // tp, quantized=True) for tp in (1, 2, 4)}
 SIZES = tuple(2**power for power in range(14))
@@ -54,14 +56,14 @@ CHECKED_TOKENS = 4
 # to the next bfloat16 and e4m3: 4e-3 to 6e-3 were seen. In `triton` what passes between kernels is rounded too: 15e-3.
 BOUNDS = {"triton": 0.03, "routed": 0.01, "routed, deterministic": 0.01, "fused": 0.01, "deep_gemm": 0.03, "flashinfer_cutlass": 0.03}
 # FlashInfer's kernels of Blackwell round gate and up to e4m3 besides
-BOUNDS |= dict.fromkeys(("flashinfer_trtllm_routed", "flashinfer_trtllm_routed, BlockMajorK"), 0.06)
+BOUNDS |= {f"{name}{layout}": 0.06 for name in ("flashinfer_trtllm_routed", "flashinfer_trtllm") for layout in ("", ", BlockMajorK")}
 SCORE_ERROR = 1e-5
 
 
 class Block:
     """Router and experts of one layer by one runner."""
 
-    def __init__(self, layer: Layer, runner: MoERunner | FusedRunner, *, deterministic: bool = False) -> None:
+    def __init__(self, layer: Layer, runner: AnyRunner, *, deterministic: bool = False) -> None:
         self._layer, self._runner = layer, runner
         self._weights = runner.prepare(layer.experts, torch.bfloat16)
         self._router = (INVARIANT_ROUTERS if deterministic else ROUTERS)["triton"]
@@ -73,7 +75,12 @@ class Block:
         rows = self._rows(x_TD)
         if isinstance(self._runner, FusedRunner):
             return self._runner.route_and_run(rows, self._layer.spec, self._weights)[1]
-        return self._router.run(rows, self._layer.spec)
+        if not self._runner.routes_itself:
+            return self._router.run(rows, self._layer.spec)
+        spec = self._layer.spec  # it tells experts, not their weights
+        routes = RouteStore(len(x_TD), 1, spec.top_k, spec.num_experts, x_TD.device)
+        self._runner(dataclasses.replace(rows, routes=routes), spec, self._weights)
+        return route(reference.router_logits(x_TD, rows.gate_ED), spec, ids_TK=routes.rows_SLK[:, 0].long())
 
     def _rows(self, x_TD: Tensor) -> RouterInput:
         layer, num_tokens = self._layer, len(x_TD)
@@ -86,7 +93,7 @@ class Block:
 
 
 # what is measured, and what is told when it is made
-CONTENDERS: dict[str, tuple[type[MoERunner] | type[FusedRunner], dict[str, Any]]] = {
+CONTENDERS: dict[str, tuple[type[AnyRunner], dict[str, Any]]] = {
     "triton": (TritonRunner, {}),
     "routed": (RoutedRunner, {}),
     "routed, deterministic": (RoutedRunner, {"deterministic": True}),
@@ -95,6 +102,8 @@ CONTENDERS: dict[str, tuple[type[MoERunner] | type[FusedRunner], dict[str, Any]]
     "flashinfer_cutlass": (CutlassRunner, {}),
     "flashinfer_trtllm_routed": (RoutedTrtllmRunner, {}),
     "flashinfer_trtllm_routed, BlockMajorK": (RoutedTrtllmRunner, {"layout": "BlockMajorK"}),
+    "flashinfer_trtllm": (TrtllmRunner, {}),
+    "flashinfer_trtllm, BlockMajorK": (TrtllmRunner, {"layout": "BlockMajorK"}),
 }
 
 

@@ -120,6 +120,8 @@ def reason_against_cutlass(spec: RoutingSpec, form: ExpertForm, device: Device, 
         return f"it multiplies FP8 in blocks of {BLOCK}x{BLOCK}; the checkpoint's experts have none such"
     if form.hidden % BLOCK or form.width % BLOCK:
         return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
+    if (why := reason_against_flashinfer()) is not None:
+        return why
     if (cuda := torch_cuda()) is None or numbers(cuda) < (12, 8):
         return f"it needs CUDA 12.8 or later; this torch was built for {cuda or 'none'}"
-    return reason_against_flashinfer()
+    return None

@@ -9,12 +9,13 @@ import torch
 
 from pointsman import cli
 from pointsman.bench.expert_layer import Layer
-from pointsman.bench.kernels import BOUNDS, MINIMAX, Block, block_bytes, check, draw
+from pointsman.bench.kernels import BOUNDS, CONTENDERS, MINIMAX, Block, block_bytes, check, draw
 from pointsman.bench.options import KernelsOptions
 from pointsman.kernels.tiles import Shape
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.routing import Routing
 from tests.kernels.interpreter import correct
+from tests.moe.libraries.flashinfer import Emulation
 
 correct()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,6 +33,16 @@ def test_a_right_block_passes(layer: Layer, runner: type[RoutedRunner], bound: f
     x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     fault, error = check(layer, Block(layer, runner()), x_TD, bound)
     assert fault is None and 0 < error < bound
+
+
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if name.startswith("flashinfer")])
+def test_blocks_of_the_library_are_checked_alike(layer: Layer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the emulation, which rounds as the kernels do; those that choose experts themselves are asked which."""
+    Emulation("0.7.2").install(monkeypatch)
+    runner, options = CONTENDERS[name]
+    x_TD = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    fault, error = check(layer, Block(layer, runner(**options)), x_TD, BOUNDS[name])
+    assert fault is None and 0 < error < BOUNDS[name]
 
 
 @pytest.mark.parametrize(("runner", "bound"), [(TritonRunner, 0.006), (RoutedRunner, 0.0025)])

@@ -91,6 +91,9 @@ def test_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "32x128" in str(unsupported("deep_gemm", spec, form._replace(block=(32, 128)), cuda, "bfloat16"))
     assert "multiples of 128" in str(unsupported("deep_gemm", spec, form._replace(width=192), cuda, "bfloat16"))
     assert "bfloat16" in str(unsupported("deep_gemm", spec, form, cuda, "float32"))
+    many = RoutingSpec(num_experts=1025, top_k=2, score="sigmoid")
+    for name in "deep_gemm", "routed", "fused", "triton":
+        assert unsupported(name, many, form, cuda, "bfloat16") == "it sorts by at most 1024 experts; the model has 1025"
     with pytest.raises(ValueError, match=r"'deep_gemm' cannot serve here: .*9[.]0; the device is cpu; these can: cpu, reference"):
         runner_choice("deep_gemm", spec, form, device=cpu, dtype="float32").take()
     monkeypatch.setattr(library, "installed", lambda distributions: None)
