@@ -199,8 +199,9 @@ def read_quantization(reader: ConfigReader) -> dict[str, Any]:
     if section is None:
         return plain
     method = section.get("quant_method")
-    if method not in ("fp8", "compressed-tensors"):
-        section.refuse("quant_method", "this version reads 'fp8', 'compressed-tensors' with one e4m3 scale a matrix, and plain checkpoints")
+    if method not in ("fp8", "compressed-tensors", "modelopt"):
+        right = "this version reads 'fp8', 'compressed-tensors' and 'modelopt' with one e4m3 scale a matrix, and plain checkpoints"
+        section.refuse("quant_method", right)
         reader.problems += section.problems
         return plain
     found = _read_fp8(section) if method == "fp8" else _read_compressed(section)
@@ -232,7 +233,10 @@ def _read_fp8(section: ConfigReader) -> dict[str, Any]:
 
 
 def _read_compressed(section: ConfigReader) -> dict[str, Any]:
-    """What llm-compressor writes: one group of all linears, of which weights and what they multiply are described apart."""
+    """What llm-compressor and ModelOpt write: one group of all linears, of which weights and what they multiply are described apart."""
+    if section.get("quant_method") == "modelopt":
+        section.only("quant_algo", "FP8")
+        section.get("producer")  # who wrote it
     section.only("format", "float-quantized")
     section.only("quantization_status", "compressed", "frozen")
     section.only("sparsity_config", {})

@@ -95,8 +95,9 @@ def interleave_order(num_rows: int) -> Tensor:
 
 def interleaved(up_gate_EMN: Tensor) -> Tensor:
     """[up; gate] with one scale a matrix, for the kernel that activates in its epilogue: rows in turn, then shuffled."""
-    order = interleave_order(up_gate_EMN.shape[-2]).to(up_gate_EMN.device)
-    return shuffled(up_gate_EMN.view(torch.uint8)[..., order, :].view(up_gate_EMN.dtype), TILE["interleaved"])
+    num_rows = up_gate_EMN.shape[-2]
+    order = interleave_order(num_rows)[shuffle_order(num_rows, TILE["interleaved"])].to(up_gate_EMN.device)
+    return up_gate_EMN.view(torch.uint8)[..., order, :].view(up_gate_EMN.dtype)
 
 
 def transposed_scales(scale_TG: Tensor) -> Tensor:

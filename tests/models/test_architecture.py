@@ -143,13 +143,26 @@ COMPRESSED = {
 }
 
 
+_SHORT = {"dynamic": False, "num_bits": 8, "type": "float"}
+MODELOPT = {
+    "quant_method": "modelopt",
+    "quant_algo": "FP8",
+    "producer": {"name": "modelopt", "version": "0.29.0"},
+    "ignore": ["lm_head", "model.layers.0.block_sparse_moe.gate"],
+    "config_groups": {"group_0": {"input_activations": _SHORT, "weights": _SHORT, "targets": ["Linear"]}},
+}
+
+
 def compressed(part: str, **changes: Any) -> dict[str, Any]:
     group = COMPRESSED["config_groups"]["group_0"]
     return COMPRESSED | {"config_groups": {"group_0": group | {part: group[part] | changes}}}
 
 
 REFUSED_QUANTIZATION = [
-    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_method is 'modelopt'"),
+    ({"quant_method": "gptq", "bits": 4}, "quant_method is 'gptq'"),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo is 'NVFP4'; this model is written for 'FP8'"),
+    (MODELOPT | {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}, "keys and values have scale 1 here"),
+    (COMPRESSED | {"quant_algo": "FP8"}, "quant_algo is 'FP8'; this version does not know the key"),
     (FP8 | {"fmt": "float8_e5m2"}, "fmt is 'float8_e5m2'"),
     (FP8 | {"activation_scheme": "static"}, "of FP8 in blocks it must be 'dynamic'; with one scale a matrix weight_block_size is null"),
     (FP8 | {"activation_scheme": "none", "weight_block_size": None}, "activation_scheme is 'none'"),
@@ -173,12 +186,13 @@ ONE_SCALE = [
     (FP8 | {"weight_block_size": None}, False),
     (COMPRESSED, True),
     (compressed("input_activations", dynamic=True, strategy="token"), False),
+    (MODELOPT, True),
 ]
 
 
 @pytest.mark.parametrize(("section", "static"), ONE_SCALE)
 def test_one_scale_a_matrix_is_that_of_all_its_blocks(section: dict[str, Any], static: bool) -> None:
-    """As AutoFP8, transformers and llm-compressor say it."""
+    """As AutoFP8, transformers, llm-compressor and ModelOpt say it."""
     want = dataclasses.replace(architecture_of(PUBLISHED), scalar_scales=True, input_scales=static)
     assert architecture_of(changed(quantization_config=section)) == want and want.quantization_block == (128, 128)
 
