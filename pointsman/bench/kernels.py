@@ -35,6 +35,7 @@ from pointsman.kernels.capability import describe
 from pointsman.kernels.library import FLASHINFER, installed
 from pointsman.kernels.tiles import Shape
 from pointsman.kernels.triton_support import reason_against
+from pointsman.kernels.unsummed import summed
 from pointsman.kernels.weight import FP8
 from pointsman.moe.candidates import DEEP_GEMM, unsupported
 from pointsman.moe.capture import RouteStore
@@ -89,7 +90,7 @@ class Block:
         return RouterInput(x_TD, layer.gate_ED, layer.bias_E, 0, self._slots[num_tokens], None, None, counter=self._counter)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return route_and_run(self._rows(x_TD), self._layer.spec, self._router, self._runner, self._weights)
+        return summed(route_and_run(self._rows(x_TD), self._layer.spec, self._router, self._runner, self._weights))
 
 
 # what is measured, and what is told when it is made

@@ -69,14 +69,21 @@ def combine_kernel(y_ptr, ids_ptr, weights_ptr, out_ptr, D: tl.constexpr, K: tl.
 
 @triton.jit
 def combine_columns(y_ptr, ids_ptr, weights_ptr, out_ptr, token, column, inside, D: tl.constexpr, K: tl.constexpr):
-    """A token's sum in these columns."""
+    """A token's sum in these columns, written."""
+    total = weighted_sum(y_ptr, ids_ptr, weights_ptr, token, column, inside, D, K)
+    tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def weighted_sum(y_ptr, ids_ptr, weights_ptr, token, column, inside, D: tl.constexpr, K: tl.constexpr):
+    """A token's sum in these columns, float32."""
     total = tl.zeros(column.shape, tl.float32)
     for k in tl.static_range(K):
         real = tl.load(ids_ptr + token * K + k) >= 0
         weight = tl.load(weights_ptr + token * K + k)
         y = tl.load(y_ptr + (token * K + k) * D + column, mask=inside, other=0.0).to(tl.float32)
         total += tl.where(real, weight * y, 0.0)  # what a choice without an expert left in y may be anything
-    tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+    return total
 
 
 def activate(

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.capability import chains
+from pointsman.kernels.expert_rows import weighted_sum
 from pointsman.kernels.mailbox import Mailbox, sum_over_ranks
 from pointsman.kernels.quotient import quotient
 from pointsman.kernels.triton_support import launch_options
+from pointsman.kernels.unsummed import Unsummed
 from pointsman.kernels.weight import FP8, Quantized, num_blocks
 
 BLOCK = 128
@@ -39,6 +41,8 @@ def store_quantized(x, q_ptr, scale_ptr, row, group, column, inside, D, NUM_BLOC
 def norm_kernel(
     x_ptr,
     delta_ptr,
+    ids_ptr,
+    weights_ptr,
     weight_ptr,
     sum_ptr,
     normed_ptr,
@@ -50,6 +54,7 @@ def norm_kernel(
     D: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHOICES: tl.constexpr,
     ADD: tl.constexpr,
     NORM: tl.constexpr,
     WRITE: tl.constexpr,
@@ -72,7 +77,10 @@ def norm_kernel(
     dtype = x.dtype
     x = x.to(tl.float32)
     if ADD:
-        delta = tl.load(delta_ptr + row * D + column, mask=inside, other=0.0)
+        if CHOICES > 0:
+            delta = weighted_sum(delta_ptr, ids_ptr, weights_ptr, row, column, inside, D, CHOICES).to(dtype)
+        else:
+            delta = tl.load(delta_ptr + row * D + column, mask=inside, other=0.0)
         if RANKS > 1:
             delta = sum_over_ranks(delta, boxes_ptr, turns_ptr, row, column, inside, D, RANK, RANKS).to(dtype)
         x = (x + delta.to(tl.float32)).to(dtype)
@@ -90,7 +98,7 @@ def norm_kernel(
 
 def norm(
     x_TD: Tensor,
-    delta_TD: Tensor | None,
+    delta_TD: Tensor | Unsummed | None,
     weight_D: Tensor,
     epsilon: float,
     quantize: bool = False,
@@ -99,6 +107,8 @@ def norm(
     pdl: bool | None = None,
 ) -> tuple[Tensor, Tensor | Quantized]:
     """(sum, normed): x + delta, or x itself where there is no delta, in x's dtype; and its norm, in x's dtype or quantized.
+
+    A delta that is not summed yet is summed, and rounded to x's dtype, as `Unsummed.total` does it.
 
     With a mailbox, what is added is the sum of all ranks' deltas, as `mailbox.all_reduce` makes it. The kernel may be launched while
     the one before runs (`pdl`; None: where the device can).
@@ -119,7 +129,7 @@ def quantize(x_TD: Tensor) -> Quantized:
 
 def _launch(
     x_TD: Tensor,
-    delta_TD: Tensor | None,
+    delta_TD: Tensor | Unsummed | None,
     weight_D: Tensor | None,
     epsilon: float,
     *,
@@ -129,12 +139,16 @@ def _launch(
     pdl: bool | None = None,
 ) -> tuple[Tensor, Quantized | None]:
     num_rows, width = x_TD.shape
-    assert mailbox is None or (delta_TD is not None and mailbox.takes(delta_TD))
-    assert x_TD.is_contiguous() and (delta_TD is None or (delta_TD.is_contiguous() and delta_TD.shape == x_TD.shape))
+    unsummed = delta_TD if isinstance(delta_TD, Unsummed) else None
+    top_k = 0 if unsummed is None else unsummed.ids_TK.shape[1]
+    added = delta_TD.y_RD if isinstance(delta_TD, Unsummed) else delta_TD
+    assert mailbox is None or (added is not None and mailbox.takes(x_TD))
+    assert unsummed is None or unsummed.dtype == x_TD.dtype
+    assert x_TD.is_contiguous() and (added is None or (added.is_contiguous() and added.shape == (num_rows * max(top_k, 1), width)))
     if width > MOST_COLUMNS:
         raise ValueError(f"rows of {width} columns; this kernel holds a row in one program and takes up to {MOST_COLUMNS}")
     blocks = num_blocks(width, BLOCK)
-    sum_TD = x_TD if delta_TD is None else torch.empty_like(x_TD)
+    sum_TD = x_TD if added is None else torch.empty_like(x_TD)
     quantized = None
     if quantize:
         scale_TB = torch.empty(num_rows, blocks, dtype=torch.float32, device=x_TD.device)
@@ -144,7 +158,9 @@ def _launch(
         pdl = chains(x_TD.device) if pdl is None else pdl
         norm_kernel[(num_rows,)](
             x_TD,
-            x_TD if delta_TD is None else delta_TD,
+            x_TD if added is None else added,
+            x_TD if unsummed is None else unsummed.ids_TK,
+            x_TD if unsummed is None else unsummed.weights_TK,
             x_TD if weight_D is None else weight_D,
             sum_TD,
             x_TD if normed_TD is None else normed_TD,
@@ -156,7 +172,8 @@ def _launch(
             D=width,
             NUM_BLOCKS=blocks,
             GROUPS=groups,
-            ADD=delta_TD is not None,
+            CHOICES=top_k,
+            ADD=added is not None,
             NORM=weight_D is not None,
             WRITE=normed_TD is not None,
             QUANTIZE=quantize,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pointsman.kernels.unsummed import Unsummed
 from pointsman.layers.context import StepContext
 from pointsman.moe.router import Router, RouterInput
 from pointsman.moe.routing import RoutingSpec
@@ -56,13 +57,13 @@ class MoE:
         """Drop that form; it is made again at the next use."""
         self._ready = None
 
-    def __call__(self, x_TD: Tensor, ctx: StepContext) -> Tensor:
+    def __call__(self, x_TD: Tensor, ctx: StepContext) -> Tensor | Unsummed:
         given_TK = None if ctx.replay_TNK is None else ctx.replay_TNK[:, self.layer]
         rows = RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK, self.own, self._counter)
         return self.run(rows)
 
-    def run(self, rows: RouterInput) -> Tensor:
-        """Route these rows and run their experts."""
+    def run(self, rows: RouterInput) -> Tensor | Unsummed:
+        """Route these rows and run their experts; the sum may be left to the norm that follows."""
         if self.weights.down.data.numel() == 0:  # a rank without a block of any expert
             self._router.run(rows, self.spec)
             return torch.zeros_like(rows.x_TD)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pointsman.distributed import Mesh
 from pointsman.kernels.operations import Glue
+from pointsman.kernels.unsummed import Unsummed, summed
 from pointsman.layers.mailboxes import mailboxes_of
 
 
@@ -24,15 +25,21 @@ class RMSNorm:
         self._glue, self._mesh = glue, mesh
         self._mailboxes = mailboxes_of(mesh) if glue.takes_mailbox else None
 
-    def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, *, quantize: bool = False) -> tuple[Tensor, Any]:
+    def __call__(self, x_TD: Tensor, delta_TD: Tensor | Unsummed | None, *, quantize: bool = False) -> tuple[Tensor, Any]:
         """(x + delta, its norm); without a delta x itself. The norm is `Quantized` where that is asked for.
 
         Args:
             x_TD: the same on every rank.
             delta_TD: this rank's part of a sum over all ranks. It is used up.
         """
-        if delta_TD is not None and self._mailboxes is not None and self._mailboxes.rows.takes(delta_TD):
-            return self._glue.norm(x_TD, delta_TD, self.weight_D, self.epsilon, quantize, self._mailboxes.rows)
-        if delta_TD is not None:
+        mailbox = None
+        if delta_TD is not None and self._mailboxes is not None and self._mailboxes.rows.takes(x_TD):
+            mailbox = self._mailboxes.rows
+        together = self._glue.takes_unsummed and (mailbox is not None or self._mesh.size == 1)
+        if isinstance(delta_TD, Unsummed) and not together:
+            delta_TD = summed(delta_TD)
+        if mailbox is not None:
+            return self._glue.norm(x_TD, delta_TD, self.weight_D, self.epsilon, quantize, mailbox)
+        if isinstance(delta_TD, Tensor):
             delta_TD = self._mesh.all_reduce(delta_TD)
         return self._glue.norm(x_TD, delta_TD, self.weight_D, self.epsilon, quantize)

@@ -22,6 +22,7 @@ from torch import Tensor
 from pointsman.distributed import Mesh
 from pointsman.kernels.apart import apart
 from pointsman.kernels.candidates import AttentionShape
+from pointsman.kernels.unsummed import Unsummed, summed
 from pointsman.layers.attention import Attention, NormedTogether, Rotation
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.linear import Embedding, Head, Linear
@@ -73,7 +74,9 @@ class DecoderLayer:
         if self.mlp is not None:
             yield from (self.mlp.gate_up, self.mlp.down)
 
-    def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, rotation: Rotation, ctx: StepContext) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x_TD: Tensor, delta_TD: Tensor | Unsummed | None, rotation: Rotation, ctx: StepContext
+    ) -> tuple[Tensor, Tensor | Unsummed]:
         """Takes and gives the hidden state as a sum not yet made: who norms it next adds it up in the same breath."""
         x_TD, normed = self.attention_norm(x_TD, delta_TD, quantize=self.attention.qkv.takes_quantized)
         attended_TD = self.attention(normed, rotation, ctx)
@@ -85,7 +88,7 @@ class DecoderLayer:
             return x_TD, self.mlp(normed)
         x_TD, normed = self.expert_norm(x_TD, attended_TD)
         chosen_TD = self.moe(normed, ctx)
-        return x_TD, chosen_TD if self.mlp is None else chosen_TD + self.mlp(normed)
+        return x_TD, chosen_TD if self.mlp is None else summed(chosen_TD) + self.mlp(normed)
 
 
 def _mlp(pair: Mlp, backends: Backends, dtype: torch.dtype) -> MLP:
@@ -161,7 +164,7 @@ class Decoder:
         x_TD, delta_TD = self.embedding(tokens_T), None
         for layer in self.layers:
             x_TD, delta_TD = layer(x_TD, delta_TD, rotation, ctx)
-        return x_TD, delta_TD
+        return x_TD, None if delta_TD is None else summed(delta_TD)
 
     def logits(self, x_RD: Tensor, delta_RD: Tensor | None) -> Tensor:
         """Logits [R, V] of rows that have been through the layers, in its dtype: what is exact in bfloat16 is gathered and kept as that."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from pointsman.kernels.capability import chains, is_hopper
 from pointsman.kernels.tiles import Shape, Tile, Tiles, TileTable, device_key, for_wide_products
 from pointsman.kernels.triton_support import GLUON, version
+from pointsman.kernels.unsummed import Unsummed
 from pointsman.moe.router import Wanted
 from pointsman.moe.routing import Routing
 from pointsman.moe.weights import ExpertWeights
@@ -100,7 +101,8 @@ class TritonRunner(_Grouped):
 
 
 class RoutedRunner(_Grouped):
-    """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics.
+    """Sort and quantize; up, activate and quantize; down; sum: four chained kernels in the reference's numerics. The last may be left to
+    the norm that follows (`unsummed`).
 
     Few tokens come sorted and quantized from the kernel that routes them (`run_few`), and one is multiplied pair by pair.
     """
@@ -120,10 +122,12 @@ class RoutedRunner(_Grouped):
         self._vectors = importlib.import_module("pointsman.kernels.vector_products")
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+        return self.unsummed(x_TD, routing, weights).total() if len(x_TD) else torch.empty_like(x_TD)
+
+    def unsummed(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Unsummed:
+        """All but the sum, of one token or more."""
         ids_TK = routing.ids_TK
         num_tokens, top_k = ids_TK.shape
-        if num_tokens == 0:
-            return torch.empty_like(x_TD)
         if self._is_wide(num_tokens * top_k / weights.num_experts, weights):
             return self._many(x_TD, routing, weights)
         num_pairs, tiles, gemm, pdl = num_tokens * top_k, self._tiles(num_tokens, top_k, weights), self._gemm, chains(x_TD.device)
@@ -145,14 +149,13 @@ class RoutedRunner(_Grouped):
         dtype: torch.dtype,
         *,
         pdl: bool,
-    ) -> Tensor:
-        """The weighted sum of what `down` makes of hidden rows."""
+    ) -> Unsummed:
+        """What `down` makes of hidden rows."""
         num_pairs, hidden = routing.ids_TK.numel(), weights.down.data.shape[1]
         exact = self.deterministic or len(routing.ids_TK) <= EXACT_TOKENS
         y_RD = torch.empty(num_pairs, hidden, dtype=torch.float32 if exact else torch.bfloat16, device=h_PF.device)
         self._gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tile, y_RD, pdl=pdl)
-        out_TD: Tensor = self._rows.combine(y_RD, routing.ids_TK, routing.weights_TK, dtype, pdl=pdl)
-        return out_TD
+        return Unsummed(y_RD, *routing, dtype)
 
     def counters(self, device: torch.device) -> Tensor:
         """`kernels.few_tokens.counters`."""
@@ -172,7 +175,7 @@ class RoutedRunner(_Grouped):
         fits: bool = self._vectors.takes_experts(num_tokens, top_k, *weights.down.data.shape[1:])
         return fits and num_tokens <= VECTOR_TOKENS and self._given is None
 
-    def run_few(self, few: Few, weights: ExpertWeights) -> Tensor:
+    def run_few(self, few: Few, weights: ExpertWeights) -> Tensor | Unsummed:
         """The same for few tokens as the kernel leaves them that routed them (`kernels.few_tokens`)."""
         (num_tokens, top_k), pdl = few.ids_TK.shape, chains(few.ids_TK.device)
         assert few.q_TD is not None and few.scale_TG is not None
@@ -190,9 +193,9 @@ class RoutedRunner(_Grouped):
         fits = weights.quantized and weights.down.data.shape[1] % (2 * BLOCK) == 0 and self._given is None
         return fits and rows >= self._wide_rows and is_hopper(weights.down.data.device) and (version() or (0, 0)) >= GLUON
 
-    def _many(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    def _many(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Unsummed:
         """The same where products and not the memory are the limit: rows spread out by expert, products in wide tiles."""
-        ids_TK, weights_TK = routing
+        ids_TK = routing.ids_TK
         num_tokens, top_k = ids_TK.shape
         num_pairs, wide = num_tokens * top_k, importlib.import_module("pointsman.kernels.wide_gemm")
         processors = torch.cuda.get_device_properties(x_TD.device).multi_processor_count
@@ -200,5 +203,4 @@ class RoutedRunner(_Grouped):
         h_PF, scale_HP = wide.up(q_PD, scale_GP, weights.gate_up, arranged, num_pairs, processors=processors)
         y_RD = torch.empty(num_pairs, x_TD.shape[1], dtype=torch.float32 if self.deterministic else torch.bfloat16, device=x_TD.device)
         wide.down(h_PF, scale_HP, weights.down, arranged, num_pairs, y_RD, processors=processors)
-        out_TD: Tensor = self._rows.combine(y_RD, ids_TK, weights_TK, x_TD.dtype, pdl=True)
-        return out_TD
+        return Unsummed(y_RD, *routing, x_TD.dtype)

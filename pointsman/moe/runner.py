@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from pointsman.kernels.unsummed import Unsummed
 from pointsman.moe.candidates import ROUTED_ALIKE
 from pointsman.moe.cpu import CpuRunner
 from pointsman.moe.deep_gemm import DeepGemmRunner
@@ -101,14 +102,16 @@ def takes_up_first(runner: AnyRunner) -> bool:
     return isinstance(runner, TrtllmRunner | ScalarTrtllmRunner | RoutedTrtllmRunner | CutlassRunner) and runner.up_first
 
 
-def route_and_run(rows: RouterInput, spec: RoutingSpec, router: Router, runner: AnyRunner, weights: Any) -> Tensor:
-    """What a layer's experts add to these rows [T, D]: the router routes them, unless the runner does."""
+def route_and_run(rows: RouterInput, spec: RoutingSpec, router: Router, runner: AnyRunner, weights: Any) -> Tensor | Unsummed:
+    """What a layer's experts add to these rows [T, D]: the router routes them, unless the runner does. A sum may be left to who adds it."""
     if runner.routes_itself:
         return runner(rows, spec, weights)
     if router.run_few is not None and rows.counter is not None and isinstance(runner, RoutedRunner):
         wanted = runner.wanted(len(rows.x_TD), spec.top_k, weights)
         if wanted is not None:
             return runner.run_few(router.run_few(rows, spec, wanted), weights)
+    if isinstance(runner, RoutedRunner) and len(rows.x_TD):
+        return runner.unsummed(rows.x_TD, router.run(rows, spec), weights)
     return runner(rows.x_TD, router.run(rows, spec), weights)
 
 

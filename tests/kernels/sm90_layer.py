@@ -17,6 +17,7 @@ from pointsman.kernels.mailbox import Mailbox, all_reduce
 from pointsman.kernels.paged_attention import TilePlan
 from pointsman.kernels.qkv_post import qkv_post
 from pointsman.kernels.sampling import RowSampling, draw
+from pointsman.kernels.unsummed import Unsummed
 from pointsman.kernels.weight import FP8, Quantized
 from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caught, spilled
 
@@ -77,6 +78,11 @@ def others(tp: int, num_rows: int) -> list[Launch]:
     with caught() as found:
         norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, mailbox=rows, pdl=True)
         norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, quantize=True, mailbox=rows, pdl=True)
+        ids_TK, weights_TK = meta(num_rows, 8, dtype=torch.int32), meta(num_rows, 8)
+        # rows that are rounded are more than the mailboxes of many ranks take
+        for dtype, summing in ((torch.float32, rows), (torch.bfloat16, rows if tp <= 2 else None)):
+            unsummed = Unsummed(meta(num_rows * 8, HIDDEN, dtype=dtype), ids_TK, weights_TK, torch.bfloat16)
+            norm_quant.norm(x_TD, unsummed, weight_D, 1e-6, quantize=True, mailbox=summing, pdl=True)
         if rows is not None:
             all_reduce(x_TD, rows)
         norm_quant.quantize(meta(num_rows, heads * CHANNELS, dtype=torch.bfloat16))

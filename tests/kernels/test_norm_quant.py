@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pointsman.kernels import norm_quant, reference
+from pointsman.kernels.unsummed import Unsummed
 from pointsman.kernels.weight import FP8, Quantized
 from tests.kernels.interpreter import correct
 
@@ -51,6 +52,28 @@ def test_the_norm_is_rounded_before_it_is_quantized(width: int) -> None:
     assert isinstance(normed_TD, Tensor) and isinstance(got, Quantized)
     q_TD, scale_TB = reference.quantize_activation(normed_TD)
     assert torch.equal(got.data.view(torch.uint8), q_TD.contiguous().view(torch.uint8)) and torch.equal(got.scale, scale_TB)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("width", [128, 200, 384])
+def test_a_delta_yet_to_be_summed_is_summed_as_on_its_own(width: int, exact: bool) -> None:
+    """Bit by bit; what stands where a row has no expert is anything."""
+    x_TD, weight_D = normal(4, width).bfloat16(), normal(width, seed=2).bfloat16()
+    y_RD = normal(4 * 3, width, seed=1).to(torch.float32 if exact else torch.bfloat16)
+    ids_TK = torch.tensor([[4, 0, 2], [-1, 1, -1], [-1, -1, -1], [0, 1, 2]], dtype=torch.int32, device=DEVICE)
+    y_RD[ids_TK.flatten() < 0] = float("nan")
+    unsummed = Unsummed(y_RD, ids_TK, normal(4, 3, seed=3), torch.bfloat16)
+    for quantize in (False, True):
+        got_TD, got = norm_quant.norm(x_TD, unsummed, weight_D, 1e-6, quantize)
+        want_TD, want = norm_quant.norm(x_TD, unsummed.total(), weight_D, 1e-6, quantize)
+        assert torch.equal(got_TD, want_TD)
+        if isinstance(got, Quantized):
+            assert isinstance(want, Quantized) and torch.equal(got.scale, want.scale)
+            assert torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8))
+        else:
+            assert torch.equal(got, want)
+    weighted_TD = torch.where(ids_TK.unsqueeze(-1) < 0, 0, y_RD.view(4, 3, -1).float() * unsummed.weights_TK.unsqueeze(-1)).sum(1)
+    torch.testing.assert_close(unsummed.total().float(), weighted_TD, rtol=2**-8, atol=1e-6)
 
 
 def test_rows_too_wide_for_a_program_are_refused() -> None:

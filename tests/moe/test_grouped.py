@@ -16,6 +16,7 @@ from pointsman.kernels.candidates import VARIES
 from pointsman.kernels.device import Device
 from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.tiles import Shape, Tile, Tiles, load_tables, rule
+from pointsman.kernels.unsummed import summed
 from pointsman.kernels.weight import Weight
 from pointsman.moe import grouped
 from pointsman.moe.candidates import reason_against_form, runner_choice, unsupported
@@ -139,14 +140,15 @@ def test_few_tokens_as_their_router_leaves_them(num_tokens: int, given: bool) ->
     wanted = runner.wanted(num_tokens, TOP_K, weights)
     assert wanted == (Wanted(True, 0) if given else Wanted(False, num_tokens * TOP_K * WIDTH // 128))
     few = ROUTERS["triton"].run_few(rows, spec, wanted)
-    got = runner.run_few(few, weights)
+    got = summed(runner.run_few(few, weights))
     chosen = Routing(few.ids_TK, few.weights_TK)
     if given:
         assert torch.equal(got, runner(x_TD, chosen, weights)), "the bits of the chain, whatever rows of a block they are made in"
     else:
         assert distance(got, oracle(x_TD, chosen, weights)) < BOUND["routed"]
     assert num_tokens == 1 or not got[0].any()
-    assert torch.equal(got, route_and_run(rows, spec, ROUTERS["triton"], runner, weights)), "the same bits again, through the layer's way"
+    again = summed(route_and_run(rows, spec, ROUTERS["triton"], runner, weights))
+    assert torch.equal(got, again), "the same bits again, through the layer's way"
     assert not rows.counter.any()
 
 
