@@ -249,3 +249,20 @@ def test_no_value_does_anything_but_parse_or_be_refused(changes: dict[str, Any])
     except ValueError:
         return
     assert 2 <= architecture.rotary_dim <= architecture.head_dim and architecture.top_k <= architecture.num_experts
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), base=st.sampled_from([FP8, COMPRESSED, MODELOPT]))
+def test_no_quantization_does_anything_but_parse_or_be_refused(data: st.DataObject, base: dict[str, Any]) -> None:
+    """Values of any kind, at any depth of a section that would be read."""
+    section = json.loads(json.dumps(base))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = section
+        while isinstance(inner := place.get(key := data.draw(st.sampled_from(sorted(place) or ["x"]))), dict) and data.draw(st.booleans()):
+            place = inner
+        place[key] = data.draw(VALUES)
+    try:
+        architecture = architecture_of(changed(quantization_config=section))
+    except ValueError:
+        return
+    assert architecture.quantization_block is not None and (architecture.scalar_scales or not architecture.input_scales)
