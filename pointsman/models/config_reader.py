@@ -241,6 +241,8 @@ def _read_compressed(section: ConfigReader) -> dict[str, Any]:
     section.only("quantization_status", "compressed", "frozen")
     section.only("sparsity_config", {})
     section.only("transform_config", {})
+    for key in ("fmt", "activation_scheme", "weight_block_size"):  # the words of quant_method fp8
+        section.only(key)
     static = False
     groups = section.section("config_groups")
     names = [] if groups is None else list(groups.config)

@@ -163,6 +163,7 @@ REFUSED_QUANTIZATION = [
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo is 'NVFP4'; this model is written for 'FP8'"),
     (MODELOPT | {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}, "keys and values have scale 1 here"),
     (COMPRESSED | {"quant_algo": "FP8"}, "quant_algo is 'FP8'; this version does not know the key"),
+    (COMPRESSED | {"weight_block_size": [128, 128]}, "weight_block_size is [128, 128]; this model is written for null"),
     (FP8 | {"fmt": "float8_e5m2"}, "fmt is 'float8_e5m2'"),
     (FP8 | {"activation_scheme": "static"}, "of FP8 in blocks it must be 'dynamic'; with one scale a matrix weight_block_size is null"),
     (FP8 | {"activation_scheme": "none", "weight_block_size": None}, "activation_scheme is 'none'"),

@@ -15,7 +15,7 @@ from pointsman.kernels import library
 from pointsman.kernels.capability import describe
 from pointsman.kernels.device import Device
 from pointsman.kernels.library import FLASHINFER, installed, numbers
-from pointsman.kernels.weight import Weight
+from pointsman.kernels.weight import FP8, Weight
 from pointsman.layers.moe import MoE
 from pointsman.moe import flashinfer_limits as limits
 from pointsman.moe.candidates import unsupported
@@ -140,6 +140,23 @@ def test_ranks_with_shares_of_the_experts_sum_to_the_whole(emulated: Emulation) 
         ids_TK, weights_TK = torch.where(mine, chosen.ids_TK - first, 0), torch.where(mine, chosen.weights_TK, 0)
         want += static_oracle(x_TD, Routing(ids_TK, weights_TK), share)
     assert distance(total, want) < 2 * EXACT  # the sum of three that were rounded
+
+
+@versions
+def test_ranks_with_shares_of_the_width_sum_to_the_whole(emulated: Emulation) -> None:
+    """The rows are rounded alike on both, and each hidden number as it is on one."""
+    emulated.exact = True
+    spec, x_TD = SPECS["minimax"], hidden_rows(7)
+    given, (both, down), total = rows(x_TD, spec), scalar_experts(width=256), torch.zeros(7, D)
+    for rank in range(2):
+        mine, blocks = [slice(half + 128 * rank, half + 128 * rank + 128) for half in (0, 256)], [rank, 2 + rank]
+        numbers = torch.cat([both.data.view(torch.uint8)[:, part] for part in mine], 1).view(FP8)
+        columns = down.data.view(torch.uint8)[..., mine[0]].contiguous().view(FP8)
+        gate_up = Weight(numbers, both.scale[:, blocks].contiguous(), both.block, (128, 128), both.input_scale)
+        output = Weight(columns, down.scale[..., [rank]].contiguous(), down.block, down.parts, down.input_scale)
+        runner = ScalarTrtllmRunner()
+        total += runner(given, spec, runner.prepare(ExpertWeights(gate_up, output), torch.bfloat16)).float()
+    assert distance(total, static_oracle(x_TD, chosen_by_reference(given, spec), ExpertWeights(both, down))) < 2 * EXACT
 
 
 def there(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
