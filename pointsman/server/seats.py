@@ -104,13 +104,14 @@ class Seats:
                 bridge.start()
             else:
                 bridge.revive()
-            await first(bridge.ready, bridge.gone, ended)
+            losing = asyncio.create_task(_fail_after(ended, bridge))
+            await first(bridge.ready, bridge.gone)
             if bridge.ready.is_set():
                 log.info("%s is ready (%s)", bridge.name, seat.place)
                 with contextlib.suppress(ApiError):  # it has gone again
                     await fleet.begun(index)
-            await first(bridge.gone, ended)
-            bridge.fail("its process ended without saying why", ApiError(500, f"{bridge.name} failed", code="engine_failed"))
+            await bridge.gone.wait()
+            losing.cancel()
             fleet.lost(index)
             seat.leave()
             if fleet.reason is not None:
@@ -130,6 +131,12 @@ class Seats:
             self._server.close()
         for seat in self._seats:
             seat.leave()
+
+
+async def _fail_after(ended: asyncio.Event, bridge: Bridge) -> None:
+    """Tell whoever waits for an engine that its link has ended, whatever the one who keeps its seat is waiting for."""
+    await ended.wait()
+    bridge.fail("its process ended without saying why", ApiError(500, f"{bridge.name} failed", code="engine_failed"))
 
 
 def replicas_failed() -> ApiError:

@@ -23,6 +23,7 @@ from pointsman.server.seats import Seat, Seats
 from tests.server.fake_engine import FakeEngine
 
 TOKEN = "t" * 32
+LIMIT = 120  # seconds after which a thread counts as hanging
 
 
 class Street:
@@ -35,7 +36,7 @@ class Street:
 
     def __init__(self, number: int, config: dict[str, Any], load: Callable[[EngineConfig], Any] = FakeEngine) -> None:
         self.config = engine_config(**config)
-        self._load = load
+        self.load = load
         self.engines: list[Any] = []
         self.links: list[EngineLink] = []
         self._threads: list[threading.Thread] = []
@@ -57,7 +58,7 @@ class Street:
         self.links.append(link)
 
         def load(config: EngineConfig) -> Any:
-            self.engines.append(self._load(config))
+            self.engines.append(self.load(config))
             return self.engines[-1]
 
         def serve() -> None:
@@ -83,7 +84,8 @@ class Street:
     async def end(self) -> None:
         await self.seats.close()
         for thread in self._threads:
-            await asyncio.to_thread(thread.join)
+            await asyncio.to_thread(thread.join, LIMIT)
+            assert not thread.is_alive(), "an engine has not ended"
 
 
 @contextlib.asynccontextmanager

@@ -19,13 +19,15 @@ from pointsman.server.errors import ApiError
 from pointsman.server.link import EngineLink, Hello
 from tests.exchange import OPTIONS, PROMPT, SHAPE
 from tests.server.asking import fault
-from tests.server.replica_threads import TOKEN, Street, client, street
+from tests.server.fake_engine import FakeEngine
+from tests.server.replica_threads import LIMIT, TOKEN, Street, client, street
 
 LONG = "so long a beginning that it is worth a way: "
 
 
 def go(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(test())
+    """Where it stands still, the error tells the line."""
+    asyncio.run(asyncio.wait_for(test(), 2 * LIMIT))
 
 
 async def complete(asking: httpx.AsyncClient, prompt: Any, **fields: Any) -> httpx.Response:
@@ -56,10 +58,12 @@ def test_prompts_go_where_their_prefix_is_and_else_where_least_runs(folder: Path
 def test_a_lost_replica_takes_its_own_requests_and_no_others(folder: Path) -> None:
     async def test() -> None:
         async with street(2, {"model_path": str(folder)}) as town, client(town) as asking:
-            streams = [asyncio.create_task(complete(asking, f"{index} ENDLESS", max_tokens=400)) for index in range(4)]
+            streams = [asyncio.create_task(complete(asking, f"{index} ENDLESS", max_tokens=8000)) for index in range(4)]
             while [meter.num_generated > 0 for meter in town.fleet.meters.values()] != [True, True]:
                 await asyncio.sleep(0.01)
             town.kill(0)
+            await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
+            assert (await asking.post("/abort_request", json={"abort_all": True})).json() == {"aborted": 2}
             replies = await asyncio.gather(*streams)
             lost = [reply for reply in replies if reply.status_code == 500]
             assert len(lost) == 2 and {fault(reply, 500)["message"] for reply in lost} == {"replica 0 failed"}
@@ -77,6 +81,43 @@ def test_a_lost_replica_takes_its_own_requests_and_no_others(folder: Path) -> No
             before = counted(town)
             await complete(asking, [f"{index} again" for index in range(4)])
             assert all(now > then for now, then in zip(counted(town), before, strict=True))
+
+    go(test)
+
+
+def test_one_that_is_lost_while_it_is_made_like_the_others_holds_up_nobody(folder: Path) -> None:
+    """It is to be paused as they are, and goes without an answer."""
+
+    async def test() -> None:
+        async with street(2, {"model_path": str(folder)}) as town, client(town) as asking:
+            assert (await post(asking, "pause_generation")).json()["paused"]
+            town.kill(1)
+            while town.fleet.describe()[1]["state"] != "failed":
+                await asyncio.sleep(0.01)
+            cut = asyncio.Event()
+            loop = asyncio.get_running_loop()
+
+            class Fragile(FakeEngine):
+                @property
+                def paused(self) -> bool:
+                    return False
+
+                @paused.setter
+                def paused(self, value: bool) -> None:
+                    town.kill(2)
+                    loop.call_soon_threadsafe(cut.set)
+                    raise EOFError
+
+            town.load = Fragile
+            coming = asyncio.create_task(town.come())
+            await cut.wait()
+            while town.fleet.describe()[1]["state"] != "failed":
+                await asyncio.sleep(0.01)
+            coming.cancel()
+            town.load = FakeEngine
+            await town.come()
+            assert [entry["state"] for entry in town.fleet.describe()] == ["ready", "ready"]
+            assert not (await post(asking, "continue_generation")).json()["paused"]
 
     go(test)
 
@@ -101,7 +142,7 @@ def test_nobody_is_served_where_none_is_there_and_the_reason_of_the_first_is_tol
 def test_names_aborts_and_caches_are_those_of_all(folder: Path) -> None:
     async def test() -> None:
         async with street(2, {"model_path": str(folder)}) as town, client(town) as asking:
-            body = {"text": "ENDLESS", "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}}
+            body = {"text": "ENDLESS", "sampling_params": {"max_new_tokens": 8000, "ignore_eos": True}}
             running = [asyncio.create_task(asking.post("/generate", json=body | {"rid": name})) for name in ("a", "b", "c")]
             while town.fleet.running < 3:
                 await asyncio.sleep(0.01)
