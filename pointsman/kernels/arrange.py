@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pointsman.kernels.e4m3 import narrowed, stored
 from pointsman.kernels.quotient import quotient
 from pointsman.kernels.triton_support import launch_options
 from pointsman.kernels.weight import FP8
@@ -46,11 +47,11 @@ class Arrangement(NamedTuple):
 
 
 @triton.jit
-def quantize_groups(x):
-    """e4m3 numbers and the scale of each group in the last axis: scale = amax / 448, as in the reference bit by bit."""
+def quantize_groups(x, TYPE: tl.constexpr = tl.float8e4nv):
+    """e4m3 numbers (or their bytes) and the scale of each group in the last axis: scale = amax / 448, as in the reference bit by bit."""
     scale = tl.div_rn(tl.max(tl.abs(x), axis=1), FP8_MAX)
     q = quotient(x, tl.where(scale == 0, 1.0, scale))
-    return tl.clamp(q, -FP8_MAX, FP8_MAX).to(tl.float8e4nv), scale
+    return narrowed(tl.clamp(q, -FP8_MAX, FP8_MAX), TYPE), scale
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tokens"])
@@ -128,7 +129,7 @@ def quantize_some(x_ptr, q_ptr, scale_ptr, num_groups, pid, GROUPS_AT_ONCE: tl.c
     inside = group < num_groups
     offset = group[:, None].to(tl.int64) * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(x_ptr + offset, mask=inside[:, None], other=0.0).to(tl.float32)
-    q, scale = quantize_groups(x)
+    q, scale = quantize_groups(x, q_ptr.dtype.element_ty)
     tl.store(q_ptr + offset, q, mask=inside[:, None])
     tl.store(scale_ptr + group, scale, mask=inside)
 
@@ -174,7 +175,7 @@ def arrange(
         expert_B,
         num_blocks,
         ids_TK if x_TD is None else x_TD,
-        ids_TK if q_TD is None else q_TD,
+        ids_TK if q_TD is None else stored(q_TD),
         ids_TK if scale_TG is None else scale_TG,
         num_pairs,
         num_tokens,
@@ -270,7 +271,7 @@ def spread_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    q, scale = quantize_groups(x.to(tl.float32))
+    q, scale = quantize_groups(x.to(tl.float32), q_ptr.dtype.element_ty)
     for k in tl.static_range(K):
         place = tl.load(place_ptr + token * K + k + group * 0).to(tl.int64)
         there = inside & (place >= 0)
@@ -317,5 +318,5 @@ def spread(ids_TK: Tensor, num_experts: int, block: int, x_TD: Tensor, *, pdl: b
         **options,
     )
     groups = triton.next_power_of_2(hidden // 128)
-    spread_kernel[(num_tokens,)](x_TD, place, q_PD, scale_GP, num_rows, D=hidden, K=top_k, GROUPS=groups, PDL=pdl, num_warps=4, **options)
+    spread_kernel[(num_tokens,)](x_TD, place, stored(q_PD), scale_GP, num_rows, D=hidden, K=top_k, GROUPS=groups, PDL=pdl, num_warps=4, **options)
     return Arrangement(pairs_P, expert_B, num_blocks[:1]), q_PD, scale_GP

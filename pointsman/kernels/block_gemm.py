@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.capability import chains, is_hopper
+from pointsman.kernels.e4m3 import stored, widened
 from pointsman.kernels.norm_quant import quantize
 from pointsman.kernels.prefetch import fetch_line
 from pointsman.kernels.triton_support import GLUON, launch_options, version
@@ -198,6 +199,7 @@ def multiply_kernel(
             inside = inner[None, :] < K - block * STEP
             x = tl.load(x_ptr + block * STEP, mask=inside & x_inside[:, None], other=0.0)
             w = tl.load(w_ptrs + block * STEP, mask=inside, other=0.0)
+        x, w = widened(x), widened(w)
         product = tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)
         if QUANTIZED:
             x_scale = tl.load(x_scale_ptr + block, mask=x_inside, other=0.0)
@@ -266,9 +268,9 @@ def linear(x: Tensor | Quantized, weight: BlockWeight, cut: Tiling | None = None
         )
         part_STN = torch.empty(cut.splits, num_rows, height, dtype=torch.float32, device=data.device)
     multiply_kernel[(tiles, cut.splits)](
-        data,
+        stored(data),
         scale,
-        weight.data,
+        stored(weight.data),
         weight.data if weight.scale is None else weight.scale,
         weight.scale_row_N,
         out_TN,

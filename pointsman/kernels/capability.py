@@ -24,6 +24,11 @@ def chains(device: torch.device) -> bool:
     return device.type == "cuda" and capability(device) >= (9, 0)
 
 
+def has_e4m3(device: torch.device) -> bool:
+    """Whether kernels may name e4m3; CUDA devices before 8.9 have bytes in its place (`e4m3`)."""
+    return device.type != "cuda" or capability(device) >= (8, 9)
+
+
 def is_hopper(device: torch.device) -> bool:
     """Whether products run on the tensor cores of 9.0 (wgmma)."""
     return device.type == "cuda" and capability(device) == (9, 0)

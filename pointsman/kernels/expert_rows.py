@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.arrange import Arrangement, quantize_groups
+from pointsman.kernels.e4m3 import stored
 from pointsman.kernels.triton_support import launch_options
 from pointsman.kernels.weight import FP8
 
@@ -48,7 +49,7 @@ def activate_kernel(
         up = tl.load(g_ptr + row * (2 * F) + F + column, mask=real[:, None], other=0.0).to(tl.float32)
         h = (gate / (1.0 + tl.exp(-gate)) * up).to(tl.bfloat16)
         if QUANTIZE:
-            q, scale = quantize_groups(h.to(tl.float32))
+            q, scale = quantize_groups(h.to(tl.float32), h_ptr.dtype.element_ty)
             tl.store(h_ptr + row * F + column, q, mask=real[:, None])
             tl.store(hs_ptr + place * (F // GROUP) + group, scale, mask=real)
         else:
@@ -95,7 +96,7 @@ def activate(
     scale_PG = torch.empty(num_rows, width // 128, device=gate_up_PF.device) if quantize else None
     activate_kernel[(num_rows // block, width // 128)](
         gate_up_PF,
-        h_PF,
+        stored(h_PF),
         h_PF if scale_PG is None else scale_PG,
         arrangement.pairs_P,
         arrangement.num_blocks,

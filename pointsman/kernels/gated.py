@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pointsman.kernels.e4m3 import stored
 from pointsman.kernels.norm_quant import BLOCK, store_quantized
 from pointsman.kernels.weight import FP8, Quantized, num_blocks
 
@@ -48,8 +49,8 @@ def activate(gate_up_TF: Tensor, quantize: bool = False) -> Tensor | Quantized:
     if num_rows:
         gated_kernel[(num_rows, triton.cdiv(blocks, GROUPS))](
             gate_up_TF,
-            h_TF,
-            h_TF,
+            stored(h_TF),
+            stored(h_TF),
             gate_up_TF if scale_TB is None else scale_TB,
             F=width,
             NUM_BLOCKS=blocks,

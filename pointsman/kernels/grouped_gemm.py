@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.arrange import Arrangement, quantize_groups
+from pointsman.kernels.e4m3 import narrowed, stored, widened
 from pointsman.kernels.prefetch import fetch_line
 from pointsman.kernels.quotient import quotient
 from pointsman.kernels.tiles import Tile
@@ -33,6 +34,7 @@ GROUP = tl.constexpr(128)
 @triton.jit
 def product(a, w, SWAP: tl.constexpr):
     """a @ w.T, or its transpose."""
+    a, w = widened(a), widened(w)
     return tl.dot(w, a.T) if SWAP else tl.dot(a, w.T)
 
 
@@ -136,7 +138,7 @@ def up_kernel(
         if not QUANTIZE:
             tl.store(h_ptrs, first, mask=mask[:, None])
         elif COLUMNS == 128:
-            q, scale = quantize_groups(first.to(tl.float32))
+            q, scale = quantize_groups(first.to(tl.float32), h_ptr.dtype.element_ty)
             tl.store(h_ptrs, q, mask=mask[:, None])
             tl.store(hs_ptr + place * (F // GROUP) + column // GROUP, scale, mask=mask)
         else:
@@ -147,14 +149,14 @@ def up_kernel(
             largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1)).to(tl.float32)
             scale = tl.div_rn(largest, 448.0)
             divisor = tl.where(scale == 0, 1.0, scale)
-            tl.store(h_ptrs, quantized(first, divisor), mask=mask[:, None])
-            tl.store(h_ptrs + 64, quantized(second, divisor), mask=mask[:, None])
+            tl.store(h_ptrs, quantized(first, divisor, h_ptr.dtype.element_ty), mask=mask[:, None])
+            tl.store(h_ptrs + 64, quantized(second, divisor, h_ptr.dtype.element_ty), mask=mask[:, None])
             tl.store(hs_ptr + place * (F // GROUP) + column // GROUP, scale, mask=mask)
 
 
 @triton.jit
-def quantized(h, divisor):
-    return tl.clamp(quotient(h.to(tl.float32), divisor), -448.0, 448.0).to(tl.float8e4nv)
+def quantized(h, divisor, TYPE: tl.constexpr):
+    return narrowed(tl.clamp(quotient(h.to(tl.float32), divisor), -448.0, 448.0), TYPE)
 
 
 @triton.jit
@@ -184,7 +186,7 @@ def row_products(
         w = tl.load(w_ptrs)
         if QUANTIZED:
             if QUANTIZE:
-                h, h_scale = quantize_groups(h.to(tl.float32))
+                h, h_scale = quantize_groups(h.to(tl.float32), w_ptr.dtype.element_ty)
             else:
                 h_scale = tl.load(hs_ptr + row * (F // GROUP) + step, mask=mask, other=0.0)
             y += scaled(product(h, w, SWAP), h_scale, tl.load(ws_ptr + step), SWAP)
@@ -277,11 +279,11 @@ def up(
     scale_PG = torch.empty(num_rows, width // 128, device=device) if tile.quantize else None
     columns = 128 if tile.quantize else tile.columns
     up_kernel[(num_rows // tile.block * (width // columns),)](
-        x_TD,
+        stored(x_TD),
         x_TD if scale_TG is None else scale_TG,
-        weight.data,
+        stored(weight.data),
         x_TD if weight.scale is None else weight.scale,
-        h_PF,
+        stored(h_PF),
         h_PF if scale_PG is None else scale_PG,
         *arrangement,
         num_pairs,
@@ -323,9 +325,9 @@ def gemm(
     num_columns, width = weight.data.shape[1:]
     block_k = 128 if weight.quantized else 64
     gemm_kernel[(len(arrangement.pairs_P) // tile.block * (num_columns // tile.columns),)](
-        h_RF,
+        stored(h_RF),
         h_RF if scale_RG is None else scale_RG,
-        weight.data,
+        stored(weight.data),
         h_RF if weight.scale is None else weight.scale,
         out_RN,
         *arrangement,

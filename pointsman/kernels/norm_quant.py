@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.capability import chains
+from pointsman.kernels.e4m3 import narrowed, stored
 from pointsman.kernels.expert_rows import weighted_sum
 from pointsman.kernels.mailbox import Mailbox, sum_over_ranks
 from pointsman.kernels.quotient import quotient
@@ -32,7 +33,7 @@ def store_quantized(x, q_ptr, scale_ptr, row, group, column, inside, D, NUM_BLOC
     amax = tl.max(tl.abs(x), axis=1)
     scale = tl.div_rn(amax, 448.0)
     q = quotient(x, tl.where(scale == 0.0, 1.0, scale))
-    q = tl.minimum(tl.maximum(q, -448.0), 448.0).to(tl.float8e4nv)
+    q = narrowed(tl.minimum(tl.maximum(q, -448.0), 448.0), q_ptr.dtype.element_ty)
     tl.store(q_ptr + row * D + column, q, mask=inside)
     tl.store(scale_ptr + row * NUM_BLOCKS + group, scale, mask=group < NUM_BLOCKS)
 
@@ -164,7 +165,7 @@ def _launch(
             x_TD if weight_D is None else weight_D,
             sum_TD,
             x_TD if normed_TD is None else normed_TD,
-            x_TD if quantized is None else quantized.data,
+            x_TD if quantized is None else stored(quantized.data),
             x_TD if quantized is None else quantized.scale,
             x_TD if mailbox is None else mailbox.boxes_R,
             x_TD if mailbox is None else mailbox.turns_P,

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.capability import chains
+from pointsman.kernels.e4m3 import narrowed, stored, widened
 from pointsman.kernels.quotient import quotient
 from pointsman.kernels.reference import Span
 from pointsman.kernels.triton_support import launch_options
@@ -72,7 +73,7 @@ def _store_rows(o, out_ptr, scale_ptr, row, head, valid, Q: tl.constexpr, C: tl.
         o = quotient(o, tl.where(scale == 0.0, 1.0, scale))
         o = tl.minimum(tl.maximum(o, -448.0), 448.0)
         tl.store(scale_ptr + row.to(tl.int64) * Q + head, scale, mask=valid)
-    tl.store(out_ptr + at, o.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+    tl.store(out_ptr + at, narrowed(o, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def attend_kernel(
         # tiles and positions are older than the step's first kernel
         tl.extra.cuda.gdc_wait()
     q = tl.load(q_ptr + (row.to(tl.int64) * (H * G) + head)[:, None] * C + channel[None, :], mask=valid[:, None], other=0.0)
-    if k_ptr.dtype.element_ty == tl.float8e4nv:
+    if k_ptr.dtype.element_ty.primitive_bitwidth == 8:
         # float16 holds every e4m3 number, and a GPU has an instruction for that; bfloat16 would take three
         q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
     highest = tl.full((M,), float("-inf"), tl.float32)
@@ -125,7 +126,7 @@ def attend_kernel(
         exists = at < length
         page = tl.load(pages_ptr + at // PAGE, mask=exists, other=0).to(tl.int64)
         slot = ((page * H + kv_head) * PAGE + at % PAGE)[:, None] * C + channel[None, :]
-        k = tl.load(k_ptr + slot, mask=exists[:, None], other=0.0).to(q.dtype)
+        k = widened(tl.load(k_ptr + slot, mask=exists[:, None], other=0.0)).to(q.dtype)
         scores = tl.dot(q, k.T) * scale_log2
         scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1))
@@ -134,7 +135,7 @@ def attend_kernel(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(highest - base)
         total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(v_ptr + slot, mask=exists[:, None], other=0.0).to(q.dtype)
+        v = widened(tl.load(v_ptr + slot, mask=exists[:, None], other=0.0)).to(q.dtype)
         o = tl.dot(weights.to(q.dtype), v, o * shrink[:, None])
         highest = higher
     # a part without positions, and rows of the matrix that stand for none
@@ -335,7 +336,8 @@ def _attend(
     kv_heads, page_size = k_PHSC.shape[1:3]
     assert q_TQC.is_contiguous() and k_PHSC.is_contiguous() and v_PHSC.is_contiguous() and page_table_LP.stride(1) == 1
     num_decode = len(tiles.decode_D3)
-    small = k_PHSC.dtype == FP8
+    k_PHSC, v_PHSC, out_TQC = stored(k_PHSC), stored(v_PHSC), stored(out_TQC)
+    small = k_PHSC.dtype == FP8  # bytes are decoded in registers, of which twice as many positions would take too many
     splits = tiles.num_splits
     pdl = chains(q_TQC.device) if pdl is None else pdl
     part = lse = out_TQC

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.capability import chains
+from pointsman.kernels.e4m3 import narrowed, stored
 from pointsman.kernels.mailbox import Mailbox, sum_over_ranks
 from pointsman.kernels.triton_support import launch_options
 
@@ -68,9 +69,9 @@ def _factor(
 def _store(ptr, head_stride, head, channel, first, x, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """Write those channels of each head in the dtype of the target; e4m3 saturates."""
     inside = (head[:, None] < HEADS) & (channel[None, :] < WIDTH)
-    if ptr.dtype.element_ty == tl.float8e4nv:
+    if ptr.dtype.element_ty.primitive_bitwidth == 8:
         x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
-    tl.store(ptr + head[:, None] * head_stride + first + channel[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + head[:, None] * head_stride + first + channel[None, :], narrowed(x, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -222,8 +223,8 @@ def qkv_post(
             sin_TR,
             slots_T,
             q_TQC,
-            k_PHSC,
-            v_PHSC,
+            stored(k_PHSC),
+            stored(v_PHSC),
             qkv_TN if mailbox is None else mailbox.boxes_R,
             qkv_TN if mailbox is None else mailbox.turns_P,
             epsilon,

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.arrange import quantize_groups
+from pointsman.kernels.e4m3 import stored, widened
 from pointsman.kernels.triton_support import launch_options
 from pointsman.kernels.weight import FP8, Weight
 
@@ -48,7 +49,7 @@ class Cut:
 def scaled_row(x_ptr, xs_ptr, ws_ptr, block, k, K: tl.constexpr):
     """A quantized row [blocks, 128] times its scales and those of the weights' blocks, in float32."""
     real = block < (K + 127) // 128
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    x = widened(tl.load(x_ptr + k, mask=k < K, other=0.0)).to(tl.float32)
     scale = tl.load(xs_ptr + block, mask=real, other=0.0) * tl.load(ws_ptr + block, mask=real, other=0.0)
     return x * scale[:, None]
 
@@ -56,7 +57,7 @@ def scaled_row(x_ptr, xs_ptr, ws_ptr, block, k, K: tl.constexpr):
 @triton.jit
 def dot_rows(w, x, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """The products [ROWS] of w [ROWS, blocks, 128] with x [blocks, 128]."""
-    return tl.sum(tl.reshape(w.to(tl.float32) * x[None, :, :], (ROWS, SIZE)), axis=1)
+    return tl.sum(tl.reshape(widened(w).to(tl.float32) * x[None, :, :], (ROWS, SIZE)), axis=1)
 
 
 @triton.jit
@@ -166,9 +167,9 @@ def vector_linear(
     cut = cut or Cut(rows=_rows(width, 8 if num_rows == 1 else 4))
     out_TN = torch.empty(num_rows, height, dtype=torch.bfloat16, device=x_TK.device)
     vector_linear_kernel[(triton.cdiv(height, cut.rows),)](
-        x_TK,
+        stored(x_TK),
         scale_TB,
-        data_NK,
+        stored(data_NK),
         scale_RB,
         out_TN,
         N=height,

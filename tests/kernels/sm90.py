@@ -81,12 +81,12 @@ class Launch:
                 signature[parameter.name] = "fp32"
         return signature, constants, attributes
 
-    def compile(self) -> Binary:
-        """Compile for sm_90 and read what the assembler says."""
+    def compile(self, target: GPUTarget = TARGET) -> Binary:
+        """Compile for sm_90, or another target, and read what the assembler says."""
         signature, constants, attributes = self.source_parts()
         of = GluonASTSource if self.kernel.is_gluon() else ASTSource
         source = of(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=TARGET, options=self.options)
+        compiled = triton.compile(source, target=target, options=self.options)
         return Binary(compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["ttgir"], *_resources(compiled.asm["cubin"]))
 
 

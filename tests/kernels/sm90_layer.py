@@ -52,37 +52,37 @@ def box(tp: int, num_rows: int, width: int, dtype: torch.dtype) -> Mailbox | Non
     return Mailbox(rank=tp - 1, num_ranks=tp, width=width, dtype=dtype, boxes_R=addresses, turns_P=turns) if tp > 1 else None
 
 
-def products(tp: int, num_rows: int) -> list[Launch]:
+def products(tp: int, num_rows: int, *, hopper: bool = True) -> list[Launch]:
     """The linears of a layer on one of `tp` devices; and, once, the head that never varies and weights of ragged parts."""
     width = HEADS * CHANNELS // tp
     with caught() as found:
         for rows, columns in ((width + 2 * KV_HEADS * CHANNELS // tp, HIDDEN), (HIDDEN, width)):
-            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns), pdl=True)
-            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, aligned=False), pdl=True)
-            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, invariant=True), pdl=True)
-            if num_rows > 128:
+            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns), pdl=hopper)
+            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, aligned=False), pdl=hopper)
+            block_gemm.linear(rows_of(num_rows, columns), weight(rows, columns, invariant=True), pdl=hopper)
+            if hopper and num_rows > 128:
                 for tile_columns in (128, 256):
                     ready = weight(rows, columns)
                     assert ready.scale is not None
                     dense_gemm.product(*rows_of(num_rows, columns), ready.data, ready.scale, tile_columns, 132)
-        block_gemm.linear(meta(num_rows, HIDDEN, dtype=torch.bfloat16), weight(200_064, HIDDEN, quantized=False, invariant=True), pdl=True)
+        block_gemm.linear(meta(num_rows, HIDDEN, dtype=torch.bfloat16), weight(200_064, HIDDEN, quantized=False, invariant=True), pdl=hopper)
     return found
 
 
-def others(tp: int, num_rows: int) -> list[Launch]:
+def others(tp: int, num_rows: int, *, hopper: bool = True) -> list[Launch]:
     """Norms, sums over ranks, the activation between matrices, what follows the joined projection, and attention, by dtype of the cache."""
     heads, kv_heads = HEADS // tp, KV_HEADS // tp
     x_TD, weight_D = meta(num_rows, HIDDEN, dtype=torch.bfloat16), meta(HIDDEN, dtype=torch.bfloat16)
     positions_T, table_LP = meta(num_rows, dtype=torch.int64), meta(128, 4096, dtype=torch.int32)
     rows, squares = box(tp, num_rows, HIDDEN, torch.bfloat16), box(tp, 2 * num_rows, 1, torch.float32)
     with caught() as found:
-        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, mailbox=rows, pdl=True)
-        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, quantize=True, mailbox=rows, pdl=True)
+        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, mailbox=rows, pdl=hopper)
+        norm_quant.norm(x_TD, x_TD, weight_D, 1e-6, quantize=True, mailbox=rows, pdl=hopper)
         ids_TK, weights_TK = meta(num_rows, 8, dtype=torch.int32), meta(num_rows, 8)
         # rows that are rounded are more than the mailboxes of many ranks take
         for dtype, summing in ((torch.float32, rows), (torch.bfloat16, rows if tp <= 2 else None)):
             unsummed = Unsummed(meta(num_rows * 8, HIDDEN, dtype=dtype), ids_TK, weights_TK, torch.bfloat16)
-            norm_quant.norm(x_TD, unsummed, weight_D, 1e-6, quantize=True, mailbox=summing, pdl=True)
+            norm_quant.norm(x_TD, unsummed, weight_D, 1e-6, quantize=True, mailbox=summing, pdl=hopper)
         if rows is not None:
             all_reduce(x_TD, rows)
         norm_quant.quantize(meta(num_rows, heads * CHANNELS, dtype=torch.bfloat16))
@@ -93,15 +93,15 @@ def others(tp: int, num_rows: int) -> list[Launch]:
             qkv_TN = meta(num_rows, (heads + 2 * kv_heads) * CHANNELS, dtype=torch.bfloat16)
             norms = meta(heads * CHANNELS, dtype=torch.bfloat16), meta(kv_heads * CHANNELS, dtype=torch.bfloat16)
             angles = meta(num_rows, HALF), meta(num_rows, HALF)
-            qkv_post(qkv_TN, *norms, 1e-6, *angles, pages, pages, positions_T, squares, pdl=True)
+            qkv_post(qkv_TN, *norms, 1e-6, *angles, pages, pages, positions_T, squares, pdl=hopper)
             for weights in (norms, (norms[0][:CHANNELS], norms[1][:CHANNELS]), (None, None)):
-                q_TQC = qkv_post(qkv_TN, *weights, 1e-6, *angles, pages, pages, positions_T, pdl=True)
+                q_TQC = qkv_post(qkv_TN, *weights, 1e-6, *angles, pages, pages, positions_T, pdl=hopper)
             for splits in (1, paged_attention.num_splits(num_rows, kv_heads)):
                 tiles = TilePlan(
                     decode_D3=meta(num_rows, 3, dtype=torch.int32), prefill_P3=meta(9, 3, dtype=torch.int32), num_splits=splits
                 )
-                paged_attention.attention(q_TQC, pages, pages, tiles, positions_T, table_LP, 0.1, pdl=True)
-                paged_attention.attention_quantize(q_TQC, pages, pages, tiles, positions_T, table_LP, 0.1, pdl=True)
+                paged_attention.attention(q_TQC, pages, pages, tiles, positions_T, table_LP, 0.1, pdl=hopper)
+                paged_attention.attention_quantize(q_TQC, pages, pages, tiles, positions_T, table_LP, 0.1, pdl=hopper)
     return found
 
 

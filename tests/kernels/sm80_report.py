@@ -1,0 +1,75 @@
+"""Compiles what a model in block FP8 launches on GPUs before Hopper, for sm_80 without a GPU: kernels there see e4m3 as bytes.
+
+    python -m tests.kernels.sm80_report
+
+The lines are those of `sm90_report`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+
+from pointsman.kernels import e4m3
+from pointsman.kernels.routing import choose_experts, router_logits
+from pointsman.moe.grouped import TritonRunner
+from pointsman.moe.routing import Routing
+from pointsman.moe.weights import ExpertWeights
+from tests.kernels.sm90 import Binary, Launch, caught, spilled
+from tests.kernels.sm90_layer import meta, others, products, sampler
+from tests.kernels.sm90_report import HIDDEN, NUM_EXPERTS, TOP_K, WIDTH, stack
+
+TARGET = GPUTarget("cuda", 80, 32)
+SHARED_LIMIT = 163 * 1024
+PRODUCTS = {"gemm_kernel", "multiply_kernel", "attend_kernel", "gate_kernel"}
+SIZES = [(1, 1), (4, 16), (1, 128), (2, 512), (1, 2048)]
+
+
+def experts(tp: int, num_tokens: int) -> list[Launch]:
+    """The router and the runner `triton`."""
+    width = WIDTH // tp
+    weights = ExpertWeights(stack(2 * width, HIDDEN), stack(HIDDEN, width))
+    x_TD, slots_T = meta(num_tokens, HIDDEN, dtype=torch.bfloat16), meta(num_tokens, dtype=torch.int64)
+    rows_CLK = meta(4096, 62, TOP_K, dtype=torch.uint8)
+    with caught() as found:
+        logits = router_logits(x_TD, meta(NUM_EXPERTS, HIDDEN))
+        ids_TK, weights_TK = choose_experts(
+            logits, top_k=TOP_K, softmax=False, bias_E=meta(NUM_EXPERTS), slots_T=slots_T, rows_CLK=rows_CLK, layer=1
+        )
+        TritonRunner()(x_TD, Routing(ids_TK, weights_TK), weights)
+    return found
+
+
+def faults(launch: Launch, binary: Binary) -> list[str]:
+    """What a shipped kernel must not be."""
+    found = spilled(launch, binary)
+    if binary.shared > SHARED_LIMIT:
+        found.append(f"needs {binary.shared} bytes of shared memory")
+    if launch.kernel.__name__ in PRODUCTS and "mma.sync" not in binary.ptx:
+        found.append("multiplies without tensor cores")
+    return found
+
+
+def main() -> int:
+    seen: dict[str, list[str]] = {}
+    with mock.patch.object(e4m3, "has_e4m3", lambda device: False):
+        for tp, num_rows in SIZES:
+            more = others(tp, num_rows, hopper=False) + sampler(num_rows) if num_rows in (1, 128) else []
+            for launch in experts(tp, num_rows) + products(tp, num_rows, hopper=False) + more:
+                if launch.key in seen:
+                    continue
+                binary = launch.compile(TARGET)
+                seen[launch.key] = faults(launch, binary)
+                numbers = f"{binary.registers:4} registers {binary.shared:7} shared {binary.stack:5} stack"
+                print(f"tp {tp} rows {num_rows:5} {launch.kernel.__name__:20} {numbers}  {'; '.join(seen[launch.key])}", flush=True)
+    wrong = {key: found for key, found in seen.items() if found}
+    print(json.dumps({"compiled": len(seen), "faults": wrong}))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
