@@ -1,17 +1,19 @@
 """Corrections of Triton's interpreter (seen needed on 3.6.0 and 3.9.0), so that it computes what a GPU does.
 
 Its `tl.dot` multiplies the bit patterns of bfloat16 numbers, its cast to FP8 drops the carry out of the fraction, and its cast to
-bfloat16 cuts rather than rounds.
+bfloat16 cuts rather than rounds. Assembly it does not run; that of our kernels runs in `ptx`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+
+from tests.kernels import ptx
 
 LARGEST = {"fp8e4nv": (torch.float8_e4m3fn, 448.0), "fp8e5": (torch.float8_e5m2, 57344.0)}
 _dot = interpreter.InterpreterBuilder.create_dot
@@ -43,7 +45,27 @@ def _convert_float(values: Any, source: Any, target: Any, mode: Any) -> Any:
     return torch.from_numpy(x.copy()).clamp(-kind[1], kind[1]).to(kind[0]).view(torch.uint8).numpy()
 
 
+class _Results(NamedTuple):
+    """As the compiler has the results of a block of assembly."""
+
+    handles: list[Any]
+
+    def get_result(self, index: int) -> Any:
+        return self.handles[index]
+
+
+def _create_inline_asm(self: Any, asm: str, constraints: str, values: list[Any], types: list[Any], is_pure: bool, pack: int) -> Any:
+    """One tensor of bytes, four of them in a word, to one of 16-bit numbers."""
+    assert constraints == "=r,=r,r" and pack == 4 and len(values) == len(types) == 1 and types[0].scalar.primitive_bitwidth == 16
+    code = values[0].data.astype(np.uint8)
+    padded = np.pad(code.ravel(), (0, -code.size % pack))
+    words = np.stack(ptx.run(asm, [padded.view(np.uint32)], 2), axis=1)
+    numbers = words.view(np.float16).ravel()[: code.size].reshape(code.shape)
+    return _Results([interpreter.TensorHandle(numbers, types[0].scalar)])
+
+
 def correct() -> None:
     """Put the corrections in; doing it again changes nothing."""
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter._convert_float = _convert_float
+    interpreter.InterpreterBuilder.create_inline_asm = _create_inline_asm
