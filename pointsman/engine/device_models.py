@@ -53,14 +53,26 @@ class DeviceModel:
 
 _VENDOR = "vendor"
 AS_TORCH = "as torch reports it"
+_NVLINK3 = Figure(300e9, _VENDOR)
 _NVLINK4 = Figure(397e9, "copy between two H200, measured 2026-11; vendor 450e9")
 _NVLINK5 = Figure(900e9, _VENDOR)
 _REDUCE = Figure(0.85e-6, "what a kernel takes longer that sums by mailbox: two H100, benchmarks/results/allreduce_2xh100.json")
 # torch for CUDA brings Triton along
-_HOPPER, _BLACKWELL = (Device(type="cuda", capability=capability, triton=OLDEST) for capability in ((9, 0), (10, 0)))
+_AMPERE, _HOPPER, _BLACKWELL = (Device(type="cuda", capability=capability, triton=OLDEST) for capability in ((8, 0), (9, 0), (10, 0)))
 _HOPPER_BF16 = Figure(788e12, "measured on an H200; vendor 989e12")
 
 MODELS: dict[str, DeviceModel] = {
+    "a100": DeviceModel(
+        name="a100",
+        device=_AMPERE,
+        memory=Figure(79.25 * 2**30, "as torch reports it elsewhere; data sheet 80 GB"),
+        read=Figure(2.04e12, "data sheet of the A100 80GB SXM"),
+        fp8=None,
+        plain=Figure(312e12, "data sheet of the A100 80GB SXM"),
+        num_processors=108,
+        link=_NVLINK3,
+        reduce_seconds=_REDUCE,
+    ),
     "h100": DeviceModel(
         name="h100",
         device=_HOPPER,

@@ -318,5 +318,7 @@ def spread(ids_TK: Tensor, num_experts: int, block: int, x_TD: Tensor, *, pdl: b
         **options,
     )
     groups = triton.next_power_of_2(hidden // 128)
-    spread_kernel[(num_tokens,)](x_TD, place, stored(q_PD), scale_GP, num_rows, D=hidden, K=top_k, GROUPS=groups, PDL=pdl, num_warps=4, **options)
+    spread_kernel[(num_tokens,)](
+        x_TD, place, stored(q_PD), scale_GP, num_rows, D=hidden, K=top_k, GROUPS=groups, PDL=pdl, num_warps=4, **options
+    )
     return Arrangement(pairs_P, expert_B, num_blocks[:1]), q_PD, scale_GP

@@ -15,7 +15,7 @@ from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
 from pointsman.kernels.library import reason_against_flashinfer
 
-TRITON_CAPABILITY = (8, 9)
+TRITON_CAPABILITY = (8, 0)  # bfloat16 on tensor cores; before 8.9 e4m3 goes as bytes (`e4m3`)
 TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 TRITON_MOST_HEADS = 16
 FLASHINFER_CAPABILITY = (8, 0)

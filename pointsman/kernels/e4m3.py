@@ -25,7 +25,7 @@ def stored(tensor: Tensor) -> Tensor:
 
 
 def _pair(result: str, bytes_to_halves: str) -> str:
-    """Two bytes to two numbers: each byte at the top of a half, its exponent and fraction one place lower; only 0x7f carries into bit 14."""
+    """Two bytes to two numbers: each at the top of a half, its exponent and fraction one place lower; 0x7f alone carries into bit 14."""
     return f"""
     prmt.b32 code, 0, $2, {bytes_to_halves};
     shr.u32 size, code, 1;
@@ -38,7 +38,9 @@ def _pair(result: str, bytes_to_halves: str) -> str:
     mul.f16x2 {result}, size, scale;"""
 
 
-DECODE = tl.constexpr(f"{{ .reg .b32 code, size, none, scale; mov.b32 scale, 0x5c005c00; {_pair('$0', '0x5040')} {_pair('$1', '0x7060')} }}")
+DECODE = tl.constexpr(
+    f"{{ .reg .b32 code, size, none, scale; mov.b32 scale, 0x5c005c00; {_pair('$0', '0x5040')} {_pair('$1', '0x7060')} }}"
+)
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def widened(x):
 @triton.jit
 def narrowed(x, TYPE: tl.constexpr):
     """Numbers as what they are stored into wants them; bytes are those of e4m3."""
-    if TYPE == tl.uint8:
+    if tl.uint8 == TYPE:
         return encode(x.to(tl.float32))
     else:
         return x.to(TYPE)

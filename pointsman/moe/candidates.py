@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pointsman.kernels import triton_support
-from pointsman.kernels.candidates import VARIES
+from pointsman.kernels.candidates import TRITON_CAPABILITY, VARIES
 from pointsman.kernels.choice import Choice
 from pointsman.kernels.device import Device
 from pointsman.kernels.library import reason_against_library
@@ -38,7 +38,7 @@ def _triton_router(spec: RoutingSpec, device: Device, dtype: str) -> str | None:
         return "it chooses among all experts; this model limits a token to groups of them"
     if dtype != "bfloat16":
         return f"it takes bfloat16; the model computes in {dtype}"
-    return triton_support.reason_against(device, needs=(8, 0))
+    return triton_support.reason_against(device, needs=TRITON_CAPABILITY)
 
 
 def _anywhere(*what: object) -> str | None:
@@ -50,9 +50,7 @@ def _cpu(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: str) -> str
 
 
 def _triton(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: str) -> str | None:
-    # e4m3 exists from 8.9 on
-    needs = (8, 0) if form.block is None else (8, 9)
-    return triton_support.reason_against(device, needs=needs) or reason_against_form(spec, form, dtype)
+    return triton_support.reason_against(device, needs=TRITON_CAPABILITY) or reason_against_form(spec, form, dtype)
 
 
 def _routed(spec: RoutingSpec, form: ExpertForm, device: Device, dtype: str) -> str | None:

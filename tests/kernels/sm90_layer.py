@@ -65,7 +65,9 @@ def products(tp: int, num_rows: int, *, hopper: bool = True) -> list[Launch]:
                     ready = weight(rows, columns)
                     assert ready.scale is not None
                     dense_gemm.product(*rows_of(num_rows, columns), ready.data, ready.scale, tile_columns, 132)
-        block_gemm.linear(meta(num_rows, HIDDEN, dtype=torch.bfloat16), weight(200_064, HIDDEN, quantized=False, invariant=True), pdl=hopper)
+        block_gemm.linear(
+            meta(num_rows, HIDDEN, dtype=torch.bfloat16), weight(200_064, HIDDEN, quantized=False, invariant=True), pdl=hopper
+        )
     return found
 
 

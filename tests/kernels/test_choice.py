@@ -16,7 +16,7 @@ from pointsman.kernels.operations import ATTENTIONS, INVARIANT_ATTENTIONS, INVAR
 from pointsman.kernels.weight import Weight
 
 CPU, CUDA = Device(type="cpu", triton=(3, 6)), Device(type="cuda", triton=(3, 6))
-NONE = "it needs a CUDA device of compute capability 8.9 or later; torch sees none"
+NONE = "it needs a CUDA device of compute capability 8.0 or later; torch sees none"
 HEADS = AttentionShape(num_heads=48, num_kv_heads=8, head_dim=128)
 
 
@@ -26,9 +26,9 @@ def test_auto_takes_the_first_that_can_and_logs_it(caplog: pytest.LogCaptureFixt
         assert linear_choice("auto", device=CUDA, dtype="bfloat16").take() == "reference"
         assert attention_choice("auto", device=CPU, dtype="float32", shape=HEADS).take() == "reference"
     assert [record.getMessage() for record in caplog.records] == [
-        "FP8 linear backend: cpu (auto; triton: it needs a CUDA device of compute capability 8.9 or later; the device is cpu)",
+        "FP8 linear backend: cpu (auto; triton: it needs a CUDA device of compute capability 8.0 or later; the device is cpu)",
         f"FP8 linear backend: reference (auto; triton: {NONE}; cpu: it is made for CPUs; the device is cuda)",
-        "attention backend: reference (auto; triton: it needs a CUDA device of compute capability 8.9 or later; the device is cpu; "
+        "attention backend: reference (auto; triton: it needs a CUDA device of compute capability 8.0 or later; the device is cpu; "
         "flashinfer: it needs a CUDA device of compute capability 8.0 or later; the device is cpu)",
     ]
 

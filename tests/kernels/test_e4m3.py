@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pointsman.kernels.e4m3 import decode, encode
+from pointsman.kernels import e4m3
+from pointsman.kernels.capability import has_e4m3
+from pointsman.kernels.e4m3 import decode, encode, stored
 from pointsman.kernels.weight import FP8, FP8_MAX
+from pointsman.moe.grouped import TritonRunner
+from tests.kernels import (
+    test_arrange,
+    test_block_gemm,
+    test_gated,
+    test_norm_quant,
+    test_paged_attention,
+    test_qkv_post,
+    test_vector_products,
+)
 from tests.kernels.interpreter import correct
+from tests.models.test_triton_decoder import test_a_model_of_kernels_is_the_model as check_model
+from tests.moe import test_grouped
 
 correct()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,3 +93,65 @@ def test_nan_stays_nan() -> None:
 def test_what_is_encoded_is_decoded() -> None:
     code = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
     assert torch.equal(encoded(code.view(FP8).float()), code)
+
+
+@pytest.fixture
+def in_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels see e4m3 as bytes here, as on a GPU that does not know it; and some are launched that do."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(e4m3, "has_e4m3", asked.append)
+    yield
+    assert asked
+
+
+def test_a_launch_passes_bytes_where_there_is_no_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, plain = torch.ones(2, 3).to(FP8), torch.ones(2, 3, dtype=torch.bfloat16)
+    assert stored(x) is x and stored(plain) is plain
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert not has_e4m3(torch.device("cuda")) and has_e4m3(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert has_e4m3(torch.device("cuda"))
+    monkeypatch.setattr(e4m3, "has_e4m3", lambda device: False)
+    assert stored(x).dtype == torch.uint8 and stored(x).data_ptr() == x.data_ptr() and stored(plain) is plain
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "norm": lambda: test_norm_quant.test_the_norm_is_rounded_before_it_is_quantized(384),
+    "quantization": lambda: test_norm_quant.test_quantization_has_the_references_bits(200),
+    "activation": lambda: test_gated.test_it_is_silu_times_up(640),
+    "arrangement": test_arrange.test_quantization_has_the_references_bits,
+    "linear of few rows": lambda: test_block_gemm.test_every_tiling_is_the_reference(test_block_gemm.CUTS[1], 17, (192, 64), 384),
+    "linear of many": lambda: test_block_gemm.test_every_tiling_is_the_reference(test_block_gemm.PLAIN, 70, (100, 30), 200),
+    "linear of one": lambda: test_vector_products.test_a_linear_is_the_reference(test_vector_products.Cut(), 1, 128, 1000),
+    "queries and cache": lambda: test_qkv_post.test_it_is_norm_rotate_and_write(6, 1, 128, 64, FP8, "all"),
+    "attention": lambda: test_paged_attention.test_a_mixed_step_is_the_references(FP8),
+    "attention, quantized": lambda: test_paged_attention.test_the_quantized_answer_is_the_answer_quantized(4),
+}
+
+
+@pytest.mark.usefixtures("in_bytes")
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_pass_their_own_tests_with_bytes(name: str) -> None:
+    """To the same bounds."""
+    CASES[name]()
+
+
+@pytest.mark.usefixtures("in_bytes")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="it runs on the CPU")
+def test_a_model_of_kernels_with_bytes_is_the_model(tmp_path: Path) -> None:
+    check_model(tmp_path, "fp8, heads of 128", False)
+
+
+@pytest.mark.parametrize(("kind", "num_tokens"), [("skewed", 18), ("padding", 5)])
+def test_experts_with_bytes_are_the_experts(kind: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TD = test_grouped.normal(num_tokens, test_grouped.D).bfloat16().to(DEVICE)
+    chosen, weights = test_grouped.routing(kind, num_tokens), test_grouped.experts(True)
+    runner = TritonRunner(tiles=test_grouped.wide(quantize=False))
+    want = runner(x_TD, chosen, weights)
+    asked: list[torch.device] = []
+    monkeypatch.setattr(e4m3, "has_e4m3", asked.append)
+    got = runner(x_TD, chosen, weights)
+    live_T = (chosen.ids_TK >= 0).all(-1)
+    assert asked and test_grouped.distance(got[live_T], test_grouped.oracle(x_TD, chosen, weights)[live_T]) < test_grouped.BOUND["triton"]
+    if DEVICE.type == "cpu":  # in the interpreter both multiply the same numbers in the same order
+        assert torch.equal(got, want)

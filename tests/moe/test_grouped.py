@@ -266,8 +266,9 @@ def test_devices_are_refused_by_name() -> None:
         ((9, 0), None, None),
         ((8, 9), "it needs a CUDA device of compute capability 9.0; this one has 8.9", None),
         ((10, 0), "it needs a CUDA device of compute capability 9.0; this one has 10.0", None),
-        ((8, 0), "9.0; this one has 8.0", "8.9 or later; this one has 8.0"),
-        (None, "9.0; torch sees none", "8.9 or later; torch sees none"),
+        ((8, 0), "9.0; this one has 8.0", None),
+        ((7, 5), "9.0; this one has 7.5", "8.0 or later; this one has 7.5"),
+        (None, "9.0; torch sees none", "8.0 or later; torch sees none"),
     ]:
         device = Device(type="cuda", capability=capability, triton=(3, 6))
         for runner, reason in ((RoutedRunner, routed), (TritonRunner, triton)):

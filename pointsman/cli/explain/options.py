@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pointsman.config import flag
 
 # `engine.device_models` has what they are; a test holds the two together
-GPUS = ("h100", "h200", "b200", "gb200")
+GPUS = ("a100", "h100", "h200", "b200", "gb200")
 
 
 @dataclass(frozen=True, kw_only=True)
