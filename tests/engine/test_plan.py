@@ -244,7 +244,7 @@ def test_a_driver_alone_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_models, "driver_sees_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert model_of("auto").name == "cpu"
-    with pytest.raises(ValueError, match="torch sees no CUDA device; name one that is not here: h100"):
+    with pytest.raises(ValueError, match="torch sees no CUDA device; name one that is not here: a100"):
         model_of("cuda")
     found = types.SimpleNamespace(name="NVIDIA H200", total_memory=1.4e11, multi_processor_count=120)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -254,6 +254,8 @@ def test_a_driver_alone_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     here = model_of("auto")
     assert here == model_of("cuda") and (here.name, here.memory.value, here.num_processors) == ("h200", 1.4e11, 120)
     assert here.device.capability == (9, 0) and here.read == MODELS["h200"].read and here.link == MODELS["h200"].link
-    found.name = "NVIDIA A100"
-    with pytest.raises(ValueError, match=r"the rates of a NVIDIA A100 are not known; name a device that is: h100, .*, cpu"):
-        model_of("auto")
+    found.name, found.total_memory = "NVIDIA A100-SXM4-80GB", 8.5e10
+    assert model_of("auto").name == "a100"
+    for found.name, found.total_memory in (("NVIDIA A100-PCIE-40GB", 4.2e10), ("NVIDIA L40S", 4.8e10)):
+        with pytest.raises(ValueError, match=rf"the rates of a {found.name} are not known; name a device that is: a100, .*, cpu"):
+            model_of("auto")

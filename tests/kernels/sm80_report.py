@@ -1,8 +1,8 @@
 """Compiles what a model in block FP8 launches on GPUs before Hopper, for sm_80 without a GPU: kernels there see e4m3 as bytes.
 
-    python -m tests.kernels.sm80_report
+    python -m tests.kernels.sm80_report [--all]
 
-The lines are those of `sm90_report`.
+Without `--all`, a few sizes that stand for the others. The lines are those of `sm90_report`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from pointsman.kernels.routing import choose_experts, router_logits
 from pointsman.moe.grouped import TritonRunner
 from pointsman.moe.routing import Routing
 from pointsman.moe.weights import ExpertWeights
-from tests.kernels.sm90 import Binary, Launch, caught, spilled
+from tests.kernels.sm90 import Binary, Launch, caught
 from tests.kernels.sm90_layer import meta, others, products, sampler
 from tests.kernels.sm90_report import HIDDEN, NUM_EXPERTS, TOP_K, WIDTH, stack
 
 TARGET = GPUTarget("cuda", 80, 32)
-SHARED_LIMIT = 163 * 1024
+SHARED_LIMIT = 99 * 1024  # of sm_86 and sm_89; sm_80 has 163 KiB
+# Bytes of stack a thread, at most, where all 255 registers are in use: prefill, and four warps that decode tiles of 64 rows and 128 columns
+KNOWN_STACK = {"attend_kernel": 72, "gemm_kernel": 128, "multiply_kernel": 168}
 PRODUCTS = {"gemm_kernel", "multiply_kernel", "attend_kernel", "gate_kernel"}
-SIZES = [(1, 1), (4, 16), (1, 128), (2, 512), (1, 2048)]
+FEW = [(1, 1), (1, 128), (2, 2048)]
+ALL = [(tp, 2**power) for tp in (1, 2, 4) for power in range(14)]
 
 
 def experts(tp: int, num_tokens: int) -> list[Launch]:
@@ -46,7 +49,8 @@ def experts(tp: int, num_tokens: int) -> list[Launch]:
 
 def faults(launch: Launch, binary: Binary) -> list[str]:
     """What a shipped kernel must not be."""
-    found = spilled(launch, binary)
+    known = KNOWN_STACK.get(launch.kernel.__name__, 0)
+    found = [f"spills {binary.stack} bytes"] if binary.stack > known else []
     if binary.shared > SHARED_LIMIT:
         found.append(f"needs {binary.shared} bytes of shared memory")
     if launch.kernel.__name__ in PRODUCTS and "mma.sync" not in binary.ptx:
@@ -57,8 +61,8 @@ def faults(launch: Launch, binary: Binary) -> list[str]:
 def main() -> int:
     seen: dict[str, list[str]] = {}
     with mock.patch.object(e4m3, "has_e4m3", lambda device: False):
-        for tp, num_rows in SIZES:
-            more = others(tp, num_rows, hopper=False) + sampler(num_rows) if num_rows in (1, 128) else []
+        for tp, num_rows in ALL if "--all" in sys.argv[1:] else FEW:
+            more = others(tp, num_rows, hopper=False) + sampler(num_rows) if num_rows == 1 else []
             for launch in experts(tp, num_rows) + products(tp, num_rows, hopper=False) + more:
                 if launch.key in seen:
                     continue
