@@ -96,7 +96,7 @@ def test_every_family_is_explained(config: dict[str, Any], tmp_path: Path, capsy
     [
         (["nowhere/at/all"], "neither a folder nor a Hugging Face id"),
         (["missing.json"], "cannot read missing.json"),
-        ([str(M25), "--device", "h20"], "--device is 'h20'; it must be one of auto, cpu, cuda, h100"),
+        ([str(M25), "--device", "h20"], "--device is 'h20'; it must be one of auto, cpu, cuda, a100"),
         ([str(M25), "--device", "h200", "--context", "200000"], "context is 200000; a request has at most 196608 tokens"),
         ([str(M25), "--model-path", "x", "--device", "h200"], "the model is given twice"),
         ([str(M25), "--device", "h200", "--tp", "3"], "cannot be shared evenly by 3 ranks"),

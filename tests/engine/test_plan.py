@@ -26,6 +26,7 @@ from pointsman.engine.plan import Plan, make_plan, plan_on, rates_of
 from pointsman.kernels.capability import describe
 from pointsman.kernels.cpu_pack import PackedLinear
 from pointsman.kernels.device import Device
+from pointsman.kernels.triton_support import OLDEST
 from pointsman.layers.moe import MoE
 from pointsman.models import architecture_of
 from pointsman.models.backends import take
@@ -194,6 +195,25 @@ def test_two_h200_have_the_room_that_another_engine_found_there() -> None:
     assert plan.cache is not None and plan.refusals == ()
     assert plan.weight_bytes / 2**30 == pytest.approx(107.3, abs=0.1)
     assert plan.cache.num_tokens == pytest.approx(304_000, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("capability", "runner", "others"),
+    [
+        ((7, 5), "reference", "reference"),
+        ((8, 0), "triton", "triton"),
+        ((8, 6), "triton", "triton"),
+        ((8, 9), "triton", "triton"),
+        ((9, 0), "routed", "triton"),
+        ((10, 0), "triton", "triton"),
+    ],
+)
+def test_auto_takes_what_the_device_can(capability: tuple[int, int], runner: str, others: str) -> None:
+    device = Device(type="cuda", capability=capability, triton=OLDEST)
+    plan = plan_on(engine_config(tp=4, kv_cache_dtype="fp8_e4m3"), M25, dataclasses.replace(MODELS["a100"], device=device))
+    chosen = plan.choices
+    assert chosen.moe.chosen == runner
+    assert {chosen.linear.chosen, chosen.attention.chosen, chosen.glue.chosen, chosen.router.chosen} == {others}
 
 
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
