@@ -142,6 +142,7 @@ def accuracy(result: Result) -> str:
         f"### Accuracy of every way to run it{f', on {gpu}' if (gpu := result.get('gpu')) else ''}\n\n"
         f"`pointsman eval table`, the same {result['num_questions']} problems of each kind in every row:\n\n"
         + table(("runner", "cache", "tp", "ep", "step", "word problems", "tool calls", "tokens/s"), rows)
+        + (f"\n{result['note']}\n" if "note" in result else "")
         + (f"\nRefused here:\n\n{refused}" if refused else "")
         + where(result)
     )
