@@ -51,6 +51,7 @@ class DeviceModel:
     reduce_seconds: Figure | None = None
 
 
+CUDA = (13, 0)  # that torch is built for unless another is asked for
 _VENDOR = "vendor"
 AS_TORCH = "as torch reports it"
 _NVLINK3 = Figure(300e9, _VENDOR)
@@ -58,7 +59,9 @@ _NVLINK4 = Figure(397e9, "copy between two H200, measured 2026-11; vendor 450e9"
 _NVLINK5 = Figure(900e9, _VENDOR)
 _REDUCE = Figure(0.85e-6, "what a kernel takes longer that sums by mailbox: two H100, benchmarks/results/allreduce_2xh100.json")
 # torch for CUDA brings Triton along
-_AMPERE, _HOPPER, _BLACKWELL = (Device(type="cuda", capability=capability, triton=OLDEST) for capability in ((8, 0), (9, 0), (10, 0)))
+_AMPERE, _HOPPER, _BLACKWELL = (
+    Device(type="cuda", capability=capability, triton=OLDEST, cuda=CUDA) for capability in ((8, 0), (9, 0), (10, 0))
+)
 _HOPPER_BF16 = Figure(788e12, "measured on an H200; vendor 989e12")
 
 MODELS: dict[str, DeviceModel] = {

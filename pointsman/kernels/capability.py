@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pointsman.kernels.device import Device
+from pointsman.kernels.library import numbers
 from pointsman.kernels.triton_support import version
 
 
@@ -16,7 +17,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 def describe(device: torch.device) -> Device:
     """What is known of a device of this machine."""
     there = device.type == "cuda" and torch.cuda.is_available()
-    return Device(type=device.type, capability=capability(device) if there else None, triton=version())
+    cuda = None if torch.version.cuda is None else numbers(torch.version.cuda)
+    return Device(type=device.type, capability=capability(device) if there else None, triton=version(), cuda=cuda)
 
 
 def chains(device: torch.device) -> bool:

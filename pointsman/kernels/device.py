@@ -13,8 +13,10 @@ class Device:
         type: "cpu" or "cuda".
         capability: compute capability, (9, 0) for Hopper; None for a CPU, and where torch sees no such device.
         triton: version of the triton package beside it; None where it is not installed.
+        cuda: version of CUDA that torch beside it was built for; None where it was built for none.
     """
 
     type: str
     capability: tuple[int, int] | None = None
     triton: tuple[int, int] | None = None
+    cuda: tuple[int, ...] | None = None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.metadata
 import importlib.util
 import re
-from pathlib import Path
 
 from pointsman.kernels.device import Device
 
@@ -34,20 +32,6 @@ def numbers(version: str) -> Version:
     if found is None:
         raise ValueError(f"{version!r} is no version")
     return tuple(int(part) for part in found[0].split("."))
-
-
-@functools.cache
-def torch_cuda() -> str | None:
-    """The version of CUDA that the installed torch was built for, or None; importing it takes a second."""
-    there = importlib.util.find_spec("torch")
-    if there is None or there.origin is None:
-        return None
-    for line in ast.parse((Path(there.origin).parent / "version.py").read_text(encoding="utf-8")).body:
-        named = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
-        if any(isinstance(name, ast.Name) and name.id == "cuda" for name in named):
-            assert isinstance(line, ast.Assign | ast.AnnAssign) and isinstance(line.value, ast.Constant)
-            return None if line.value.value is None else str(line.value.value)
-    return None
 
 
 def reason_against_library(module: str, distributions: tuple[str, ...], extra: str, least: str | None = None) -> str | None:

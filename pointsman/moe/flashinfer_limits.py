@@ -6,7 +6,7 @@ Which versions were read for it, and what no machine here could check, `docs/bac
 from __future__ import annotations
 
 from pointsman.kernels.device import Device
-from pointsman.kernels.library import FLASHINFER, installed, numbers, reason_against_device, reason_against_flashinfer, torch_cuda
+from pointsman.kernels.library import FLASHINFER, installed, numbers, reason_against_device, reason_against_flashinfer
 from pointsman.moe.spec import ExpertForm, RoutingSpec
 
 BLOCK = 128
@@ -122,6 +122,7 @@ def reason_against_cutlass(spec: RoutingSpec, form: ExpertForm, device: Device, 
         return f"hidden size and expert width must be multiples of {BLOCK}; they are {form.hidden} and {form.width}"
     if (why := reason_against_flashinfer()) is not None:
         return why
-    if (cuda := torch_cuda()) is None or numbers(cuda) < (12, 8):
-        return f"it needs CUDA 12.8 or later; this torch was built for {cuda or 'none'}"
+    if device.cuda is None or device.cuda < (12, 8):
+        have = "none" if device.cuda is None else ".".join(map(str, device.cuda))
+        return f"it needs CUDA 12.8 or later; torch is built for {have}"
     return None

@@ -17,6 +17,7 @@ from pointsman.cli.explain.remedies import remedies
 from pointsman.config import engine_config
 from pointsman.engine.device_models import MODELS
 from pointsman.engine.plan import plan_on
+from pointsman.kernels.library import FLASHINFER, installed
 from pointsman.models import architecture_of
 from tests.models.test_architecture import PUBLISHED
 from tests.models.test_family_configs import GLM, MIXTRAL, QWEN
@@ -37,7 +38,7 @@ def test_it_answers_whether_how_and_how_fast(capsys: pytest.CaptureFixture[str])
     assert "A step in which 16 decode takes at least 10.9 ms" in verdict and "24 of 48 query heads" in verdict
     for words in ("graphs and compiled kernels", "routed", "sm_100", "experts hit", "4.49e+12", "vendor 4.8e12"):
         assert words in rest
-    assert "pip install 'pointsman[flashinfer]'" in rest or "CUDA 12.8" in rest, "nothing of a reason is taken for markup"
+    assert "pip install 'pointsman[flashinfer]'" in rest or installed(FLASHINFER), "nothing of a reason is taken for markup"
 
 
 def test_one_object_has_it_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from pointsman.engine.device_models import MODELS
 from pointsman.kernels import flashinfer as library_door
 from pointsman.kernels import library
 from pointsman.kernels.device import Device
@@ -19,7 +22,7 @@ from tests.moe.libraries.models import FORM, SPECS, experts, hidden_rows, routin
 from tests.moe.libraries.signatures import known, signature
 
 BLACKWELL = Device(type="cuda", capability=(10, 0), triton=(3, 6))
-HOPPER = Device(type="cuda", capability=(9, 0), triton=(3, 6))
+HOPPER = Device(type="cuda", capability=(9, 0), triton=(3, 6), cuda=(12, 8))
 
 
 def there(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
@@ -28,7 +31,6 @@ def there(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     monkeypatch.setattr(library_door, "installed", lambda names: version)
     monkeypatch.setattr(limits, "installed", lambda names: version)
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(limits, "torch_cuda", lambda: "13.0")
 
 
 @pytest.mark.parametrize(
@@ -97,12 +99,12 @@ def test_limits_of_cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
     def why(form: ExpertForm = FORM, device: Device = HOPPER, dtype: str = "bfloat16") -> str:
         return str(unsupported("flashinfer_cutlass", spec, form, device, dtype))
 
-    assert why() == "None"
+    assert why() == why(device=MODELS["h200"].device) == "None", "of a GPU that is not here, too"
     assert "sm_90; this one is sm_100" in why(device=BLACKWELL)
     assert "the dtype is float32" in why(dtype="float32")
     assert "blocks of 128x128" in why(FORM._replace(block=None)) and "they are 256 and 64" in why(FORM._replace(width=64))
-    monkeypatch.setattr(limits, "torch_cuda", lambda: "12.6")
-    assert "CUDA 12.8 or later; this torch was built for 12.6" in why()
+    for cuda, told in ((12, 6), "12.6"), (None, "none"):
+        assert f"CUDA 12.8 or later; torch is built for {told}" in why(device=dataclasses.replace(HOPPER, cuda=cuda))
     there(monkeypatch, "0.6.7")
     assert "0.6.8 or later" in why()
 

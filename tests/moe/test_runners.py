@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pointsman.config import MOE_RUNNERS
 from pointsman.kernels.device import Device
-from pointsman.kernels.library import torch_cuda
 from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.weight import Weight
 from pointsman.moe import candidates
@@ -150,7 +149,3 @@ def test_every_candidate_is_a_runner() -> None:
     assert candidates.ROUTED_ALIKE.keys() == {name for name, runner in RUNNERS.items() if runner.routes_itself}
     assert INVARIANT_RUNNERS.keys() == candidates.INVARIANT_RUNNERS and INVARIANT_ROUTERS.keys() == candidates.INVARIANT_ROUTERS
     assert RUNNERS.keys() >= candidates.WAITING_RUNNERS and all(runner.name == name for name, runner in RUNNERS.items())
-
-
-def test_the_cuda_of_torch_is_told_without_it() -> None:
-    assert torch_cuda() == torch.version.cuda
