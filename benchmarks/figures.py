@@ -100,6 +100,7 @@ def summary(results: Results) -> str:
 def details(results: Results) -> str:
     """The tables of docs/performance.md."""
     start_up = results["start_up"]
+    first_run = f"; on the very first run, with nothing compiled yet, {start_up['first_run_s']:.2f}" if "first_run_s" in start_up else ""
     speeds = [
         (
             f"{row['batch_size']}",
@@ -120,7 +121,7 @@ def details(results: Results) -> str:
         f"`{COMMANDS['latency']}`:\n\n"
         + _table(("sequences", "prefill", "first token", "decode tokens/s", "spread", "peak MB"), speeds)
         + f"\n`{COMMANDS['start_up']}`: ready after {start_up['ready_s']:.2f} s, first token after {start_up['first_token_s']:.2f} s "
-        + f"(lowest {start_up['lowest_s']:.2f}, highest {start_up['highest_s']:.2f}).\n\n"
+        + f"(lowest {start_up['lowest_s']:.2f}, highest {start_up['highest_s']:.2f}){first_run}.\n\n"
         + _table(("command", "accuracy", "invalid", "latency", "output tokens/s"), evals)
         + _streaming(results["streaming"])
         + _machines(results)

@@ -70,7 +70,8 @@ def run(engine: dict[str, Any], options: LatencyOptions) -> int:
     if options.start_up:
         with contextlib.closing(LLM(**engine)) as llm:
             settle(llm.engine)
-        return measure_start_up(engine, options.num_warmups, options.num_iters)
+            compiles = llm.engine.step_name == "compiled"
+        return measure_start_up(engine, options.num_warmups, options.num_iters, compiles=compiles)
     largest = max(options.batch_size)
     engine = {"max_running_requests": max(largest, 64)} | engine
     with contextlib.closing(LLM(**engine)) as llm:

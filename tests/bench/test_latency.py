@@ -2,8 +2,10 @@
 
 import json
 import math
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -137,9 +139,32 @@ def test_a_server_that_ends_is_told_with_its_last_line(monkeypatch):
         start_up.start_once({})
 
 
-def test_start_up_is_measured_for_real(capsys):
+def test_start_up_is_measured_for_real(monkeypatch, capsys):
+    """But for the very first run, which would compile for half a minute."""
+    monkeypatch.setattr(start_up, "first_run", lambda engine: 1.5)
     assert cli.main(["bench", "latency", "--start-up", "--num-warmups", "0", "--num-iters", "1", "--load-format", "dummy"]) == 0
     out = capsys.readouterr().out
     summary = json.loads(out.splitlines()[-1])
     assert 0 < summary["ready_s"] <= summary["first_token_s"] == summary["lowest_s"] == summary["highest_s"]
     assert "command to first token: " in out
+    assert summary["first_run_s"] == 1.5 and "very first run, with nothing compiled: 1.50 s" in out
+
+
+def test_the_first_run_finds_nothing_compiled(monkeypatch):
+    """A copy of the package is started, without objects and with an empty cache of the user's; it is gone when its own object is there."""
+    found = []
+
+    def start(engine, environment):
+        program = "import pointsman.kernels.cpu_object as one; print(one.__file__, *one._places(('bfloat16',) * 4))"
+        words = [sys.executable, "-c", program]
+        out = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+        module, *places = map(Path, out.split())
+        found.extend([module, *places])
+        assert not any(list(place.parent.glob("cpu_step-*.o")) for place in places)
+        places[0].touch()
+        return 1.0, 2.0
+
+    monkeypatch.setattr(start_up, "start_once", start)
+    assert start_up.first_run({}) == 2.0
+    root = found[0].parents[2]
+    assert not root.exists() and all(place.is_relative_to(root) for place in found)
