@@ -55,7 +55,7 @@ class ModelConfig:
     revision: str | None = flag(None, "branch, tag or commit of a Hugging Face id")
     load_format: str = flag("auto", "dummy: random weights that route evenly, no weight files needed", choices=LOAD_FORMATS)
     dtype: str = flag("auto", "type the model computes in; on a CPU auto is float32", choices=DTYPES)
-    quantization: str | None = flag(None, "must agree with the checkpoint; fp8: 128x128 block scales", choices=("fp8",))
+    quantization: str | None = flag(None, "must agree with the checkpoint; fp8: scales for blocks or for a matrix", choices=("fp8",))
     context_length: int | None = flag(None, "most tokens of prompt and answer (default: the model's)", low=1)
     served_model_name: str | None = flag(None, "name of the model in the API (default: the model path)")
     trust_remote_code: bool = flag(False, "accepted and without effect: no code of a checkpoint ever runs")
