@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pointsman.config import EngineConfig
+from pointsman.config import EngineConfig, KernelConfig
+from pointsman.moe.candidates import TUNED_RUNNERS
 
 CPU_OPTIONS = {"cpu_step": "auto", "num_threads": None}
 CUDA_OPTIONS = {
@@ -21,6 +22,8 @@ def check_options(config: EngineConfig, device_type: str) -> None:
             other = "a CUDA device" if device_type == "cpu" else "a CPU"
             raise ValueError(f"{name} is {value!r}; it is for {other}, and the device is {device_type}: leave it out")
     kernel = config.kernel
+    if kernel.moe_runner_backend != "auto" and (why := reason_against_untuned(kernel, kernel.moe_runner_backend)) is not None:
+        raise ValueError(why)
     if kernel.disable_cuda_graph and (kernel.enforce_piecewise_cuda_graph or kernel.cuda_graph_max_bs is not None):
         other = "enforce_piecewise_cuda_graph" if kernel.enforce_piecewise_cuda_graph else "cuda_graph_max_bs"
         raise ValueError(f"disable_cuda_graph and {other} contradict each other; leave one out")
@@ -31,3 +34,10 @@ def check_options(config: EngineConfig, device_type: str) -> None:
             "enable_deterministic_inference needs --cpu-step compiled on a CPU: torch chooses its kernels by shape, so that a row "
             "may differ with its company"
         )
+
+
+def reason_against_untuned(kernel: KernelConfig, runner: str | None) -> str | None:
+    """Why tuning cannot be left out where this runs the experts, or None."""
+    if runner is None or runner in TUNED_RUNNERS or not kernel.disable_flashinfer_autotune:
+        return None
+    return f"disable_flashinfer_autotune is given, but the MoE runner is {runner!r}, which is not tuned: leave it out"

@@ -13,7 +13,7 @@ from pointsman.config import EngineConfig
 from pointsman.engine import floor
 from pointsman.engine.candidates import cpu_step_choice, executor_choice, graph_choice, ranks_choice, sampler_choice, sums_choice
 from pointsman.engine.device_models import DeviceModel
-from pointsman.engine.device_options import check_options
+from pointsman.engine.device_options import check_options, reason_against_untuned
 from pointsman.engine.floor import Rates, Share
 from pointsman.engine.memory import CacheSize, cache_for, context_length_of, kv_dtype_of, num_ranks_here, token_bytes, workspace
 from pointsman.engine.step_sizes import bounds_of
@@ -141,7 +141,8 @@ def make_plan(config: EngineConfig, architecture: Architecture, device: Device, 
     ranks = ranks_choice(parallel.distributed_executor_backend, shard.tp, num_replicas=parallel.data_parallel_size)
     filling = _filling(config, shard, choices, step, device.type, memory_bytes)
     able = None not in (choices.moe.chosen, choices.linear.chosen, choices.attention.chosen)
-    refusals = [*(choice.refusal for choice in choices.all()), step.refusal if able else None, ranks.refusal, filling.refusal]
+    untuned = reason_against_untuned(kernel, choices.moe.chosen)
+    refusals = [*(choice.refusal for choice in choices.all()), step.refusal if able else None, ranks.refusal, untuned, filling.refusal]
     return Plan(
         config=config,
         shard=shard,

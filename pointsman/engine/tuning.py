@@ -15,11 +15,13 @@ import torch
 
 from pointsman.config import EngineConfig
 from pointsman.distributed import Mesh
+from pointsman.engine.device_options import reason_against_untuned
 from pointsman.kernels.library import FLASHINFER, installed
 from pointsman.kernels.tiles import own_file
 from pointsman.layers.moe import MoE
 from pointsman.models.decoder import Decoder
 from pointsman.moe import flashinfer
+from pointsman.moe.candidates import TUNED_RUNNERS
 from pointsman.moe.router import RouterInput
 
 logger = logging.getLogger(__name__)
@@ -32,9 +34,9 @@ def tune_experts(config: EngineConfig, mesh: Mesh, decoder: Decoder) -> None:
         ValueError: timing is not wanted, and there is none.
     """
     name, skip = decoder.backends.moe.name, config.kernel.disable_flashinfer_autotune
-    if name not in flashinfer.TUNED_RUNNERS:
-        if skip:
-            raise ValueError(f"disable_flashinfer_autotune is given, but the MoE runner is {name!r}, which is not tuned: leave it out")
+    if (why := reason_against_untuned(config.kernel, name)) is not None:
+        raise ValueError(why)
+    if name not in TUNED_RUNNERS:
         return
     if skip:
         logger.info("FlashInfer's kernels for the experts: not tuned (asked for)")

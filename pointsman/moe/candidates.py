@@ -91,6 +91,9 @@ WAITING_RUNNERS = frozenset({"cpu", "reference"})
 # of a checkpoint's scales of activations these make use
 STATIC_RUNNERS = frozenset({"flashinfer_trtllm"})
 
+# the library times kernels of these at start-up
+TUNED_RUNNERS = frozenset({"flashinfer_trtllm", "flashinfer_trtllm_routed"})
+
 # for each that chooses experts inside its kernel, the one of its kind that is given them
 ROUTED_ALIKE = {"fused": "routed", "flashinfer_trtllm": "flashinfer_trtllm_routed"}
 

@@ -33,7 +33,6 @@ from pointsman.moe.spec import Share
 from pointsman.moe.trtllm_layout import TrtllmWeights, block_weights, pack, transposed_scales, turned
 from pointsman.moe.weights import ExpertWeights
 
-TUNED_RUNNERS = frozenset({"flashinfer_trtllm", "flashinfer_trtllm_routed"})
 CHAINED_TOKENS = 4096  # larger launches that begin while the kernel before runs were seen to hang
 
 

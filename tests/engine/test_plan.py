@@ -225,6 +225,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("h200", {"tp": 4, "dtype": "float32", "moe_runner_backend": "triton"}, "computes in bfloat16; the dtype is float32"),
     ("h200", {"tp": 4, "max_total_tokens": 10**8}, "max_total_tokens is 100000000"),
     ("h200", {"tp": 4, "moe_runner_backend": "flashinfer_trtllm"}, "sm_100"),
+    ("h200", {"tp": 4, "disable_flashinfer_autotune": True}, "the MoE runner is 'routed', which is not tuned: leave it out"),
 ]
 
 

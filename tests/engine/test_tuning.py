@@ -12,6 +12,7 @@ import torch
 
 from pointsman import LLM, SamplingParams, tiny
 from pointsman.config import engine_config
+from pointsman.engine.device_options import check_options
 from pointsman.engine.tuning import tune_experts
 from pointsman.models import backends
 from pointsman.models.decoder import Decoder
@@ -84,6 +85,8 @@ def test_it_is_left_out_where_asked_and_refused_where_there_is_none(monkeypatch:
         tune_experts(skip, alone, plain)
     with pytest.raises(ValueError, match="disable_flashinfer_autotune is True; it is for a CUDA device"):
         LLM(disable_flashinfer_autotune=True)
+    with pytest.raises(ValueError, match="the MoE runner is 'routed', which is not tuned: leave it out"):
+        check_options(engine_config(disable_flashinfer_autotune=True, moe_runner_backend="routed"), "cuda")
 
 
 @pytest.mark.parametrize("runner", [TrtllmRunner, RoutedTrtllmRunner])
