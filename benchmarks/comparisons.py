@@ -32,10 +32,11 @@ def cpu(result: Result) -> str:
 
     rows = [
         (name, f"{row['start_up_s']:.2f} s", cells(row, "decode_tokens_per_s", 1, 0), cells(row, "spread", 100, 0),
-         cells(row, "prefill_s", 1000, 1), cells(row, "peak_memory_mb", 1, 0))
+         " / ".join(f"{int(size) * result['input_len'] / row['sizes'][size]['prefill_s']:,.0f}" for size in sizes),
+         cells(row, "peak_memory_mb", 1, 0))
         for name, row in result["rows"].items()
     ]  # fmt: skip
-    head = ("engine", "first token", f"decode tokens/s at {' / '.join(sizes)}", "spread %", "prefill ms", "peak MB")
+    head = ("engine", "first token", f"decode tokens/s at {' / '.join(sizes)}", "spread %", "prefill tokens/s", "peak MB")
     best = [f"{name} {' / '.join(f'{found[size]:.2f}x' for size in sizes)}" for name, found in result["ratios"].items()]
     same = [f"{name} {100 * share:.1f} %" for name, share in result["same_tokens"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -13,6 +14,7 @@ from pointsman.bench.cpu import run
 from pointsman.bench.cpu.gguf_file import tensors, write_gguf
 from pointsman.bench.cpu.llama import LlamaServer
 from pointsman.bench.cpu.run import agreements, ratios, summarize, tree_memory_mb
+from pointsman.bench.machine import peak_memory_mb
 from pointsman.models import architecture_of
 from pointsman.models.checkpoint import open_checkpoint
 from pointsman.models.folder import read_json
@@ -28,14 +30,15 @@ def result(rate, start=1.0):
 
 
 def test_a_row_is_the_median_of_its_rounds():
-    row = summarize([result(100.0, 1.0), result(300.0, 3.0), result(120.0, 2.0)])
+    row = summarize([result(100.0, 1.0), result(300.0, 3.0), result(120.0, 2.0)], 64)
     assert row["start_up_s"] == 2.0
-    assert row["sizes"]["1"] == {"decode_tokens_per_s": 120.0, "prefill_s": 0.1, "peak_memory_mb": 5.0, "spread": 1.667}
+    rates = {"decode_tokens_per_s": 120.0, "prefill_s": 0.1, "prefill_tokens_per_s": 640}
+    assert row["sizes"]["1"] == rates | {"peak_memory_mb": 5.0, "spread": 1.667}
 
 
 def test_ours_is_measured_by_the_best_of_the_same_kind():
     rates = {"pointsman": 300.0, "pointsman http": 90.0, "llama.cpp f16": 150.0, "llama.cpp q8_0": 200.0, "llama.cpp f16 http": 100.0}
-    rows = {name: summarize([result(rate)]) for name, rate in rates.items()}
+    rows = {name: summarize([result(rate)], 64) for name, rate in rates.items()}
     assert ratios(rows) == {"pointsman": {"1": 1.5}, "pointsman http": {"1": 0.9}}
     assert ratios({"pointsman": rows["pointsman"]}) == {}
 
@@ -49,6 +52,13 @@ def test_tokens_count_up_to_the_first_that_is_another():
 def test_memory_of_this_process_is_some():
 
     assert 1 < tree_memory_mb(os.getpid()) < 1e6
+
+
+def test_memory_is_that_of_a_process_and_not_of_who_started_it():
+    ballast = bytes(400) * 10**6
+    program = "from pointsman.bench.machine import peak_memory_mb; print(peak_memory_mb())"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert 1 < float(found) < len(ballast) / 1e6 < peak_memory_mb()
 
 
 @BUNDLED

@@ -25,7 +25,7 @@ from pointsman import tiny
 from pointsman.bench import accuracy
 from pointsman.bench.cpu.gguf_file import write_gguf
 from pointsman.bench.cpu.workers import MAKERS, MARK, Prompts, Task
-from pointsman.bench.machine import here
+from pointsman.bench.machine import here, peak_memory_mb
 from pointsman.bench.options import CpuOptions
 from pointsman.bench.serving.backends import BACKENDS, Wish
 from pointsman.bench.serving.http import HttpClient, Origin
@@ -63,7 +63,7 @@ def run(engine: dict[str, Any], options: CpuOptions) -> int:
                 print(f"round {turn + 1} of {options.num_iters}: {name}", file=sys.stderr, flush=True)
                 task = _task(name, folder, tokenizer, engine, options, turn, Path(scratch))
                 found[name].append(_measure_http(name, task, scratch) if name in HTTP else _measure(name, task, scratch))
-    rows = {name: summarize(results) for name, results in found.items()}
+    rows = {name: summarize(results, options.input_len) for name, results in found.items()}
     agreement = {name: agreements(results[0], found) for name, results in found.items() if "answers" in results[0]}
     summary = {
         "bench": "cpu",
@@ -216,23 +216,23 @@ async def _batch(load: Load, prompts: Prompts, output_len: int) -> tuple[float, 
 
 def tree_memory_mb(pid: int) -> float:
     """Most memory that each process of a tree has held, added up, in MB."""
-    kilobytes, left = 0, [pid]
+    megabytes, left = 0.0, [pid]
     while left:
         here_pid = left.pop()
         with contextlib.suppress(OSError):
-            status = Path(f"/proc/{here_pid}/status").read_text()
-            kilobytes += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+            megabytes += peak_memory_mb(here_pid)
             left += map(int, Path(f"/proc/{here_pid}/task/{here_pid}/children").read_text().split())
-    return round(kilobytes * 1.024 / 1000, 1)
+    return round(megabytes, 1)
 
 
-def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over rounds; the spread is (highest - lowest) / median of the decode rates."""
+def summarize(results: Sequence[dict[str, Any]], input_len: int) -> dict[str, Any]:
+    """Medians over rounds; the spread is (highest - lowest) / median of the decode rates. A prompt has `input_len` tokens."""
     sizes: dict[str, Any] = {}
     for size in results[0]["sizes"]:
         runs = [result["sizes"][size] for result in results]
         rates = [each["decode_tokens_per_s"] for each in runs]
         sizes[size] = {name: round(statistics.median(each[name] for each in runs), 5) for name in runs[0]}
+        sizes[size]["prefill_tokens_per_s"] = round(int(size) * input_len / sizes[size]["prefill_s"])
         sizes[size]["spread"] = round((max(rates) - min(rates)) / statistics.median(rates), 3)
     return {"start_up_s": round(statistics.median(result["start_up_s"] for result in results), 3), "sizes": sizes}
 
@@ -265,13 +265,13 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 def _print(summary: dict[str, Any]) -> None:
     sizes = list(next(iter(summary["rows"].values()))["sizes"])
     head = " / ".join(sizes)
-    print(f"{'':<22}{'first token s':>14}{f'decode tokens/s, {head}':>34}{f'prefill ms, {head}':>26}{f'peak MB, {head}':>24}")
+    print(f"{'':<22}{'first token s':>14}{f'decode tokens/s, {head}':>34}{f'prefill tokens/s, {head}':>34}{f'peak MB, {head}':>24}")
     for name, row in summary["rows"].items():
         decode, prefill, memory = (
-            " / ".join(f"{scale * row['sizes'][size][key]:,.{digits}f}" for size in sizes)
-            for key, scale, digits in (("decode_tokens_per_s", 1, 0), ("prefill_s", 1000, 1), ("peak_memory_mb", 1, 0))
+            " / ".join(f"{row['sizes'][size][key]:,.0f}" for size in sizes)
+            for key in ("decode_tokens_per_s", "prefill_tokens_per_s", "peak_memory_mb")
         )
-        print(f"{name:<22}{row['start_up_s']:>14.2f}{decode:>34}{prefill:>26}{memory:>24}")
+        print(f"{name:<22}{row['start_up_s']:>14.2f}{decode:>34}{prefill:>34}{memory:>24}")
     for name, share in summary["same_tokens"].items():
         print(f"{name}: {100 * share:.1f} % of greedy tokens before the first that is another")
     for name, found in summary["ratios"].items():
