@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where it is run as a file
 
-from benchmarks import bookkeeping, comparisons
+from benchmarks import bookkeeping, comparisons, gpu_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -211,6 +211,8 @@ def documents(results: Results) -> dict[Path, str]:
         measured = f"### Two GPUs, measured\n\n{comparisons.served(served)}\n### Sums over them\n\n{comparisons.summed(summed)}"
         tables[ROOT / "docs" / "scaling.md"] = f"{measured}\n### Simulated\n\n{comparisons.scaling(results['scaling'])}"
     texts = {path: PLACE.sub(functools.partial(_filled, text), path.read_text()) for path, text in tables.items()}
+    texts[ROOT / "docs" / "performance.md"] = gpu_tables.filled(texts[ROOT / "docs" / "performance.md"])
+    texts[ROOT / "docs" / "experts.svg"] = gpu_tables.experts_plot()
     return texts | {ROOT / "docs" / name: draw(results) for name, draw in comparisons.PLOTS.items() if name.removesuffix(".svg") in results}
 
 
