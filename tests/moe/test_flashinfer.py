@@ -226,6 +226,29 @@ def test_on_the_hardware(kind: type, layout: str | None) -> None:
             assert torch.equal(routes.rows_SLK[given.slots_T, 1].sort(-1).values.long(), chosen.ids_TK.sort(-1).values)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [RoutedTrtllmRunner, CutlassRunner])
+def test_ranks_sum_to_the_whole_on_the_hardware(kind: type) -> None:
+    """Two halves of the experts, each with ids below zero for the other's; a row that pads has no others and comes out as zeros."""
+    device = torch.device("cuda")
+    if (why := unsupported(kind.name, SPECS["minimax"], FORM, describe(device), "bfloat16")) is not None:
+        pytest.skip(why)
+    weights, x_TD = experts(device="cuda"), hidden_rows(13).to(device)
+    chosen = Routing(*(part.to(device) for part in routing("uneven", 13)))
+    chosen.ids_TK[5] = -1
+    total_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for first in 0, NUM_EXPERTS // 2:
+        share = Share(first, NUM_EXPERTS)
+        made = kind() if kind is CutlassRunner else kind(share=share)
+        here = slice(first, first + NUM_EXPERTS // 2)
+        half = ExpertWeights(*(type(w)(w.data[here], w.scale[here], w.block, w.parts) for w in weights))
+        inside_TK = (chosen.ids_TK >= here.start) & (chosen.ids_TK < here.stop)
+        ids_TK = torch.where(inside_TK, chosen.ids_TK - first, -1)
+        total_TD += made(x_TD, Routing(ids_TK, chosen.weights_TK), made.prepare(half, torch.bfloat16)).float()
+    assert not total_TD[5].any()
+    assert distance(total_TD, oracle(x_TD, chosen, weights)) < (CUTLASS if kind is CutlassRunner else ROUNDED)
+
+
 def test_a_softmax_with_a_bias_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     Emulation("0.7.2").install(monkeypatch)
     given = rows(hidden_rows(3), SPECS["minimax"])
