@@ -2,7 +2,8 @@
 
     python -m tests.kernels.sm80_report [--all]
 
-Without `--all`, a few sizes that stand for the others. The lines are those of `sm90_report`.
+Without `--all`, a few sizes that stand for the others, and attention that quantizes for that which does not. The lines are those of
+`sm90_report`.
 """
 
 from __future__ import annotations
@@ -59,12 +60,21 @@ def faults(launch: Launch, binary: Binary) -> list[str]:
     return found
 
 
+def launches(tp: int, num_rows: int, *, whole: bool) -> list[Launch]:
+    """A layer's, and for one row what depends on the number of rows in its grid alone, with the sampler."""
+    found = experts(tp, num_rows) + products(tp, num_rows, hopper=False)
+    if num_rows == 1:
+        found += [launch for launch in others(tp, num_rows, hopper=False) if whole or launch.arguments.get("QUANTIZE", True)]
+        found += sampler(num_rows)
+    return found
+
+
 def main() -> int:
     seen: dict[str, list[str]] = {}
+    whole = "--all" in sys.argv[1:]
     with mock.patch.object(e4m3, "has_e4m3", lambda device: False):
-        for tp, num_rows in ALL if "--all" in sys.argv[1:] else FEW:
-            more = others(tp, num_rows, hopper=False) + sampler(num_rows) if num_rows == 1 else []
-            for launch in experts(tp, num_rows) + products(tp, num_rows, hopper=False) + more:
+        for tp, num_rows in ALL if whole else FEW:
+            for launch in launches(tp, num_rows, whole=whole):
                 if launch.key in seen:
                     continue
                 binary = launch.compile(TARGET)
