@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pointsman.request import Replay, Request, SamplingParams
+from pointsman.scheduler.sequence import check_replay, limit_of
 from pointsman.server import constraints, sampling
 from pointsman.server.answers import Form
 from pointsman.server.bounds import MAX_ANSWERS
@@ -239,7 +240,7 @@ class ServedModel:
         if params.max_tokens is not None and params.max_tokens > room:
             params = params.replace(max_tokens=room)
         try:
-            return Request(
+            run = Request(
                 rid=rid,
                 prompt_token_ids=ids,
                 sampling=params,
@@ -247,6 +248,9 @@ class ServedModel:
                 priority=asked.priority or 0,
                 cache_salt=asked.cache_salt or "",
             )
+            if replay is not None:
+                check_replay(run, limit_of(run, self.info.context_length, self.info.cache_tokens))
+            return run
         except ValueError as error:
             named = str(error).partition(" ")[0]  # these begin with the field, where it is one
             raise ApiError(400, str(error), param=named if named in asked.__struct_fields__ else field) from None

@@ -16,7 +16,7 @@ import pytest
 from pointsman.routed_experts import RoutedExperts, encode
 from tests.server.asking import HELLO, chat, complete, events, fault, generate
 from tests.server.conftest import Server
-from tests.server.fake_engine import EXPERTS, LAYERS, TOP_K, routes_of
+from tests.server.fake_engine import CONTEXT, EXPERTS, LAYERS, TOP_K, routes_of
 
 PROMPT = list(range(50, 60))
 
@@ -118,6 +118,7 @@ WRONG: list[tuple[Any, str]] = [
     (with_rows(np.tile(np.arange(3), (4, LAYERS, 1))), "3 experts a token; this model uses 2"),
     (with_rows(np.full((4, LAYERS, TOP_K), 1)), "twice in layer 0 of position 0"),
     (with_rows(np.full((4, LAYERS, TOP_K), 9)), "has the expert 9; ids go from 0 to 7"),
+    (with_rows(np.tile(np.arange(TOP_K), (CONTEXT + 1, LAYERS, 1))), f"has rows up to position {CONTEXT}; with a prompt of"),
 ]
 
 
