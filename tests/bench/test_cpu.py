@@ -13,8 +13,9 @@ from pointsman import cli, tiny
 from pointsman.bench.cpu import run
 from pointsman.bench.cpu.gguf_file import tensors, write_gguf
 from pointsman.bench.cpu.llama import LlamaServer
-from pointsman.bench.cpu.run import agreements, ratios, summarize, tree_memory_mb
+from pointsman.bench.cpu.run import agreements, decode_rate, ratios, summarize, tree_memory_mb
 from pointsman.bench.machine import peak_memory_mb
+from pointsman.bench.serving.query import Outcome, Query
 from pointsman.models import architecture_of
 from pointsman.models.checkpoint import open_checkpoint
 from pointsman.models.folder import read_json
@@ -47,6 +48,12 @@ def test_tokens_count_up_to_the_first_that_is_another():
     oracle = {"answers": [[1, 2, 3, 4], [5, 6]]}
     assert agreements({"answers": [[1, 2, 9, 4], [5, 6]]}, {"transformers": [oracle]}) == pytest.approx(4 / 6, abs=1e-4)
     assert agreements(oracle, {"transformers": [oracle]}) == 1.0
+
+
+@pytest.mark.parametrize(("pieces", "rate"), [([1.0, 1.5, 3.0], 2.0), ([3.0, 3.0], 1.6), ([3.0], 1.6)])
+def test_tokens_that_come_at_once_make_no_speed_of_their_own(pieces, rate):
+    query = Query(ids=(1,), input_len=1, output_len=5)
+    assert decode_rate(Outcome(query=query, sent_s=0.5, piece_s=pieces, output_tokens=5)) == rate
 
 
 def test_memory_of_this_process_is_some():

@@ -31,7 +31,7 @@ from pointsman.bench.serving.backends import BACKENDS, Wish
 from pointsman.bench.serving.http import HttpClient, Origin
 from pointsman.bench.serving.load import Load
 from pointsman.bench.serving.metrics import percentile
-from pointsman.bench.serving.query import Query
+from pointsman.bench.serving.query import Outcome, Query
 from pointsman.bench.start_up import free_port, serve_flags
 from pointsman.models.folder import locate
 from pointsman.text import Tokenizer, chat_prompt
@@ -210,8 +210,13 @@ async def _batch(load: Load, prompts: Prompts, output_len: int) -> tuple[float, 
     failed = next((outcome.error for outcome in outcomes if outcome.error is not None), None)
     if failed is not None:
         raise ValueError(f"{load.client.origin}: {failed}")
-    rates = sorted((outcome.output_len - 1) / max(outcome.piece_s[-1] - outcome.piece_s[0], 1e-6) for outcome in outcomes)
-    return percentile(rates, 50), max(outcome.piece_s[0] for outcome in outcomes)
+    return percentile(sorted(map(decode_rate, outcomes)), 50), max(outcome.piece_s[0] for outcome in outcomes)
+
+
+def decode_rate(outcome: Outcome) -> float:
+    """Tokens a second after the first. Where all came at once nothing tells when the first was there, and the whole time counts."""
+    first, last = outcome.piece_s[0], outcome.piece_s[-1]
+    return (outcome.output_len - 1) / (last - (first if first < last else outcome.sent_s))
 
 
 def tree_memory_mb(pid: int) -> float:
