@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointsman.kernels.arrange import Arrangement, most_blocks, quantize_some
-from pointsman.kernels.routing import choose_token
+from pointsman.kernels.routing import Choice, choose_token
 from pointsman.kernels.triton_support import launch_options
 from pointsman.kernels.weight import FP8
 
@@ -124,7 +124,7 @@ def route_few_kernel(
     D: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr, FILL: tl.constexpr,
     SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, BIASED: tl.constexpr, REPLAY: tl.constexpr, RECORD: tl.constexpr,
-    COMPARE: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, QUANTIZE: tl.constexpr, PDL: tl.constexpr,
+    COMPARE: tl.constexpr, FIRST_LAYER: tl.constexpr, OWN: tl.constexpr, QUANTIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First the programs that make the parts of the logits, then one for each token."""
     pid = tl.program_id(0)
@@ -145,7 +145,7 @@ def route_few_kernel(
         choose_token(
             pid - MAKERS, part_ptr, bias_ptr, given_ptr, slot_ptr, ids_ptr, weights_ptr, rows_ptr, alike_ptr,
             num_tokens, scale, given_stride, row_stride, row_offset, E, E_PADDED, K, K_PADDED, PARTS, SOFTMAX, RENORMALIZE, BIASED,
-            REPLAY, True, RECORD, COMPARE, FIRST, first_own, num_own, OWN,
+            REPLAY, True, RECORD, COMPARE, FIRST_LAYER, first_own, num_own, OWN,
         )  # fmt: skip
         if PAIRS > 0:
             tl.debug_barrier()
@@ -156,27 +156,13 @@ def route_few_kernel(
             tl.store(counter_ptr + 1, 0)
 
 
-def counters(device: torch.device) -> Tensor:
-    """What programs count with: zeros, and zeros again after each launch; for one stream at a time."""
-    return torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
-
-
 def route_few(
     x_TD: Tensor,
     gate_ED: Tensor,
     slots_T: Tensor,
     counter: Tensor,
+    choice: Choice,
     *,
-    top_k: int,
-    softmax: bool,
-    renormalize: bool = True,
-    scale: float = 1.0,
-    bias_E: Tensor | None = None,
-    given_TK: Tensor | None = None,
-    rows_CLK: Tensor | None = None,
-    alike_C: Tensor | None = None,
-    layer: int = 0,
-    own: range | None = None,
     quantize: bool = True,
     arranged: bool = True,
     num_zeros: int = 0,
@@ -186,23 +172,23 @@ def route_few(
     """Route up to `MOST_TOKENS` tokens; arguments as those of `routing.router_logits`, `routing.choose_experts` and `arrange.arrange`.
 
     Args:
-        counter: `counters` of this device.
+        counter: `NUM_COUNTERS` of `routing.counters`.
         arranged: the pairs are wanted in the order of experts.
         num_zeros: zeros that the answer has.
     """
     (num_tokens, hidden), num_experts, device = x_TD.shape, len(gate_ED), x_TD.device
-    assert 0 < num_tokens <= MOST_TOKENS and (given_TK is None or given_TK.stride(1) == 1)
+    assert 0 < num_tokens <= MOST_TOKENS
     cut = cut or GateCut()
-    num_pairs, parts = num_tokens * top_k, triton.cdiv(hidden, cut.columns)
+    num_pairs, parts = num_tokens * choice.top_k, triton.cdiv(hidden, cut.columns)
     makers = triton.cdiv(num_experts, cut.experts) * parts
-    blocks = most_blocks(num_pairs, num_experts if own is None else len(own), ROWS.value)
+    blocks = most_blocks(num_pairs, num_experts if choice.own is None else len(choice.own), ROWS.value)
     places = blocks * ROWS.value if arranged else 0
     sizes = (places, triton.cdiv(num_zeros, 4) * 4, triton.cdiv(blocks, 4) * 4, 1)
     # an empty part of it would have no address
     buffer, filled = torch.empty(sum(sizes), dtype=torch.int32, device=device), sum(sizes[:2])
     pairs_P, zeros, expert_B, num_blocks = buffer.split(sizes)
-    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
-    weights_TK = torch.empty(num_tokens, top_k, device=device)
+    ids_TK = torch.empty(num_tokens, choice.top_k, dtype=torch.int32, device=device)
+    weights_TK = torch.empty(num_tokens, choice.top_k, device=device)
     part_STE = torch.empty(parts, num_tokens, num_experts, device=device)
     q_TD = scale_TG = None
     if quantize:
@@ -210,46 +196,25 @@ def route_few(
     route_few_kernel[(makers + num_tokens,)](
         x_TD,
         gate_ED,
-        gate_ED if bias_E is None else bias_E,
-        ids_TK if given_TK is None else given_TK,
-        slots_T,
-        part_STE,
-        ids_TK,
-        weights_TK,
-        ids_TK if rows_CLK is None else rows_CLK,
-        ids_TK if alike_C is None else alike_C,
-        buffer,
-        expert_B,
-        num_blocks,
-        x_TD if q_TD is None else q_TD,
-        x_TD if scale_TG is None else scale_TG,
-        counter,
-        num_tokens,
-        places,
-        filled,
-        scale,
-        0 if given_TK is None else given_TK.stride(0),
-        0 if rows_CLK is None else rows_CLK.stride(0),
-        0 if rows_CLK is None else layer * rows_CLK.stride(1),
-        0 if own is None else own.start,
-        0 if own is None else len(own),
+        slot_ptr=slots_T,
+        part_ptr=part_STE,
+        ids_ptr=ids_TK,
+        weights_ptr=weights_TK,
+        fill_ptr=buffer,
+        expert_ptr=expert_B,
+        num_blocks_ptr=num_blocks,
+        q_ptr=x_TD if q_TD is None else q_TD,
+        qs_ptr=x_TD if scale_TG is None else scale_TG,
+        counter_ptr=counter,
+        num_tokens=num_tokens,
+        num_places=places,
+        num_filled=filled,
+        **choice.arguments(num_experts, ids_TK),
         D=hidden,
-        E=num_experts,
-        E_PADDED=triton.next_power_of_2(num_experts),
-        K=top_k,
-        K_PADDED=triton.next_power_of_2(top_k),
         BLOCK_E=cut.experts,
         BLOCK_D=cut.columns,
-        PAIRS=triton.next_power_of_2(MOST_TOKENS * top_k) if arranged else 0,
+        PAIRS=triton.next_power_of_2(MOST_TOKENS * choice.top_k) if arranged else 0,
         FILL=triton.next_power_of_2(max(1, triton.cdiv(filled, makers))),
-        SOFTMAX=softmax,
-        RENORMALIZE=renormalize,
-        BIASED=bias_E is not None,
-        REPLAY=given_TK is not None,
-        RECORD=rows_CLK is not None,
-        COMPARE=given_TK is not None and alike_C is not None,
-        FIRST=layer == 0,
-        OWN=own is not None,
         QUANTIZE=quantize,
         PDL=pdl,
         num_warps=cut.warps,

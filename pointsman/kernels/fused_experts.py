@@ -30,7 +30,7 @@ from pointsman.kernels.arrange import quantize_groups, quantize_some
 from pointsman.kernels.expert_rows import combine_columns
 from pointsman.kernels.grouped_gemm import hidden_columns, row_products
 from pointsman.kernels.prefetch import fetch_line
-from pointsman.kernels.routing import choose_token
+from pointsman.kernels.routing import Choice, choose_token
 from pointsman.kernels.triton_support import launch_options
 from pointsman.kernels.weight import FP8, Weight
 
@@ -144,14 +144,14 @@ def down_part(
     tl.store(y_ptr + pair[None, :] * D + column + tl.arange(0, COLUMNS)[:, None], y, mask=mine[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "scale", "given_stride", "row_stride", "row_offset"])
+@triton.jit(do_not_specialize=["num_tokens", "scale", "given_stride", "row_stride", "row_offset", "first_own", "num_own"])
 def fused_kernel(
     x_ptr, gate_ptr, bias_ptr, given_ptr, slot_ptr, up_ptr, up_scale_ptr, down_ptr, down_scale_ptr,
     q_ptr, qs_ptr, logits_ptr, h_ptr, hs_ptr, y_ptr, ids_ptr, weights_ptr, rows_ptr, alike_ptr, out_ptr, counter_ptr,
-    num_tokens, scale, given_stride, row_stride, row_offset,
+    num_tokens, scale, given_stride, row_stride, row_offset, first_own, num_own,
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr,
     TOKENS: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, BIASED: tl.constexpr, REPLAY: tl.constexpr,
-    RECORD: tl.constexpr, COMPARE: tl.constexpr, FIRST_LAYER: tl.constexpr,
+    RECORD: tl.constexpr, COMPARE: tl.constexpr, FIRST_LAYER: tl.constexpr, OWN: tl.constexpr,
     COLUMNS: tl.constexpr, UP_STAGES: tl.constexpr, DOWN_STAGES: tl.constexpr, UP_AHEAD: tl.constexpr, DOWN_AHEAD: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +173,7 @@ def fused_kernel(
             choose_token(
                 pid + turn * programs, logits_ptr, bias_ptr, given_ptr, slot_ptr, ids_ptr, weights_ptr, rows_ptr, alike_ptr,
                 num_tokens, scale, given_stride, row_stride, row_offset, E, E_PADDED, K, K_PADDED, 1, SOFTMAX, RENORMALIZE, BIASED,
-                REPLAY, True, RECORD, COMPARE, FIRST_LAYER,
+                REPLAY, True, RECORD, COMPARE, FIRST_LAYER, first_own, num_own, OWN,
             )  # fmt: skip
             if LAST > 1:
                 raise_counter(counter_ptr + 1)
@@ -256,32 +256,13 @@ class Cut:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """What routes; attributes as the arguments of `routing.choose_experts`."""
-
-    gate_ED: Tensor
-    bias_E: Tensor | None
-    slots_T: Tensor
-    softmax: bool
-    renormalize: bool
-    scale: float
-    given_TK: Tensor | None = None
-    rows_CLK: Tensor | None = None
-    alike_C: Tensor | None = None
-    layer: int = 0
-
-
-def counters(device: torch.device) -> Tensor:
-    """What the phases are counted with: zeros, and zeros again after each launch; for one stream at a time."""
-    return torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
-
-
 def run(
     x_TD: Tensor,
     gate_up: Weight,
     down: Weight,
-    gate: Gate,
+    gate_ED: Tensor,
+    slots_T: Tensor,
+    choice: Choice,
     ids_TK: Tensor,
     weights_TK: Tensor,
     counter: Tensor,
@@ -297,30 +278,40 @@ def run(
         x_TD: bfloat16.
         gate_up, down: block FP8, [E, 2F, D] and [E, D, F].
         ids_TK, weights_TK: where the experts, int32, -1 for none, and their float32 weights are written.
-        counter: `counters` of this device.
+        gate_ED, slots_T, choice: float32, and as of `routing.choose_experts`.
+        counter: `NUM_COUNTERS` of `routing.counters`.
         processors: multiprocessors of the device.
         together: one launch for all phases; else one for each.
     """
     num_experts, _, width = down.data.shape
     assert 0 < len(x_TD) <= MOST_TOKENS and gate_up.scale is not None and down.scale is not None
-    assert len(gate.gate_ED) == num_experts, "it chooses among the experts that it has"
+    assert len(gate_ED) == num_experts and choice.own is None, "it chooses among the experts that it has"
     cut = cut or Cut()
     out_TD = torch.empty_like(x_TD)
-    pointers, numbers = routing_arguments(gate, ids_TK)
-    tensors = (
-        *(x_TD, gate.gate_ED, x_TD if gate.bias_E is None else gate.bias_E, pointers["given"], gate.slots_T),
-        *(gate_up.data, gate_up.scale, down.data, down.scale, *buffers(x_TD, ids_TK.shape[1], num_experts, width)),
-        *(ids_TK, weights_TK, pointers["rows"], pointers["alike"], out_TD, counter),
-    )
+    names = ("q_ptr", "qs_ptr", "logits_ptr", "h_ptr", "hs_ptr", "y_ptr")
+    given = {
+        **dict(zip(names, buffers(x_TD, choice.top_k, num_experts, width), strict=True)),
+        **choice.arguments(num_experts, ids_TK),
+        **cut.options(x_TD.shape[1], width, pdl=pdl),
+    }
     for first, last in [(GATE, SUM)] if together else [(phase, phase) for phase in range(SUM + 1)]:
         fused_kernel[(processors * cut.programs,)](
-            *tensors,
-            len(x_TD),
-            gate.scale,
-            *numbers,
-            **sizes(x_TD, ids_TK.shape[1], num_experts, width),
-            **flags(gate),
-            **cut.options(x_TD.shape[1], width, pdl=pdl),
+            x_TD,
+            gate_ED,
+            slot_ptr=slots_T,
+            up_ptr=gate_up.data,
+            up_scale_ptr=gate_up.scale,
+            down_ptr=down.data,
+            down_scale_ptr=down.scale,
+            ids_ptr=ids_TK,
+            weights_ptr=weights_TK,
+            out_ptr=out_TD,
+            counter_ptr=counter,
+            num_tokens=len(x_TD),
+            D=x_TD.shape[1],
+            F=width,
+            TOKENS=1 if len(x_TD) == 1 else 4 if len(x_TD) <= 4 else 16,
+            **given,
             FIRST=first,
             LAST=last,
             PDL=pdl,
@@ -328,15 +319,6 @@ def run(
             **({"launch_cooperative_grid": True} if together else {}),
         )
     return out_TD
-
-
-def routing_arguments(gate: Gate, absent: Tensor) -> tuple[dict[str, Tensor], tuple[int, int, int]]:
-    """What the choice reads and writes besides, with a tensor in the place of what is not there, and the strides of it."""
-    there = {"given": gate.given_TK, "rows": gate.rows_CLK, "alike": gate.alike_C}
-    assert gate.given_TK is None or gate.given_TK.stride(1) == 1
-    given_stride = 0 if gate.given_TK is None else gate.given_TK.stride(0)
-    row_stride, row_offset = (0, 0) if gate.rows_CLK is None else (gate.rows_CLK.stride(0), gate.layer * gate.rows_CLK.stride(1))
-    return {name: absent if tensor is None else tensor for name, tensor in there.items()}, (given_stride, row_stride, row_offset)
 
 
 def buffers(x_TD: Tensor, top_k: int, num_experts: int, width: int) -> tuple[Tensor, ...]:
@@ -351,30 +333,3 @@ def buffers(x_TD: Tensor, top_k: int, num_experts: int, width: int) -> tuple[Ten
         torch.empty(used, MOST_TOKENS, width // 128, device=device),
         torch.empty(num_tokens * top_k, hidden, device=device),
     )
-
-
-def sizes(x_TD: Tensor, top_k: int, num_experts: int, width: int) -> dict[str, int]:
-    """The sizes that the kernel is compiled for."""
-    num_tokens, hidden = x_TD.shape
-    return {
-        "D": hidden,
-        "F": width,
-        "E": num_experts,
-        "E_PADDED": triton.next_power_of_2(num_experts),
-        "K": top_k,
-        "K_PADDED": triton.next_power_of_2(top_k),
-        "TOKENS": 1 if num_tokens == 1 else 4 if num_tokens <= 4 else 16,
-    }
-
-
-def flags(gate: Gate) -> dict[str, bool]:
-    """What of the choice the kernel is compiled for."""
-    return {
-        "SOFTMAX": gate.softmax,
-        "RENORMALIZE": gate.renormalize,
-        "BIASED": gate.bias_E is not None,
-        "REPLAY": gate.given_TK is not None,
-        "RECORD": gate.rows_CLK is not None,
-        "COMPARE": gate.given_TK is not None and gate.alike_C is not None,
-        "FIRST_LAYER": gate.layer == 0,
-    }

@@ -15,6 +15,7 @@ Shape suffixes: T tokens, D hidden, E experts, K experts per token, S parts of t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -104,7 +105,7 @@ def choose_kernel(
     num_tokens, scale, given_stride, row_stride, row_offset, first_own, num_own,
     E: tl.constexpr, E_PADDED: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, PARTS: tl.constexpr, SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr, BIASED: tl.constexpr, REPLAY: tl.constexpr, SLOTS: tl.constexpr, RECORD: tl.constexpr,
-    COMPARE: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, PDL: tl.constexpr,
+    COMPARE: tl.constexpr, FIRST_LAYER: tl.constexpr, OWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: ids[t], weights[t], and the routing row of its slot."""
     if PDL:
@@ -113,7 +114,7 @@ def choose_kernel(
     choose_token(
         tl.program_id(0), part_ptr, bias_ptr, given_ptr, slot_ptr, ids_ptr, weights_ptr, rows_ptr, alike_ptr,
         num_tokens, scale, given_stride, row_stride, row_offset, E, E_PADDED, K, K_PADDED, PARTS, SOFTMAX, RENORMALIZE, BIASED,
-        REPLAY, SLOTS, RECORD, COMPARE, FIRST, first_own, num_own, OWN,
+        REPLAY, SLOTS, RECORD, COMPARE, FIRST_LAYER, first_own, num_own, OWN,
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def choose_token(
     num_tokens, scale, given_stride, row_stride, row_offset,
     E: tl.constexpr, E_PADDED: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, PARTS: tl.constexpr, SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr, BIASED: tl.constexpr, REPLAY: tl.constexpr, SLOTS: tl.constexpr, RECORD: tl.constexpr,
-    COMPARE: tl.constexpr, FIRST: tl.constexpr, first_own=0, num_own=0, OWN: tl.constexpr = False,
+    COMPARE: tl.constexpr, FIRST_LAYER: tl.constexpr, first_own=0, num_own=0, OWN: tl.constexpr = False,
 ):  # fmt: skip
     """The choice of one token, and its routing row."""
     expert = tl.arange(0, E_PADDED)
@@ -144,7 +145,7 @@ def choose_token(
     if REPLAY:  # noqa: SIM102 - this one is asked when the kernel is compiled
         if tl.min(given, axis=0) >= 0:
             if COMPARE:
-                compare_choices(ids, given, choice, alike_ptr, slot, K, FIRST)
+                compare_choices(ids, given, choice, alike_ptr, slot, K, FIRST_LAYER)
             ids = given
     weights = tl.sum(tl.where(expert[:, None] == ids[None, :], score[:, None], 0.0), axis=0)
     if RENORMALIZE:
@@ -163,15 +164,74 @@ def choose_token(
 
 
 @triton.jit
-def compare_choices(ids, given, choice, alike_ptr, slot, K: tl.constexpr, FIRST: tl.constexpr):
+def compare_choices(ids, given, choice, alike_ptr, slot, K: tl.constexpr, FIRST_LAYER: tl.constexpr):
     """Count the layer in alike[slot] if the free choice is the set that is given; the first layer begins anew."""
     inside = (choice < K)[:, None] & (choice < K)[None, :]
     shared = tl.sum(tl.sum((inside & (ids[:, None] == given[None, :])).to(tl.int32), axis=1), axis=0) + choice * 0
     alike = (shared == K).to(tl.int16)
     mine = (choice == 0) & (slot >= 0)
-    if not FIRST:
+    if not FIRST_LAYER:
         alike += tl.load(alike_ptr + slot, mask=mine, other=0)
     tl.store(alike_ptr + slot, alike, mask=mine)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Choice:
+    """How the experts of rows are chosen, and what becomes of the choice.
+
+    Attributes:
+        top_k, softmax, renormalize, scale: how many; scores by softmax or else sigmoid; whether weights sum to 1, and by what they are
+            multiplied.
+        bias_E: float32, steers the choice alone.
+        given_TK: experts to use instead, weighed live; a row with a negative id is free. Rows may be apart (a slice of a layer).
+        rows_CLK: uint8 or uint16 routing rows by slot and layer.
+        alike_C: int16 by slot, counts the layers in which a given choice is the same set as the free one; layer 0 begins anew.
+        layer: of the routing row.
+        own: ids are told relative to the first of these experts, and -1 for all others; rows have them as they are.
+    """
+
+    top_k: int
+    softmax: bool
+    renormalize: bool = True
+    scale: float = 1.0
+    bias_E: Tensor | None = None
+    given_TK: Tensor | None = None
+    rows_CLK: Tensor | None = None
+    alike_C: Tensor | None = None
+    layer: int = 0
+    own: range | None = None
+
+    def arguments(self, num_experts: int, absent: Tensor) -> dict[str, Any]:
+        """What a kernel is told that calls `choose_token`, by name; `absent` stands where a tensor is not there."""
+        given_TK, rows_CLK, own = self.given_TK, self.rows_CLK, self.own
+        assert given_TK is None or given_TK.stride(1) == 1
+        tensors = {"bias_ptr": self.bias_E, "given_ptr": given_TK, "rows_ptr": rows_CLK, "alike_ptr": self.alike_C}
+        return {
+            **{name: absent if tensor is None else tensor for name, tensor in tensors.items()},
+            "scale": self.scale,
+            "given_stride": 0 if given_TK is None else given_TK.stride(0),
+            "row_stride": 0 if rows_CLK is None else rows_CLK.stride(0),
+            "row_offset": 0 if rows_CLK is None else self.layer * rows_CLK.stride(1),
+            "first_own": 0 if own is None else own.start,
+            "num_own": 0 if own is None else len(own),
+            "E": num_experts,
+            "E_PADDED": triton.next_power_of_2(num_experts),
+            "K": self.top_k,
+            "K_PADDED": triton.next_power_of_2(self.top_k),
+            "SOFTMAX": self.softmax,
+            "RENORMALIZE": self.renormalize,
+            "BIASED": self.bias_E is not None,
+            "REPLAY": given_TK is not None,
+            "RECORD": rows_CLK is not None,
+            "COMPARE": given_TK is not None and self.alike_C is not None,
+            "FIRST_LAYER": self.layer == 0,
+            "OWN": own is not None,
+        }
+
+
+def counters(number: int, device: torch.device) -> Tensor:
+    """What programs of a launch count with: zeros, and zeros again after it; for one stream at a time."""
+    return torch.zeros(number, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -228,67 +288,25 @@ def router_logits(x_TD: Tensor, gate_ED: Tensor, *, deterministic: bool = False,
     return part_STE
 
 
-def choose_experts(
-    part_STE: Tensor,
-    *,
-    top_k: int,
-    softmax: bool,
-    renormalize: bool = True,
-    scale: float = 1.0,
-    bias_E: Tensor | None = None,
-    given_TK: Tensor | None = None,
-    slots_T: Tensor | None = None,
-    rows_CLK: Tensor | None = None,
-    alike_C: Tensor | None = None,
-    layer: int = 0,
-    own: range | None = None,
-    pdl: bool = False,
-) -> tuple[Tensor, Tensor]:
+def choose_experts(part_STE: Tensor, choice: Choice, slots_T: Tensor | None = None, *, pdl: bool = False) -> tuple[Tensor, Tensor]:
     """Experts int32 [T, K], best first, and their float32 weights, from router logits in parts.
 
     Args:
-        bias_E: float32, steers the choice alone.
-        given_TK: experts to use instead, weighed live; a row with a negative id is free. Rows may be apart (a slice of a layer).
         slots_T: where each token's routing row goes; a token of a negative slot is padding and gets ids of -1 and weights of 0.
-        rows_CLK: uint8 or uint16 routing rows by slot and layer; needs `slots_T`.
-        alike_C: int16 by slot, counts the layers in which a given choice is the same set as the free one; layer 0 begins anew.
-        own: ids are told relative to the first of these experts, and -1 for all others; rows have them as they are.
     """
     parts, num_tokens, num_experts = part_STE.shape
-    assert slots_T is not None or (rows_CLK is None and alike_C is None)
-    assert given_TK is None or given_TK.stride(1) == 1
-    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=part_STE.device)
-    weights_TK = torch.empty(num_tokens, top_k, device=part_STE.device)
+    assert slots_T is not None or (choice.rows_CLK is None and choice.alike_C is None)
+    ids_TK = torch.empty(num_tokens, choice.top_k, dtype=torch.int32, device=part_STE.device)
+    weights_TK = torch.empty(num_tokens, choice.top_k, device=part_STE.device)
     choose_kernel[(num_tokens,)](
         part_STE,
-        part_STE if bias_E is None else bias_E,
-        ids_TK if given_TK is None else given_TK,
-        ids_TK if slots_T is None else slots_T,
-        ids_TK,
-        weights_TK,
-        ids_TK if rows_CLK is None else rows_CLK,
-        ids_TK if alike_C is None else alike_C,
-        num_tokens,
-        scale,
-        0 if given_TK is None else given_TK.stride(0),
-        0 if rows_CLK is None else rows_CLK.stride(0),
-        0 if rows_CLK is None else layer * rows_CLK.stride(1),
-        0 if own is None else own.start,
-        0 if own is None else len(own),
-        E=num_experts,
-        E_PADDED=triton.next_power_of_2(num_experts),
-        K=top_k,
-        K_PADDED=triton.next_power_of_2(top_k),
+        slot_ptr=ids_TK if slots_T is None else slots_T,
+        ids_ptr=ids_TK,
+        weights_ptr=weights_TK,
+        num_tokens=num_tokens,
+        **choice.arguments(num_experts, ids_TK),
         PARTS=parts,
-        SOFTMAX=softmax,
-        RENORMALIZE=renormalize,
-        BIASED=bias_E is not None,
-        REPLAY=given_TK is not None,
         SLOTS=slots_T is not None,
-        RECORD=rows_CLK is not None,
-        COMPARE=given_TK is not None and alike_C is not None,
-        FIRST=layer == 0,
-        OWN=own is not None,
         PDL=pdl,
         num_warps=1 if num_experts <= 256 else 4,
         **launch_options(pdl),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pointsman.kernels.capability import chains
 from pointsman.moe.grouped import RoutedRunner
-from pointsman.moe.router import ROUTERS, RouterInput
+from pointsman.moe.router import ROUTERS, RouterInput, choice
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.weights import ExpertWeights
 
@@ -47,7 +47,8 @@ class FusedRunner:
             routing = ROUTERS["triton"].run(rows, spec)
             return self._chain(rows.x_TD, routing, weights), routing
         if self._counter is None:
-            self._counter = self._kernel.counters(device)
+            kernels: Any = importlib.import_module("pointsman.kernels.routing")
+            self._counter = kernels.counters(self._kernel.NUM_COUNTERS, device)
         ids_TK = torch.empty(num_tokens, spec.top_k, dtype=torch.int32, device=device)
         weights_TK = torch.empty(num_tokens, spec.top_k, device=device)
         on_gpu = device.type == "cuda"
@@ -55,7 +56,9 @@ class FusedRunner:
             rows.x_TD,
             weights.gate_up,
             weights.down,
-            self._gate(rows, spec),
+            rows.gate_ED,
+            rows.slots_T,
+            choice(rows, spec),
             ids_TK,
             weights_TK,
             self._counter,
@@ -65,17 +68,3 @@ class FusedRunner:
             pdl=chains(device),
         )
         return out_TD, Routing(ids_TK, weights_TK)
-
-    def _gate(self, rows: RouterInput, spec: RoutingSpec) -> Any:
-        return self._kernel.Gate(
-            gate_ED=rows.gate_ED,
-            bias_E=rows.bias_E,
-            slots_T=rows.slots_T,
-            softmax=spec.score == "softmax",
-            renormalize=spec.renormalize,
-            scale=spec.scale,
-            given_TK=rows.given_TK,
-            rows_CLK=None if rows.routes is None else rows.routes.rows_SLK,
-            alike_C=None if rows.routes is None else rows.routes.alike_S,
-            layer=rows.layer,
-        )

@@ -158,8 +158,8 @@ class RoutedRunner(_Grouped):
         return Unsummed(y_RD, *routing, dtype)
 
     def counters(self, device: torch.device) -> Tensor:
-        """`kernels.few_tokens.counters`."""
-        made: Tensor = self._few.counters(device)
+        """What a router counts with that routes few tokens."""
+        made: Tensor = importlib.import_module("pointsman.kernels.routing").counters(self._few.NUM_COUNTERS, device)
         return made
 
     def wanted(self, num_tokens: int, top_k: int, weights: ExpertWeights) -> Wanted | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from pointsman.kernels import reference
 from pointsman.kernels.capability import chains
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.routing import Routing, RoutingSpec, route
+
+if TYPE_CHECKING:
+    from pointsman.kernels.routing import Choice
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -96,31 +99,33 @@ def _triton(deterministic: bool) -> Router:
         kernels: Any = importlib.import_module("pointsman.kernels.routing")
         pdl = chains(rows.x_TD.device)
         logits_STE = kernels.router_logits(rows.x_TD, rows.gate_ED, deterministic=deterministic, pdl=pdl)
-        return Routing(*kernels.choose_experts(logits_STE, slots_T=rows.slots_T, pdl=pdl, **_choosing(rows, spec)))
+        return Routing(*kernels.choose_experts(logits_STE, choice(rows, spec), rows.slots_T, pdl=pdl))
 
     def run_few(rows: RouterInput, spec: RoutingSpec, wanted: Wanted) -> Any:
         kernels: Any = importlib.import_module("pointsman.kernels.few_tokens")
         pdl, counter = chains(rows.x_TD.device), rows.counter
-        options = _choosing(rows, spec) | {"arranged": wanted.arranged, "num_zeros": wanted.zeros, "pdl": pdl}
-        return kernels.route_few(rows.x_TD, rows.gate_ED, rows.slots_T, counter, **options)
+        options = {"arranged": wanted.arranged, "num_zeros": wanted.zeros, "pdl": pdl}
+        return kernels.route_few(rows.x_TD, rows.gate_ED, rows.slots_T, counter, choice(rows, spec), **options)
 
     return Router(run, always_given=True, run_few=None if deterministic else run_few)
 
 
-def _choosing(rows: RouterInput, spec: RoutingSpec) -> dict[str, Any]:
+def choice(rows: RouterInput, spec: RoutingSpec) -> Choice:
     """What the kernels that choose are told."""
-    return {
-        "top_k": spec.top_k,
-        "softmax": spec.score == "softmax",
-        "renormalize": spec.renormalize,
-        "scale": spec.scale,
-        "bias_E": rows.bias_E,
-        "given_TK": rows.given_TK,
-        "rows_CLK": None if rows.routes is None else rows.routes.rows_SLK,
-        "alike_C": None if rows.routes is None else rows.routes.alike_S,
-        "layer": rows.layer,
-        "own": rows.own,
-    }
+    kernels: Any = importlib.import_module("pointsman.kernels.routing")
+    made: Choice = kernels.Choice(
+        top_k=spec.top_k,
+        softmax=spec.score == "softmax",
+        renormalize=spec.renormalize,
+        scale=spec.scale,
+        bias_E=rows.bias_E,
+        given_TK=rows.given_TK,
+        rows_CLK=None if rows.routes is None else rows.routes.rows_SLK,
+        alike_C=None if rows.routes is None else rows.routes.alike_S,
+        layer=rows.layer,
+        own=rows.own,
+    )
+    return made
 
 
 ROUTERS: dict[str, Router] = {

@@ -16,7 +16,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from pointsman.kernels import e4m3
-from pointsman.kernels.routing import choose_experts, router_logits
+from pointsman.kernels.routing import Choice, choose_experts, router_logits
 from pointsman.moe.grouped import TritonRunner
 from pointsman.moe.routing import Routing
 from pointsman.moe.weights import ExpertWeights
@@ -42,9 +42,8 @@ def experts(tp: int, num_tokens: int) -> list[Launch]:
     rows_CLK = meta(4096, 62, TOP_K, dtype=torch.uint8)
     with caught() as found:
         logits = router_logits(x_TD, meta(NUM_EXPERTS, HIDDEN))
-        ids_TK, weights_TK = choose_experts(
-            logits, top_k=TOP_K, softmax=False, bias_E=meta(NUM_EXPERTS), slots_T=slots_T, rows_CLK=rows_CLK, layer=1
-        )
+        choice = Choice(top_k=TOP_K, softmax=False, bias_E=meta(NUM_EXPERTS), rows_CLK=rows_CLK, layer=1)
+        ids_TK, weights_TK = choose_experts(logits, choice, slots_T)
         TritonRunner()(x_TD, Routing(ids_TK, weights_TK), weights)
     return found
 

@@ -8,6 +8,7 @@ them), tokens, registers, bytes of shared memory and of stack, and what is wrong
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -17,7 +18,7 @@ from pointsman.kernels import few_tokens, fused_experts, tiles, vector_products,
 from pointsman.kernels.arrange import arrange, spread
 from pointsman.kernels.expert_rows import activate, combine
 from pointsman.kernels.grouped_gemm import gemm, up
-from pointsman.kernels.routing import choose_experts, router_logits
+from pointsman.kernels.routing import Choice, choose_experts, router_logits
 from pointsman.kernels.tiles import Shape, Tiles
 from pointsman.kernels.weight import FP8, Weight
 from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caught, spilled
@@ -45,9 +46,8 @@ def launches(tp: int, num_tokens: int, cut: Tiles, plain: Tiles) -> list[Launch]
     with caught() as found:
         logits = router_logits(x_TD, meta(NUM_EXPERTS, HIDDEN), pdl=True)
         slots_T = meta(num_tokens, dtype=torch.int64)
-        ids_TK, weights_TK = choose_experts(
-            logits, top_k=TOP_K, softmax=False, bias_E=meta(NUM_EXPERTS), slots_T=slots_T, rows_CLK=rows_CLK, layer=1, pdl=True
-        )
+        choice = Choice(top_k=TOP_K, softmax=False, bias_E=meta(NUM_EXPERTS), rows_CLK=rows_CLK, layer=1)
+        ids_TK, weights_TK = choose_experts(logits, choice, slots_T, pdl=True)
         order, q_TD, scale_TG = arrange(ids_TK, NUM_EXPERTS, cut.up.block, x_TD, pdl=True)
         assert q_TD is not None
         h_PF, scale_PG = up(q_TD, scale_TG, gate_up, order, num_pairs, TOP_K, cut.up, pdl=True)
@@ -56,10 +56,8 @@ def launches(tp: int, num_tokens: int, cut: Tiles, plain: Tiles) -> list[Launch]
         if num_tokens <= few_tokens.MOST_TOKENS:
             counter = meta(few_tokens.NUM_COUNTERS, dtype=torch.int32)
             for arranged in (True, False):
-                few_tokens.route_few(
-                    x_TD, meta(NUM_EXPERTS, HIDDEN), slots_T, counter, top_k=TOP_K, softmax=False, bias_E=meta(NUM_EXPERTS),
-                    rows_CLK=rows_CLK, layer=1, arranged=arranged, num_zeros=0 if arranged else 8, pdl=True,
-                )  # fmt: skip
+                options = {"arranged": arranged, "num_zeros": 0 if arranged else 8, "pdl": True}
+                few_tokens.route_few(x_TD, meta(NUM_EXPERTS, HIDDEN), slots_T, counter, choice, **options)
         if num_tokens <= vector_products.MOST_TOKENS:
             zeros = meta(vector_products.num_arrivals(num_pairs, width), dtype=torch.int32)
             vector_products.experts(q_TD, scale_TG, ids_TK, weights_TK, gate_up, down, zeros, pdl=True)
@@ -77,20 +75,11 @@ def launches(tp: int, num_tokens: int, cut: Tiles, plain: Tiles) -> list[Launch]
                 wide_gemm.down(h_PF, scale_HP, down, order, num_pairs, meta(num_pairs, HIDDEN, dtype=dtype), processors=132)
         if num_tokens <= fused_experts.MOST_TOKENS:
             for given_TK in (None, ids_TK):
-                gate = fused_experts.Gate(
-                    gate_ED=meta(NUM_EXPERTS, HIDDEN),
-                    bias_E=meta(NUM_EXPERTS),
-                    slots_T=slots_T,
-                    softmax=False,
-                    renormalize=True,
-                    scale=1.0,
-                    given_TK=given_TK,
-                    rows_CLK=rows_CLK,
-                    alike_C=meta(4096, dtype=torch.int16),
-                    layer=1,
-                )
-                counter = meta(3, dtype=torch.int32)
-                fused_experts.run(x_TD, gate_up, down, gate, ids_TK, weights_TK, counter, processors=132, pdl=True)
+                given = dataclasses.replace(choice, given_TK=given_TK, alike_C=meta(4096, dtype=torch.int16))
+                gate_ED, counter = meta(NUM_EXPERTS, HIDDEN), meta(3, dtype=torch.int32)
+                fused_experts.run(
+                    x_TD, gate_up, down, gate_ED, slots_T, given, ids_TK, weights_TK, counter, processors=132, pdl=True
+                )  # fmt: skip
     return found
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from pointsman.kernels import few_tokens, reference
 from pointsman.kernels.few_tokens import GateCut, route_few
+from pointsman.kernels.routing import Choice, counters
 from pointsman.moe.routing import RoutingSpec, route
 from tests.kernels.interpreter import correct
 
@@ -20,18 +23,10 @@ def normal(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def run(x_TD: Tensor, gate_ED: Tensor, slots_T: Tensor, spec: RoutingSpec, counter: Tensor, **options: object) -> few_tokens.Few:
-    return route_few(
-        x_TD,
-        gate_ED,
-        slots_T,
-        counter,
-        top_k=spec.top_k,
-        softmax=spec.score == "softmax",
-        renormalize=spec.renormalize,
-        scale=spec.scale,
-        **options,  # type: ignore[arg-type]
-    )
+def run(x_TD: Tensor, gate_ED: Tensor, slots_T: Tensor, spec: RoutingSpec, counter: Tensor, **options: Any) -> few_tokens.Few:
+    chosen = {name: options.pop(name) for name in ("bias_E", "given_TK", "rows_CLK", "alike_C", "layer", "own") if name in options}
+    score = {"softmax": spec.score == "softmax", "renormalize": spec.renormalize, "scale": spec.scale}
+    return route_few(x_TD, gate_ED, slots_T, counter, Choice(top_k=spec.top_k, **score, **chosen), **options)
 
 
 def blocks_of(few: few_tokens.Few) -> list[tuple[int, list[int]]]:
@@ -62,7 +57,7 @@ def test_it_routes_records_arranges_and_quantizes(num_tokens: int, spec: Routing
     bias_E = normal(spec.num_experts, seed=2) / 8
     slots_T = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(3))[:num_tokens].to(DEVICE)
     rows_CLK = torch.full((SLOTS, LAYERS, spec.top_k), 999, dtype=torch.int16, device=DEVICE)
-    counter = few_tokens.counters(DEVICE)
+    counter = counters(few_tokens.NUM_COUNTERS, DEVICE)
     for cut in (GateCut(), GateCut(experts=16, columns=128)):
         got = run(x_TD, gate_ED, slots_T, spec, counter, bias_E=bias_E, rows_CLK=rows_CLK, layer=1, num_zeros=5, cut=cut)
         # the choice is by float32 logits, whose sums differ in their order: scores apart by less than that might go either way
@@ -82,7 +77,7 @@ def test_it_routes_records_arranges_and_quantizes(num_tokens: int, spec: Routing
 
 def test_padding_has_no_expert_and_a_rank_sees_its_own() -> None:
     spec = RoutingSpec(num_experts=12, top_k=4, score="sigmoid")
-    x_TD, gate_ED, counter = normal(6, D).bfloat16(), normal(12, D, seed=1) / D**0.5, few_tokens.counters(DEVICE)
+    x_TD, gate_ED, counter = normal(6, D).bfloat16(), normal(12, D, seed=1) / D**0.5, counters(few_tokens.NUM_COUNTERS, DEVICE)
     slots_T = torch.tensor([3, -1, 0, 9, -1, 4], device=DEVICE)
     rows_CLK = torch.full((10, 1, 4), 255, dtype=torch.uint8, device=DEVICE)
     want = route(reference.router_logits(x_TD, gate_ED), spec)
@@ -99,7 +94,7 @@ def test_padding_has_no_expert_and_a_rank_sees_its_own() -> None:
 
 def test_given_experts_are_weighed_live_and_compared() -> None:
     spec = RoutingSpec(num_experts=12, top_k=3, score="sigmoid")
-    x_TD, gate_ED, counter = normal(3, D).bfloat16(), normal(12, D, seed=1) / D**0.5, few_tokens.counters(DEVICE)
+    x_TD, gate_ED, counter = normal(3, D).bfloat16(), normal(12, D, seed=1) / D**0.5, counters(few_tokens.NUM_COUNTERS, DEVICE)
     slots_T = torch.tensor([4, 1, 2], device=DEVICE)
     free = run(x_TD, gate_ED, slots_T, spec, counter)
     given_TK = torch.stack([free.ids_TK[0].flip(0), torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE), free.ids_TK[2] * 0 - 1])

@@ -19,15 +19,15 @@ def normal(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def choose(logits_TE: Tensor, spec: RoutingSpec, **options: object) -> tuple[Tensor, Tensor]:
-    return routing.choose_experts(
-        logits_TE.unsqueeze(0).contiguous(),
+def choose(logits_TE: Tensor, spec: RoutingSpec, slots_T: Tensor | None = None, **options: object) -> tuple[Tensor, Tensor]:
+    choice = routing.Choice(
         top_k=spec.top_k,
         softmax=spec.score == "softmax",
         renormalize=spec.renormalize,
         scale=spec.scale,
         **options,  # type: ignore[arg-type]
     )
+    return routing.choose_experts(logits_TE.unsqueeze(0).contiguous(), choice, slots_T)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "hidden"), [(1, 16, 256), (5, 72, 384), (70, 40, 200)])

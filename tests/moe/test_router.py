@@ -11,6 +11,7 @@ import torch
 
 from pointsman.kernels import few_tokens
 from pointsman.kernels.device import Device
+from pointsman.kernels.routing import counters
 from pointsman.moe import candidates
 from pointsman.moe.candidates import router_choice
 from pointsman.moe.capture import RouteStore
@@ -37,7 +38,7 @@ def routed(
         x_TD = torch.randn(T, D, generator=generator).bfloat16().to(DEVICE)
         gate_ED, bias_E = torch.randn(E, D, generator=generator).to(DEVICE), torch.randn(E, generator=generator).to(DEVICE) / 4
         given_TK = None if given_TLK is None else given_TLK[:, layer]
-        rows = RouterInput(x_TD, gate_ED, bias_E, layer, rows_T, routes, given_TK, counter=few_tokens.counters(DEVICE))
+        rows = RouterInput(x_TD, gate_ED, bias_E, layer, rows_T, routes, given_TK, counter=counters(few_tokens.NUM_COUNTERS, DEVICE))
         if few_rows:
             few = table.run_few(rows, SPEC, Wanted(True, 0))
             answers.append(Routing(few.ids_TK, few.weights_TK))
