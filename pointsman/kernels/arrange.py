@@ -31,6 +31,7 @@ GROUP = tl.constexpr(128)
 FP8_MAX = tl.constexpr(448.0)
 CHUNKS = (128, 1024, 4096)  # pairs looked at together
 SPREAD_CHUNK = 256  # pairs of a program
+NUM_COUNTERS = tl.constexpr(8)
 
 
 class Arrangement(NamedTuple):
@@ -44,6 +45,20 @@ class Arrangement(NamedTuple):
     pairs_P: Tensor
     expert_B: Tensor
     num_blocks: Tensor
+
+
+class Spread(NamedTuple):
+    """An `Arrangement`, with what tells a product its tiles in any order. Further attributes:
+
+    first_E: int32 [E + 1], the first block of each expert and, last, the number of blocks.
+    counters: int32 zeros [8], of which a product counts in one the tiles that have begun.
+    """
+
+    pairs_P: Tensor
+    expert_B: Tensor
+    num_blocks: Tensor
+    first_E: Tensor
+    counters: Tensor
 
 
 @triton.jit
@@ -213,6 +228,8 @@ def place_kernel(
     expert_ptr,
     num_blocks_ptr,
     place_ptr,
+    first_ptr,
+    counters_ptr,
     num_pairs,
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
@@ -249,6 +266,9 @@ def place_kernel(
     tl.store(place_ptr + pair, tl.where(ids >= 0, place, -1), mask=pair < num_pairs)
     if own == 0:
         tl.store(num_blocks_ptr, tl.sum(blocks, axis=0))
+        tl.store(first_ptr + experts, first, mask=experts < E)
+        tl.store(first_ptr + E, tl.sum(blocks, axis=0))
+        tl.store(counters_ptr + tl.arange(0, NUM_COUNTERS), tl.zeros((NUM_COUNTERS,), tl.int32))
     for expert in range(own, E, num_chunks):
         start = tl.sum(tl.where(experts == expert, first, 0), axis=0)
         num = tl.sum(tl.where(experts == expert, blocks, 0), axis=0)
@@ -279,7 +299,7 @@ def spread_kernel(
         tl.store(scale_ptr + group.to(tl.int64) * num_rows + place, scale, mask=there)
 
 
-def spread(ids_TK: Tensor, num_experts: int, block: int, x_TD: Tensor, *, pdl: bool = False) -> tuple[Arrangement, Tensor, Tensor]:
+def spread(ids_TK: Tensor, num_experts: int, block: int, x_TD: Tensor, *, pdl: bool = False) -> tuple[Spread, Tensor, Tensor]:
     """The same arrangement, made for many tokens, and the rows of all pairs in its order.
 
     Three launches in the place of one, so that no program has to read all choices. The choices must be older than the launch before.
@@ -293,8 +313,9 @@ def spread(ids_TK: Tensor, num_experts: int, block: int, x_TD: Tensor, *, pdl: b
     blocks = most_blocks(num_pairs, num_experts, block)
     chunks = triton.cdiv(num_pairs, SPREAD_CHUNK)
     num_rows = blocks * block
-    sizes = (num_rows, triton.cdiv(blocks, 4) * 4, 4, chunks * padded, num_pairs)
-    pairs_P, expert_B, num_blocks, counts, place = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    sizes = (num_rows, triton.cdiv(blocks, 4) * 4, 4, num_experts // 4 * 4 + 4, NUM_COUNTERS.value, chunks * padded, num_pairs)
+    buffers = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    pairs_P, expert_B, num_blocks, first_E, counters, counts, place = buffers
     q_PD = torch.empty(num_rows, hidden, dtype=FP8, device=device)
     scale_GP = torch.empty(hidden // 128, num_rows, device=device)
     options = launch_options(pdl)
@@ -306,6 +327,8 @@ def spread(ids_TK: Tensor, num_experts: int, block: int, x_TD: Tensor, *, pdl: b
         expert_B,
         num_blocks,
         place,
+        first_E,
+        counters,
         num_pairs,
         E=num_experts,
         E_PADDED=padded,
@@ -321,4 +344,4 @@ def spread(ids_TK: Tensor, num_experts: int, block: int, x_TD: Tensor, *, pdl: b
     spread_kernel[(num_tokens,)](
         x_TD, place, stored(q_PD), scale_GP, num_rows, D=hidden, K=top_k, GROUPS=groups, PDL=pdl, num_warps=4, **options
     )
-    return Arrangement(pairs_P, expert_B, num_blocks[:1]), q_PD, scale_GP
+    return Spread(pairs_P, expert_B, num_blocks[:1], first_E[: num_experts + 1], counters), q_PD, scale_GP

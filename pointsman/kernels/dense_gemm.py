@@ -1,4 +1,4 @@
-"""Linear layers of many rows in block FP8, for Hopper, in Gluon: tiles of 128 rows and 128 or 256 columns, as `wide_gemm` multiplies them.
+"""Linear layers of many rows in block FP8, for Hopper, in Gluon: tiles of 128 rows and 128 or 256 columns.
 
 `block_gemm` asks for blocks of x and W with the threads that multiply, and these wait for the tensor cores after each 128 of K. Here one
 warp does nothing but ask, and two groups of four warps take turns at the tensor cores: what one group's sums cost is hidden by the other.
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from pointsman.kernels.wide_gemm import ACCUMULATOR, ROWS, descriptor, load_tile, sums
+from pointsman.kernels.wide_gemm import descriptor
+from pointsman.kernels.wide_tiles import load_tile
 
+ROWS = 128
 STAGES = {128: 6, 256: 4}
 BAND = 16  # tiles of rows that run side by side, so that they share W in the cache
+ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 
 
 @gluon.jit
@@ -50,6 +53,44 @@ def fetch(x_desc, w_desc, ready, empty, x_s, first_s, second_s, tiles_down, COLU
             if BOTH:
                 load_tile(w_desc, [across * COLUMNS + 128, k * 128], ready.index(stage), second_s.index(stage))
             count += 1
+
+
+@gluon.jit
+def sums(HALF: gl.constexpr, count, ready, empty, x_s, first_s, second_s, xs_ptrs, xs_step, first_scale_ptr, second_scale_ptr,
+         STEPS: gl.constexpr, STAGES: gl.constexpr, BOTH: gl.constexpr):  # fmt: skip
+    """A group's 64 rows times one or, if BOTH, two blocks of 128 columns: the sums over all of K, and how many stages have been used.
+
+    `xs_ptrs` are where the rows' scales of the first step are, `xs_step` apart from those of the next."""
+    first = gl.zeros((64, 128), gl.float32, ACCUMULATOR)
+    second = gl.zeros((64, 128), gl.float32, ACCUMULATOR)
+    # where every product is made: the assembler would take other registers for the next one, and has none left
+    product = gl.zeros((64, 128), gl.float32, ACCUMULATOR)
+    x_scale = gl.load(xs_ptrs)
+    first_scale = gl.load(first_scale_ptr)
+    second_scale = gl.load(second_scale_ptr)
+    for k in range(STEPS):
+        stage = count % STAGES
+        mbarrier.wait(ready.index(stage), count // STAGES & 1)
+        x = x_s.index(2 * stage + HALF)
+        product = warpgroup_mma(x, first_s.index(stage).permute((1, 0)), product, is_async=True, use_acc=False)
+        # the scales of the next step are on their way while this one is multiplied
+        later = gl.minimum(k + 1, STEPS - 1)
+        x_scale_next = gl.load(xs_ptrs + later * xs_step)
+        first_scale_next = gl.load(first_scale_ptr + later)
+        second_scale_next = gl.load(second_scale_ptr + later)
+        product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
+        if BOTH:
+            first += product * (x_scale * first_scale)[:, None]
+            product = warpgroup_mma(x, second_s.index(stage).permute((1, 0)), product, is_async=True, use_acc=False)
+            product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
+            mbarrier.arrive(empty.index(stage), count=1)
+            second += product * (x_scale * second_scale)[:, None]
+        else:
+            mbarrier.arrive(empty.index(stage), count=1)
+            first += product * (x_scale * first_scale)[:, None]
+        x_scale, first_scale, second_scale = x_scale_next, first_scale_next, second_scale_next
+        count += 1
+    return first, second, count
 
 
 @gluon.jit

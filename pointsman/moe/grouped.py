@@ -200,7 +200,8 @@ class RoutedRunner(_Grouped):
         num_pairs, wide = num_tokens * top_k, importlib.import_module("pointsman.kernels.wide_gemm")
         processors = torch.cuda.get_device_properties(x_TD.device).multi_processor_count
         arranged, q_PD, scale_GP = self._arrange.spread(ids_TK, weights.num_experts, wide.ROWS, x_TD, pdl=True)
-        h_PF, scale_HP = wide.up(q_PD, scale_GP, weights.gate_up, arranged, num_pairs, processors=processors)
-        y_RD = torch.empty(num_pairs, x_TD.shape[1], dtype=torch.float32 if self.deterministic else torch.bfloat16, device=x_TD.device)
-        wide.down(h_PF, scale_HP, weights.down, arranged, num_pairs, y_RD, processors=processors)
+        h_PF, scale_HP = wide.up(q_PD, scale_GP, weights.gate_up, arranged, num_pairs, processors=processors, pdl=True)
+        exact = self.deterministic or num_tokens <= EXACT_TOKENS
+        y_RD = torch.empty(num_pairs, x_TD.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=x_TD.device)
+        wide.down(h_PF, scale_HP, weights.down, arranged, num_pairs, y_RD, processors=processors, pdl=True)
         return Unsummed(y_RD, *routing, x_TD.dtype)

@@ -19,7 +19,7 @@ from pointsman.kernels.qkv_post import qkv_post
 from pointsman.kernels.sampling import RowSampling, draw
 from pointsman.kernels.unsummed import Unsummed
 from pointsman.kernels.weight import FP8, Quantized
-from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caught, spilled
+from tests.kernels.sm90 import DENSE_PRODUCT, SHARED_LIMIT, Binary, Launch, caught, spilled
 
 HIDDEN, HEADS, KV_HEADS, CHANNELS, HALF = 3072, 48, 8, 128, 32
 WIDTH = 1536  # of an expert that all tokens share
@@ -125,8 +125,8 @@ def faults(launch: Launch, binary: Binary) -> list[str]:
     left = given["M"] if "M" in given else given.get("COLUMNS" if given.get("SWAP") else "ROWS")
     if left is not None and (left >= 64) != binary.uses_wgmma:
         found.append(f"{'uses no' if left >= 64 else 'uses'} wgmma with {left} rows on the left")
-    if launch.kernel.__name__ == "dense_kernel" and WIDE_PRODUCT not in binary.ptx:
-        found.append(f"multiplies with no {WIDE_PRODUCT}")
+    if launch.kernel.__name__ == "dense_kernel" and DENSE_PRODUCT not in binary.ptx:
+        found.append(f"multiplies with no {DENSE_PRODUCT}")
     return found
 
 

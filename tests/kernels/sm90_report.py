@@ -70,9 +70,9 @@ def launches(tp: int, num_tokens: int, cut: Tiles, plain: Tiles) -> list[Launch]
         combine(y_RD, ids_TK, weights_TK, torch.bfloat16)
         if num_tokens * TOP_K >= NUM_EXPERTS * 64:
             order, q_PD, scale_GP = spread(ids_TK, NUM_EXPERTS, wide_gemm.ROWS, x_TD, pdl=True)
-            h_PF, scale_HP = wide_gemm.up(q_PD, scale_GP, gate_up, order, num_pairs, processors=132)
+            h_PF, scale_HP = wide_gemm.up(q_PD, scale_GP, gate_up, order, num_pairs, processors=132, pdl=True)
             for dtype in (torch.bfloat16, torch.float32):
-                wide_gemm.down(h_PF, scale_HP, down, order, num_pairs, meta(num_pairs, HIDDEN, dtype=dtype), processors=132)
+                wide_gemm.down(h_PF, scale_HP, down, order, num_pairs, meta(num_pairs, HIDDEN, dtype=dtype), processors=132, pdl=True)
         if num_tokens <= fused_experts.MOST_TOKENS:
             for given_TK in (None, ids_TK):
                 given = dataclasses.replace(choice, given_TK=given_TK, alike_C=meta(4096, dtype=torch.int16))

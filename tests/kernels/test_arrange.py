@@ -46,7 +46,10 @@ def test_rows_are_spread_in_the_same_order(name: str, block: int) -> None:
     ids_TK = routings()[name].int().to(DEVICE)
     x_TD = torch.randn(len(ids_TK), 384, generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE)
     arranged, q_PD, scale_GP = spread(ids_TK, 12, block, x_TD)
-    check(arranged, ids_TK, block)
+    check(Arrangement(*arranged[:3]), ids_TK, block)
+    experts = arranged.expert_B[: int(arranged.num_blocks)].tolist()
+    assert arranged.first_E.tolist() == [sum(expert < own for expert in experts) for own in range(13)]
+    assert not arranged.counters.any()
     want_TD, want_TG = reference.quantize_activation(x_TD)
     pairs_P = arranged.pairs_P[: int(arranged.num_blocks) * block].long()
     place_R = (pairs_P < ids_TK.numel()).nonzero().flatten()
