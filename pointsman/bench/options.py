@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from pointsman.config import flag
 
@@ -148,7 +148,7 @@ class ScalingOptions:
 
     results: str | None = flag(None, "folder of the measured parts (default: benchmarks/results of the source tree)")
     gpu: str = flag("h100", "h100 as measured, or h200: the same with the bandwidth and the memory of that", choices=("h100", "h200"))
-    gpus: tuple[int, ...] = flag((2, 4, 8, 16), "GPUs in all, one or several numbers; 8 are a host", low=1, high=1024)
+    gpus: tuple[int, ...] = flag((2, 4, 8, 16), "GPUs in all, one or several numbers; 8 are a host", low=1, high=256)
     layers: int = flag(62, "layers of the model; fewer fit where all do not", low=1, high=62)
     dataset_name: str = flag("random", "what is asked", choices=("random", "azure", "mooncake"))
     dataset_path: str | None = flag(None, "file of azure or mooncake")
@@ -170,3 +170,9 @@ class ScalingOptions:
             raise ValueError(f"--dataset-name {self.dataset_name} {needs}")
         if self.dataset_name == "random" and self.trace_slowdown != (1.0,):
             raise ValueError("--trace-slowdown is for --dataset-name azure or mooncake; it is random")
+        if self.dataset_name != "random":
+            given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+            for name in ("max_concurrency", "random_input_len", "random_output_len", "random_range_ratio", "seed"):
+                if name in given:
+                    typed = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"{typed} is for --dataset-name random; {self.dataset_name} has its own moments and lengths")

@@ -1,5 +1,6 @@
 """The simulation against what was measured whole: the engine of `benchmarks/gpu_engine.py` on one GPU, and that of
-`benchmarks/gpu_serve.py` on two. Nothing in the parts was fitted to either, and one number of the version that was measured (RECOMPUTE_US).
+`benchmarks/gpu_serve.py` on two, each layout in the version whose parts were measured. Nothing in the parts was fitted to either, and one
+number of that version (RECOMPUTE_US).
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from pointsman.bench.scaling.serving import Served, distinct, new_scheduler, ser
 from pointsman.bench.serving.datasets import random_lengths
 from pointsman.bench.serving.metrics import summarize
 
-ENGINE, SERVED = "engine_h100.json", "serve_2xh100.json"
+ENGINE = "engine_h100.json"
+# The experts' tiles at half their width came between the two; whole experts are those of before.
+SERVED = {"tp2": "serve_2xh100_tiles.json", "tp2+ep2": "serve_2xh100.json"}
 PROMPT, OUTPUT, BUDGET = 128, 64, 512  # of benchmarks/gpu_engine.py
 RATIO, CONTEXT_ROOM = 0.8, 1536  # of benchmarks/gpu_serve.py
 LAYOUTS = {"tp2": Layout(2, 2), "tp2+ep2": Layout(2, 2, 2)}
 # Steps that give experts were no CUDA graph in the version that SERVED was measured with: their kernels were launched one by one. So
-# were those in which a preempted sequence recomputed, and they are the longest; this is the P99 gap of tp2 at 128, the one figure that
-# is taken from there.
+# were those in which a preempted sequence recomputed, and they are the longest; this is the P99 gap of tp2 at 128 in serve_2xh100.json,
+# the one figure that is taken from there.
 RECOMPUTE_US = 66_600.0
 
 
@@ -58,8 +61,10 @@ def against_serving(parts: Parts, folder: Path) -> list[Compared]:
     Runs whose runner was named (`benchmarks/gpu_serve.py --runner`) stand beside the layout's own and are not compared.
     """
     found: list[Compared] = []
-    runs = json.loads((folder / SERVED).read_text()) if (folder / SERVED).is_file() else {}
-    for layout, run in ((name, run) for name, run in runs.items() if name in LAYOUTS):
+    for layout, file in ((layout, folder / name) for layout, name in SERVED.items()):
+        if not file.is_file():
+            continue
+        run = json.loads(file.read_text())[layout]
         time_of = functools.partial(_launched, LAYOUTS[layout], parts=parts, layers=run["layers"])
         most = max(row["concurrency"] for row in run["rows"])
         for row in (row for row in run["rows"] if not row["capture"]):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pointsman.bench.scaling.parts import ROW_BYTES, Parts, at_share
+from pointsman.bench.scaling.parts import ROW_BYTES, SHARES, Parts, at_share
 from pointsman.moe.spec import experts_hit
 
 LAYERS, EXPERTS, TOP_K, KV_HEADS, HIDDEN, WIDTH_BLOCKS = 62, 256, 8, 8, 3072, 12
@@ -50,6 +50,8 @@ class Layout:
             raise ValueError(
                 f"an expert's {WIDTH_BLOCKS} blocks of 128 columns cannot be shared by {self.gpus // self.ep} GPUs; ep would help"
             )
+        if self.ep > EXPERTS:
+            raise ValueError(f"{self.ep} groups of experts are more than the {EXPERTS} experts")
         if self.tp > HOST_GPUS:
             raise ValueError(f"{self.tp} GPUs that share attention are on several hosts; at most {HOST_GPUS} are on one")
 
@@ -69,8 +71,9 @@ class Layout:
         return math.ceil(WIDTH_BLOCKS / (self.gpus // self.ep)) / WIDTH_BLOCKS
 
     def cache_tokens(self, memory_bytes: float, layers: int) -> int:
-        """Tokens that the cache of one group holds; below 1 the model does not fit."""
-        weights = layers * (EXPERTS * EXPERT_BYTES / self.gpus + ATTENTION_BYTES / self.tp + 4 * EXPERTS * HIDDEN)
+        """Tokens that the cache of one group holds, on the GPU with the most of the experts; below 1 the model does not fit."""
+        experts = math.ceil(EXPERTS / self.ep) * self.width_share
+        weights = layers * (experts * EXPERT_BYTES + ATTENTION_BYTES / self.tp + 4 * EXPERTS * HIDDEN)
         weights += 2 * VOCABULARY * HIDDEN * (1 + 1 / self.tp)
         heads = math.ceil(KV_HEADS / self.tp) / KV_HEADS
         return int((0.9 * memory_bytes - weights - WORKSPACE_BYTES) / (layers * KV_BYTES * heads + ROUTE_BYTES))
@@ -110,9 +113,9 @@ def _drawn(tokens: int, groups: int) -> tuple[float, float]:
     in_use, pairs = [], []
     for _ in range(max(16, DRAWS // tokens)):
         chosen = np.argpartition(draws.random((tokens, EXPERTS), dtype=np.float32), TOP_K, axis=1)[:, :TOP_K]
-        counts = np.bincount(chosen.ravel(), minlength=EXPERTS).reshape(groups, -1)
-        in_use.append((counts > 0).sum(axis=1).max())
-        pairs.append(counts.sum(axis=1).max())
+        counts = np.array_split(np.bincount(chosen.ravel(), minlength=EXPERTS), groups)
+        in_use.append(max(np.count_nonzero(group) for group in counts))
+        pairs.append(max(group.sum() for group in counts))
     return float(np.mean(in_use)), float(np.mean(pairs))
 
 
@@ -136,6 +139,20 @@ def step_us(layout: Layout, loads: list[Load], parts: Parts, layers: int = LAYER
     sampled = max(load.sampled for load in loads)
     found["head"] = parts.head(sampled) * share + _gather(layout, sampled, parts)
     found["rest"] = parts.rest(sampled)
+    return found
+
+
+def assumed(layout: Layout) -> list[str]:
+    """What of its steps no measurement is behind, though those of two GPUs and of whole, half and quarter experts are."""
+    found = []
+    if layout.tp > 2:
+        found.append("sums over more than two GPUs (from those over two)")
+    if layout.groups > 1:
+        found.append("rows on their way to experts and back (at the speed of sums over two GPUs)")
+    if layout.gpus > HOST_GPUS:
+        found.append(f"messages between hosts ({HOST_BYTES_PER_US / 1000:g} GB/s a GPU, and {HOST_LATENCY_US:g} us each)")
+    if layout.width_share < min(SHARES):
+        found.append("experts at less than a quarter of their width (from a half and a quarter)")
     return found
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FILES = ("moe_h100.json", "dense_h100.json", "engine_h100.json")
-SHARED, SUMMED = "moe_tp_h100.json", "allreduce_2xh100.json"
+SHARED, SUMMED = "moe_tp_tiles_h100.json", "allreduce_2xh100.json"
 SHARES = (1.0, 0.5, 0.25)
 ASSUMED_SUM = (5.0, 350_000.0)  # microseconds to begin, bytes a microsecond
 MOST_ROWS = 2048
@@ -111,6 +111,7 @@ class Parts:
         return replace(
             self,
             device=device,
+            assumed=(*self.assumed, f"{device}: reads at {bandwidth / 1e12:g} TB/s, all else as on the {self.device}"),
             read_bandwidth=bandwidth,
             copy_bandwidth=self.copy_bandwidth * bandwidth / self.read_bandwidth,
             experts={share: replace(one, each=one.each - saved * share * EXPERT_BYTES) for share, one in self.experts.items()},

@@ -6,6 +6,8 @@ import functools
 import itertools
 import json
 import logging
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import pointsman
 from pointsman.bench.options import ScalingOptions
 from pointsman.bench.scaling.check import Compared, against_engine, against_serving
-from pointsman.bench.scaling.layouts import HOST_GPUS, Layout, step_us
+from pointsman.bench.scaling.layouts import HOST_GPUS, Layout, assumed, step_us
 from pointsman.bench.scaling.parts import Parts, read
 from pointsman.bench.scaling.serving import distinct, new_scheduler, serve
 from pointsman.bench.serving.datasets import random_lengths
@@ -36,21 +38,24 @@ def run(engine: dict[str, Any], options: ScalingOptions) -> int:
     logging.basicConfig(level=options.log_level.upper())
     folder = Path(options.results) if options.results else Path(pointsman.__file__).parents[1] / "benchmarks" / "results"
     parts = read(folder)
-    if not any(fitting(gpus, options) for gpus in options.gpus):
+    found = [layout for gpus in options.gpus for _, layout in fitting(gpus, options)]
+    if not found:
         which = f"{', '.join(map(str, options.gpus))} {options.gpu.upper()}"
-        raise ValueError(f"{options.layers} layers fit on none of {which}; give more --gpus, or fewer --layers")
+        raise ValueError(f"{what_must_fit(options)} fit on none of {which}; give more --gpus, or fewer --layers")
+    if options.plot is not None:
+        Path(options.plot).touch()  # a path that cannot be written is told before the work
     compared = against_engine(parts, folder) + against_serving(parts, folder)
     print(comparison(compared))
-    for part in parts.assumed:
-        print(f"not measured: {part}")
     if options.gpu == "h200":
         parts = parts.with_bandwidth(H200_BANDWIDTH, "H200 (predicted)")
+    parts = replace(parts, assumed=tuple(dict.fromkeys([*parts.assumed, *(part for layout in found for part in assumed(layout))])))
+    for part in parts.assumed:
+        print(f"not measured: {part}")
     rows: list[Row] = []
     for gpus in options.gpus:
-        found = list(measure(gpus, parts, options))
-        if not found:
-            print(f"{gpus} GPUs: {options.layers} layers do not fit")
-        for row in found:
+        if not fitting(gpus, options):
+            print(f"{gpus} GPUs: {what_must_fit(options)} do not fit")
+        for row in measure(gpus, parts, options):
             print(line(row) if rows else f"{heading()}\n{line(row)}", flush=True)
             rows.append(row)
     print(best(rows))
@@ -74,8 +79,11 @@ def summary(parts: Parts, compared: Sequence[Compared], rows: Sequence[Row], opt
 
 
 def layouts(gpus: int) -> list[Layout]:
-    """Ways in which so many GPUs hold one copy: attention shared by up to a host or by none, experts by width or in groups."""
-    tp = min(gpus, HOST_GPUS)
+    """Ways in which so many GPUs hold one copy: attention shared by up to a host or by none, experts by width or in groups.
+
+    Heads are shared by 2, 4 or 8 GPUs, and by as many in each group.
+    """
+    tp = math.gcd(gpus, HOST_GPUS)
     shared = [Layout(gpus, tp, ep) for ep in (1, gpus // 2, gpus) if ep and gpus % ep == 0 and gpus // ep <= HOST_GPUS]
     return list(dict.fromkeys([*shared, Layout(gpus, 1, gpus)]))
 
@@ -90,8 +98,18 @@ def fitting(gpus: int, options: ScalingOptions) -> list[tuple[int, Layout]]:
 
 
 def fits(layout: Layout, options: ScalingOptions) -> bool:
-    room = layout.cache_tokens(MEMORY[options.gpu], options.layers)
-    return room >= options.random_input_len + options.random_output_len
+    return layout.cache_tokens(MEMORY[options.gpu], options.layers) >= longest(options)
+
+
+def longest(options: ScalingOptions) -> int:
+    """Tokens of the longest request."""
+    if options.dataset_name == "random":
+        return options.random_input_len + options.random_output_len
+    return max(row.input_len + row.output_len for row in trace(options))
+
+
+def what_must_fit(options: ScalingOptions) -> str:
+    return f"{options.layers} layers and {longest(options):,} tokens"
 
 
 def measure(gpus: int, parts: Parts, options: ScalingOptions) -> Iterator[Row]:
@@ -108,15 +126,16 @@ def measure_one(layout: Layout, copies: int, load: float, parts: Parts, options:
     at_once = int(load) if options.dataset_name == "random" else None
     queries = workload(options, load)
     outcomes: list[Outcome] = []
-    seconds, steps, spent = 0.0, 0, dict[str, float]()
-    for copy in range(copies):
+    seconds, steps, spent = 0.0, 0, Counter[str]()
+    for copy in range(min(copies, len(queries))):
         running = -(-options.max_running_requests // layout.groups)
         schedulers = [new_scheduler(tokens, running, options.chunked_prefill_size) for _ in range(layout.groups)]
         time_of = functools.partial(step_us, layout, parts=parts, layers=options.layers)
-        served = serve(queries[copy::copies], schedulers, time_of, None if at_once is None else at_once // copies)
+        # of so many at once each copy has an equal part, and the first the ones that are over
+        served = serve(queries[copy::copies], schedulers, time_of, None if at_once is None else (at_once + copies - 1 - copy) // copies)
         outcomes += served.outcomes
         seconds, steps = max(seconds, served.seconds), steps + served.steps
-        spent = {name: spent.get(name, 0.0) + us for name, us in served.parts_us.items()}
+        spent.update(served.parts_us)
     figures = summarize(outcomes, seconds)
     names = [f"{figure}_{metric}_ms" for metric in ("ttft", "tpot", "itl") for figure in ("mean", "median", "p99")]
     return {
@@ -138,12 +157,17 @@ def workload(options: ScalingOptions, load: float) -> list[Query]:
         count = options.num_prompts or ROUNDS * int(load)
         lengths = (options.random_input_len, options.random_output_len, options.random_range_ratio)
         return distinct(random_lengths(Random(options.seed), count, *lengths))
-    reader = read_azure if options.dataset_name == "azure" else read_mooncake
-    assert options.dataset_path is not None
-    rows = reader(options.dataset_path, options.num_prompts or TRACE_REQUESTS)
+    rows = trace(options)
     queries = distinct([(row.input_len, max(row.output_len, 1)) for row in rows])
     moments = [replace(query, arrival_s=row.at_s * load) for query, row in zip(queries, rows, strict=True)]
     return [replace(query, ids=block_ids(row)) if row.blocks else query for query, row in zip(moments, rows, strict=True)]
+
+
+def trace(options: ScalingOptions) -> list[TraceRow]:
+    """The requests of the trace that is named."""
+    assert options.dataset_path is not None
+    reader = read_azure if options.dataset_name == "azure" else read_mooncake
+    return reader(options.dataset_path, options.num_prompts or TRACE_REQUESTS)
 
 
 def block_ids(row: TraceRow) -> tuple[int, ...]:
