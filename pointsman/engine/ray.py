@@ -119,14 +119,15 @@ def start_actors(size: int, *, on_gpus: bool) -> Places:
 def _take_seats(size: int, *, on_gpus: bool) -> tuple[Any, list[Any]]:
     """A placement group and an actor in each of its bundles, the first of which is on this host."""
     needs: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}
+    there = {name: ray.cluster_resources().get(name, 0) for name in needs}
+    wanted = f"{size} ranks need {needs} each, the first of them on this host; the cluster has {there} in all"
+    if any(there[name] < size * each for name, each in needs.items()):
+        raise ValueError(wanted)
     bundles = [needs | {f"node:{get_node_ip_address()}": 0.001}, *[needs] * (size - 1)]
     group = placement_group(bundles, strategy="PACK")
     if not group.wait(ROOM_SECONDS):
         remove_placement_group(group)
-        there = {name: ray.cluster_resources().get(name, 0) for name in needs}
-        raise ValueError(
-            f"{size} ranks need {needs} each, the first of them on this host; the cluster has {there} in all, some of it in use"
-        )
+        raise ValueError(f"{wanted}, some of it in use or on hosts that it does not fit")
     seats = [
         ray.remote(_Seat)
         .options(

@@ -75,7 +75,18 @@ def test_strangers_are_sent_away() -> None:
             assert _admit(far, token, 2) == rank
 
 
-def test_a_cluster_without_room_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pointsman.engine.ray.ROOM_SECONDS", 1.0)
-    with pytest.raises(ValueError, match=r"4 ranks need .*'CPU': 1.* each, the first of them on this host; the cluster has .*'CPU': 2"):
+def test_a_cluster_that_is_too_small_is_refused_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("pointsman.engine.ray.placement_group")  # nobody waits for room that there cannot be
+    with pytest.raises(
+        ValueError, match=r"4 ranks need .*'CPU': 1.* each, the first of them on this host; the cluster has .*'CPU': 2.* in all$"
+    ):
         make(folder, tp=4, distributed_executor_backend="ray")
+
+
+def test_a_cluster_whose_room_is_taken_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pointsman.engine.ray.ROOM_SECONDS", 1.0)
+    taken = ray.util.placement_group([{"CPU": 1}])
+    assert taken.wait(60)
+    with pytest.raises(ValueError, match=r"2 ranks need .*; the cluster has .*'CPU': 2.* in all, some of it in use or on hosts"):
+        make(folder, tp=2, distributed_executor_backend="ray")
+    ray.util.remove_placement_group(taken)
