@@ -45,6 +45,7 @@ from pointsman.kernels.dtypes import NUM_BYTES
 from pointsman.kernels.flashinfer_room import num_bytes as planner_bytes
 from pointsman.kernels.operations import ATTENTIONS
 from pointsman.layers.paged_kv import KV_DTYPES, PagedKV
+from pointsman.models import architecture_of
 from pointsman.models.architecture import Architecture
 from pointsman.models.decoder import Decoder
 from pointsman.models.folder import locate, read_json
@@ -112,7 +113,7 @@ def build(config: EngineConfig, *, mesh: Mesh = ALONE, progress: bool | None = N
     if tokenizer is not None and eos_ids:
         grammars = Grammars(tokenizer, architecture.vocab_size, config.scheduler.max_running_requests)
     constrain = _unconstrained if grammars is None else grammars.constrain
-    logger.info("%s", _plan(config, decoder).short())
+    logger.info("%s", _plan(config, architecture, decoder.device).short())
     rank = _rank(config, mesh, folder, decoder, eos_ids, constrain, progress)
     return Parts(
         **{field.name: getattr(rank, field.name) for field in dataclasses.fields(Rank)},
@@ -135,13 +136,12 @@ def build_rank(config: EngineConfig, mesh: Mesh, *, progress: bool | None = None
     return _rank(config, mesh, folder, decoder, (), _constrained_elsewhere, progress)
 
 
-def _plan(config: EngineConfig, decoder: Decoder) -> Plan:
+def _plan(config: EngineConfig, architecture: Architecture, device: torch.device) -> Plan:
     """What was to be expected, as `pointsman explain` tells it."""
-    device = decoder.device
     name, total = device.type, memory_bytes()
     if device.type == "cuda":
         name, (total, _) = torch.cuda.get_device_name(device), device_memory(device)
-    return make_plan(config, decoder.architecture, describe(device), name=name, memory_bytes=total)
+    return make_plan(config, architecture, describe(device), name=name, memory_bytes=total)
 
 
 def _load(config: EngineConfig, mesh: Mesh, progress: bool | None) -> tuple[Path, Decoder]:
@@ -150,6 +150,9 @@ def _load(config: EngineConfig, mesh: Mesh, progress: bool | None) -> tuple[Path
     assert (mesh.tp, mesh.ep) == (config.parallel.tensor_parallel_size, config.parallel.expert_parallel_size)
     model_path = config.model.model_path or str(tiny.path())
     folder = locate(model_path, revision=config.model.revision, weights=config.model.load_format != "dummy")
+    plan = _plan(config, architecture_of(read_json(folder, "config.json")), device)
+    if plan.contradictions:  # told before weights are read; what fits is known when they are there
+        raise ValueError(plan.contradictions[0])
     return folder, load_decoder(config, folder, device, mesh=mesh, load_format=config.model.load_format, progress=progress)
 
 
@@ -194,7 +197,8 @@ def _size(config: EngineConfig, mesh: Mesh, decoder: Decoder) -> CacheSize:
     total = memory_bytes() // num_ranks_here(config, device.type)
     if device.type == "cuda":
         total, free = device_memory(device)
-    weights = sum(size.num_bytes for size in held(decoder.parameters).values()) + sum(_plan(config, decoder).forms.values())
+    forms = _plan(config, decoder.architecture, device).forms
+    weights = sum(size.num_bytes for size in held(decoder.parameters).values()) + sum(forms.values())
     plans = 0
     if decoder.backends.attention.planner is not None:
         plans = planner_bytes(decoder.attention_shape, bounds_of(config, decoder.architecture))

@@ -98,6 +98,11 @@ class Plan:
             found.append(f"Steps of up to {sizes:,} tokens are CUDA graphs.")
         return found
 
+    @property
+    def contradictions(self) -> tuple[str, ...]:
+        """The refusals that are not of memory; that one is the last."""
+        return self.refusals if self.cache is not None else self.refusals[:-1]
+
     def short(self) -> str:
         """The decisions in a line."""
         chosen = ", ".join(f"{name} {choice.chosen or 'refused'}" for name, choice in self.all_choices.items())

@@ -186,3 +186,15 @@ def test_no_temperature_is_lost_on_infinities(llm: LLM) -> None:
 def test_an_option_that_cannot_be_had_is_refused(folder: Path, option: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LLM(str(folder), load_format="dummy", progress=False, **option)
+
+
+def test_what_contradicts_is_told_before_weights_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pointsman.engine.build.load_decoder", lambda *_, **__: pytest.fail("weights were read"))
+    options: dict[str, object]
+    for options, message in (
+        ({"cpu_step": "compiled", "moe_runner_backend": "reference"}, "compiled"),
+        ({"context_length": 512}, "context_length is 512"),
+        ({"attention_backend": "triton"}, "'triton' cannot serve here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LLM(str(folder), load_format="dummy", progress=False, **options)
