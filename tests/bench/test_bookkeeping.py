@@ -36,7 +36,7 @@ def test_other_engines_are_a_table_and_a_picture():
         "versions": {"xllamacpp": "1"},
     }
     text = comparisons.PARTS["cpu"](result)
-    assert "| pointsman | 1.00 s | 10 / 10 | 10 / 10 | 10.0 / 10.0 | 5 / 5 |" in text
+    assert "| pointsman | 1.00 s | 10 / 10 | 10 / 10 | 6,400 / 51,200 | 5 / 5 |" in text
     assert "pointsman 1.25x / 1.50x" in text
     ElementTree.fromstring(comparisons.PLOTS["cpu.svg"]({"cpu": result}))
 
