@@ -45,7 +45,7 @@ def experts(result: Result) -> str:
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "steps_h100": ("engine_h100", steps),
     "steps_h200": ("engine_h200", steps),
-    "experts_h100": ("moe_h100", experts),
+    "experts_h200": ("moe_h200", experts),
 }
 
 
@@ -65,4 +65,4 @@ def filled(text: str) -> str:
 
 
 def experts_plot() -> str:
-    return draw(kept("moe_h100")["rows"])
+    return draw(kept("moe_h200")["rows"])

@@ -150,7 +150,8 @@ def run(engine: dict[str, Any], options: KernelsOptions) -> int:
             rows += found
             print(line(num_tokens, found), flush=True)
         del layer, table
-    summary = {"bench": "kernels", "device": torch.cuda.get_device_name(device), **ceilings, "rows": rows, **versions()}
+    summary = {"bench": "kernels", "device": torch.cuda.get_device_name(device), **ceilings, "read_bandwidth": 1e9 * ceilings["read_gb_s"]}
+    summary |= {"rows": rows, **versions()}
     if options.plot is not None:
         Path(options.plot).write_text(draw(rows))
     print(json.dumps(summary, allow_nan=False))
