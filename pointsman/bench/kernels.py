@@ -45,7 +45,7 @@ from pointsman.moe.fused import FusedRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, RouterInput
 from pointsman.moe.routing import Routing, route
-from pointsman.moe.runner import AnyRunner, passed_for, route_and_run
+from pointsman.moe.runner import AnyRunner, counter_for, route_and_run
 
 MINIMAX = {tp: Shape(num_experts=256, top_k=8, hidden=3072, width=1536 // tp, quantized=True) for tp in (1, 2, 4)}
 SIZES = tuple(2**power for power in range(14))
@@ -69,7 +69,7 @@ class Block:
         self._weights = runner.prepare(layer.experts, torch.bfloat16)
         self._router = (INVARIANT_ROUTERS if deterministic else ROUTERS)["triton"]
         self._slots: dict[int, Tensor] = {}
-        self._passed = passed_for(runner, len(layer.gate_ED), layer.gate_ED.device)
+        self._counter = counter_for(runner, layer.gate_ED.device)
 
     def route(self, x_TD: Tensor) -> Routing:
         """What is chosen for these rows: by the runner, where it does that itself."""
@@ -87,7 +87,7 @@ class Block:
         layer, num_tokens = self._layer, len(x_TD)
         if num_tokens not in self._slots:
             self._slots[num_tokens] = torch.arange(num_tokens, device=x_TD.device)
-        return RouterInput(x_TD, layer.gate_ED, layer.bias_E, 0, self._slots[num_tokens], None, None, passed=self._passed)
+        return RouterInput(x_TD, layer.gate_ED, layer.bias_E, 0, self._slots[num_tokens], None, None, counter=self._counter)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return summed(route_and_run(self._rows(x_TD), self._layer.spec, self._router, self._runner, self._weights))

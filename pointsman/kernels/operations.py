@@ -55,7 +55,6 @@ class Glue:
     Attributes:
         takes_mailbox: `norm` and `qkv_post` take one more argument, a `mailbox.Mailbox`, and then sum over ranks.
         takes_unsummed: the `delta_TD` of `norm` may be `Unsummed`.
-        fresh: what a reader takes that sums and norms by itself, of the first four arguments of `norm`; None where there is none.
     """
 
     norm: Callable[..., tuple[Tensor, Any]]
@@ -63,7 +62,6 @@ class Glue:
     activate: Callable[[Tensor, bool], Any]
     takes_mailbox: bool = False
     takes_unsummed: bool = False
-    fresh: Callable[[Tensor, Tensor, Tensor, float], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,9 +171,7 @@ ATTENTIONS: dict[str, Attention] = {
     "reference": Attention(_spans, reference.attention),
 }
 GLUES: dict[str, Glue] = {
-    "triton": Glue(
-        _later("norm_quant", "norm"), _later("qkv_post", "qkv_post"), _later("gated", "activate"), True, True, _later("fresh", "fresh")
-    ),
+    "triton": Glue(_later("norm_quant", "norm"), _later("qkv_post", "qkv_post"), _later("gated", "activate"), True, True),
     "reference": Glue(_reference_norm, reference.qkv_post, _reference_activate),
 }
 # What a row gets does not depend on the rows beside it, not even in the last bit.

@@ -126,32 +126,15 @@ def choose_token(
     RENORMALIZE: tl.constexpr, BIASED: tl.constexpr, REPLAY: tl.constexpr, SLOTS: tl.constexpr, RECORD: tl.constexpr,
     COMPARE: tl.constexpr, FIRST_LAYER: tl.constexpr, first_own=0, num_own=0, OWN: tl.constexpr = False,
 ):  # fmt: skip
-    """The choice of one token by its logits in parts, and its routing row."""
-    expert = tl.arange(0, E_PADDED)
-    logits = tl.zeros((E_PADDED,), tl.float32)
-    for part in tl.static_range(PARTS):
-        logits += tl.load(part_ptr + (part * num_tokens + token).to(tl.int64) * E + expert, mask=expert < E, other=0.0)
-    choose_by(
-        logits, token, bias_ptr, given_ptr, slot_ptr, ids_ptr, weights_ptr, rows_ptr, alike_ptr,
-        scale, given_stride, row_stride, row_offset, E, E_PADDED, K, K_PADDED, SOFTMAX, RENORMALIZE, BIASED, REPLAY, SLOTS, RECORD,
-        COMPARE, FIRST_LAYER, first_own, num_own, OWN,
-    )  # fmt: skip
-
-
-@triton.jit
-def choose_by(
-    logits, token, bias_ptr, given_ptr, slot_ptr, ids_ptr, weights_ptr, rows_ptr, alike_ptr,
-    scale, given_stride, row_stride, row_offset,
-    E: tl.constexpr, E_PADDED: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, SOFTMAX: tl.constexpr,
-    RENORMALIZE: tl.constexpr, BIASED: tl.constexpr, REPLAY: tl.constexpr, SLOTS: tl.constexpr, RECORD: tl.constexpr,
-    COMPARE: tl.constexpr, FIRST_LAYER: tl.constexpr, first_own=0, num_own=0, OWN: tl.constexpr = False,
-):  # fmt: skip
-    """The choice of one token by its logits [E_PADDED], and its routing row."""
+    """The choice of one token, and its routing row."""
     expert = tl.arange(0, E_PADDED)
     choice = tl.arange(0, K_PADDED)
     real = expert < E
     if REPLAY:
         given = tl.load(given_ptr + token.to(tl.int64) * given_stride + choice, mask=choice < K, other=0).to(tl.int32)
+    logits = tl.zeros((E_PADDED,), tl.float32)
+    for part in tl.static_range(PARTS):
+        logits += tl.load(part_ptr + (part * num_tokens + token).to(tl.int64) * E + expert, mask=real, other=0.0)
     score = scores(logits, real, SOFTMAX)
     biased = score
     if BIASED:
@@ -219,7 +202,7 @@ class Choice:
     own: range | None = None
 
     def arguments(self, num_experts: int, absent: Tensor) -> dict[str, Any]:
-        """What a kernel is told that calls `choose_token` or `choose_by`, by name; `absent` stands where a tensor is not there."""
+        """What a kernel is told that calls `choose_token`, by name; `absent` stands where a tensor is not there."""
         given_TK, rows_CLK, own = self.given_TK, self.rows_CLK, self.own
         assert given_TK is None or given_TK.stride(1) == 1
         tensors = {"bias_ptr": self.bias_E, "given_ptr": given_TK, "rows_ptr": rows_CLK, "alike_ptr": self.alike_C}

@@ -16,7 +16,7 @@ from pointsman.kernels.unsummed import Unsummed
 from pointsman.layers.context import StepContext
 from pointsman.moe.router import Router, RouterInput
 from pointsman.moe.routing import RoutingSpec
-from pointsman.moe.runner import AnyRunner, norms_rows, passed_for, route_and_run
+from pointsman.moe.runner import AnyRunner, counter_for, route_and_run
 from pointsman.moe.weights import ExpertWeights
 
 
@@ -44,7 +44,7 @@ class MoE:
         self.gate_ED, self.bias_E, self.weights = gate_ED, bias_E, weights
         self.spec, self.runner, self._router = spec, runner, router
         self._dtype, self.own = dtype, own
-        self._passed = passed_for(runner, len(gate_ED), gate_ED.device)
+        self._counter = counter_for(runner, gate_ED.device)
         self._ready: Any = None
 
     def prepare(self) -> Any:
@@ -57,15 +57,9 @@ class MoE:
         """Drop that form; it is made again at the next use."""
         self._ready = None
 
-    def norms_rows(self, num_rows: int) -> bool:
-        """Whether so many rows may come yet to be summed and normed (`kernels.fresh`)."""
-        return norms_rows(self._router, self.runner, num_rows, self.spec, self.weights)
-
-    def __call__(self, x: Any, ctx: StepContext) -> Tensor | Unsummed:
-        """What the experts add to rows [T, D], or to `Fresh` ones where it norms them."""
-        x_TD, fresh = (x, None) if isinstance(x, Tensor) else (x.x_TD, x)
+    def __call__(self, x_TD: Tensor, ctx: StepContext) -> Tensor | Unsummed:
         given_TK = None if ctx.replay_TNK is None else ctx.replay_TNK[:, self.layer]
-        rows = RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK, self.own, self._passed, fresh)
+        rows = RouterInput(x_TD, self.gate_ED, self.bias_E, self.layer, ctx.slots_T, ctx.routes, given_TK, self.own, self._counter)
         return self.run(rows)
 
     def run(self, rows: RouterInput) -> Tensor | Unsummed:

@@ -43,14 +43,3 @@ class RMSNorm:
         if isinstance(delta_TD, Tensor):
             delta_TD = self._mesh.all_reduce(delta_TD)
         return self._glue.norm(x_TD, delta_TD, self.weight_D, self.epsilon, quantize)
-
-    @property
-    def can_be_left(self) -> bool:
-        """Whether its reader may sum and norm by itself: the kernels are there, and nothing comes from other ranks."""
-        return self._glue.fresh is not None and self._mesh.size == 1
-
-    def left(self, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Any]:
-        """The same where that is left to the reader: (where x + delta will be, a `kernels.fresh.Fresh`)."""
-        assert self._glue.fresh is not None
-        rows = self._glue.fresh(x_TD, delta_TD, self.weight_D, self.epsilon)
-        return rows.sum_TD, rows

@@ -86,9 +86,7 @@ class DecoderLayer:
                 return x_TD, torch.zeros_like(x_TD)
             x_TD, normed = self.expert_norm(x_TD, attended_TD, quantize=self.mlp.gate_up.takes_quantized)
             return x_TD, self.mlp(normed)
-        norm = self.expert_norm
-        left = norm.can_be_left and self.mlp is None and self.moe.norms_rows(len(x_TD))
-        x_TD, normed = norm.left(x_TD, attended_TD) if left else norm(x_TD, attended_TD)
+        x_TD, normed = self.expert_norm(x_TD, attended_TD)
         chosen_TD = self.moe(normed, ctx)
         return x_TD, chosen_TD if self.mlp is None else summed(chosen_TD) + self.mlp(normed)
 

@@ -29,7 +29,7 @@ from pointsman.kernels.capability import chains, is_hopper
 from pointsman.kernels.tiles import Shape, Tile, Tiles, TileTable, device_key, for_wide_products
 from pointsman.kernels.triton_support import GLUON, version
 from pointsman.kernels.unsummed import Unsummed
-from pointsman.moe.router import Passed, Wanted
+from pointsman.moe.router import Wanted
 from pointsman.moe.routing import Routing
 from pointsman.moe.weights import ExpertWeights
 
@@ -157,10 +157,10 @@ class RoutedRunner(_Grouped):
         self._gemm.gemm(h_PF, scale_PG, weights.down, arranged, num_pairs, tile, y_RD, pdl=pdl)
         return Unsummed(y_RD, *routing, dtype)
 
-    def passed(self, num_experts: int, device: torch.device) -> Passed:
-        """What programs that route few tokens pass to each other."""
-        routing, vectors = (importlib.import_module(f"pointsman.kernels.{name}") for name in ("routing", "vector_router"))
-        return Passed(routing.counters(self._few.NUM_COUNTERS, device), vectors.places(num_experts, device))
+    def counters(self, device: torch.device) -> Tensor:
+        """What a router counts with that routes few tokens."""
+        made: Tensor = importlib.import_module("pointsman.kernels.routing").counters(self._few.NUM_COUNTERS, device)
+        return made
 
     def wanted(self, num_tokens: int, top_k: int, weights: ExpertWeights) -> Wanted | None:
         """What `run_few` wants of so many tokens; None: they are to come as many do."""

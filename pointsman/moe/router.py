@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     from pointsman.kernels.routing import Choice
 
 
-class Passed(NamedTuple):
-    """`NUM_COUNTERS` of `kernels.few_tokens`, and `places` of `kernels.vector_router`."""
-
-    counter: Tensor
-    places: Tensor
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class RouterInput:
     """One layer's rows and what routes them.
@@ -45,9 +38,7 @@ class RouterInput:
         given_TK: int32 or int64 expert ids to use; a row with a negative one chooses freely. None: all do.
         own: experts that are run here, None for all. The routing counts from the first of them, and has -1 for those of others; the
             record has every expert as the model counts it.
-        passed: what the programs that route few rows pass to each other; None where few rows are routed as many are.
-        fresh: `kernels.fresh.Fresh` where the rows are yet to be summed and normed, `x_TD` being one part of the sum; only `run_few` takes
-            them, where `runner.norms_rows`.
+        counter: of `kernels.few_tokens`; None where few rows are routed as many are.
     """
 
     x_TD: Tensor
@@ -58,8 +49,7 @@ class RouterInput:
     routes: RouteStore | None
     given_TK: Tensor | None
     own: range | None = None
-    passed: Passed | None = None
-    fresh: Any = None
+    counter: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -112,15 +102,10 @@ def _triton(deterministic: bool) -> Router:
         return Routing(*kernels.choose_experts(logits_STE, choice(rows, spec), rows.slots_T, pdl=pdl))
 
     def run_few(rows: RouterInput, spec: RoutingSpec, wanted: Wanted) -> Any:
-        assert rows.passed is not None
-        chosen, options = choice(rows, spec), {"num_zeros": wanted.zeros, "pdl": chains(rows.x_TD.device)}
-        if rows.fresh is not None:
-            assert not wanted.arranged
-            kernels: Any = importlib.import_module("pointsman.kernels.vector_router")
-            return kernels.route(rows.fresh, rows.gate_ED, rows.slots_T, rows.passed.places, chosen, **options)
-        kernels = importlib.import_module("pointsman.kernels.few_tokens")
-        counter, options = rows.passed.counter, options | {"arranged": wanted.arranged}
-        return kernels.route_few(rows.x_TD, rows.gate_ED, rows.slots_T, counter, chosen, **options)
+        kernels: Any = importlib.import_module("pointsman.kernels.few_tokens")
+        pdl, counter = chains(rows.x_TD.device), rows.counter
+        options = {"arranged": wanted.arranged, "num_zeros": wanted.zeros, "pdl": pdl}
+        return kernels.route_few(rows.x_TD, rows.gate_ED, rows.slots_T, counter, choice(rows, spec), **options)
 
     return Router(run, always_given=True, run_few=None if deterministic else run_few)
 

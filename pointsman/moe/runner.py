@@ -20,7 +20,7 @@ from pointsman.moe.flashinfer_scalar import ScalarTrtllmRunner
 from pointsman.moe.fused import FusedRunner
 from pointsman.moe.grouped import RoutedRunner, TritonRunner
 from pointsman.moe.reference import ReferenceRunner
-from pointsman.moe.router import Passed, Router, RouterInput
+from pointsman.moe.router import Router, RouterInput
 from pointsman.moe.routing import Routing, RoutingSpec
 from pointsman.moe.spec import Share
 from pointsman.moe.weights import ExpertWeights
@@ -106,27 +106,18 @@ def route_and_run(rows: RouterInput, spec: RoutingSpec, router: Router, runner: 
     """What a layer's experts add to these rows [T, D]: the router routes them, unless the runner does. A sum may be left to who adds it."""
     if runner.routes_itself:
         return runner(rows, spec, weights)
-    if router.run_few is not None and rows.passed is not None and isinstance(runner, RoutedRunner):
+    if router.run_few is not None and rows.counter is not None and isinstance(runner, RoutedRunner):
         wanted = runner.wanted(len(rows.x_TD), spec.top_k, weights)
         if wanted is not None:
             return runner.run_few(router.run_few(rows, spec, wanted), weights)
-    assert rows.fresh is None
     if isinstance(runner, RoutedRunner) and len(rows.x_TD):
         return runner.unsummed(rows.x_TD, router.run(rows, spec), weights)
     return runner(rows.x_TD, router.run(rows, spec), weights)
 
 
-def passed_for(runner: AnyRunner, num_experts: int, device: torch.device) -> Passed | None:
-    """What the programs pass to each other that route few rows for this runner; None where they are routed as many are."""
-    return runner.passed(num_experts, device) if isinstance(runner, RoutedRunner) else None
-
-
-def norms_rows(router: Router, runner: AnyRunner, num_rows: int, spec: RoutingSpec, weights: Any) -> bool:
-    """Whether what routes so many rows for this runner sums and norms them too."""
-    if router.run_few is None or not isinstance(runner, RoutedRunner):
-        return False
-    wanted = runner.wanted(num_rows, spec.top_k, weights)
-    return wanted is not None and not wanted.arranged
+def counter_for(runner: AnyRunner, device: torch.device) -> Tensor | None:
+    """What a router counts with that routes few rows for this runner; None where it does not."""
+    return runner.counters(device) if isinstance(runner, RoutedRunner) else None
 
 
 def reason_against_replay(runner: AnyRunner) -> str | None:

@@ -14,10 +14,9 @@ import sys
 
 import torch
 
-from pointsman.kernels import few_tokens, fused_experts, tiles, vector_products, vector_router, wide_gemm
+from pointsman.kernels import few_tokens, fused_experts, tiles, vector_products, wide_gemm
 from pointsman.kernels.arrange import arrange, spread
 from pointsman.kernels.expert_rows import activate, combine
-from pointsman.kernels.fresh import fresh
 from pointsman.kernels.grouped_gemm import gemm, up
 from pointsman.kernels.routing import Choice, choose_experts, router_logits
 from pointsman.kernels.tiles import Shape, Tiles
@@ -62,9 +61,6 @@ def launches(tp: int, num_tokens: int, cut: Tiles, plain: Tiles) -> list[Launch]
         if num_tokens <= vector_products.MOST_TOKENS:
             zeros = meta(vector_products.num_arrivals(num_pairs, width), dtype=torch.int32)
             vector_products.experts(q_TD, scale_TG, ids_TK, weights_TK, gate_up, down, zeros, pdl=True)
-            rows, gate_ED = fresh(x_TD, x_TD, meta(HIDDEN, dtype=torch.bfloat16), 1e-6), meta(NUM_EXPERTS, HIDDEN)
-            places = meta(vector_router.MOST_TOKENS * NUM_EXPERTS, dtype=torch.int32)
-            vector_router.route(rows, gate_ED, slots_T, places, choice, num_zeros=len(zeros), pdl=True)
         order, q_TD, scale_TG = arrange(ids_TK, NUM_EXPERTS, plain.up.block, x_TD)
         assert q_TD is not None
         both_PF = meta(len(order.pairs_P), 2 * width, dtype=torch.bfloat16)

@@ -136,7 +136,7 @@ def test_few_tokens_as_their_router_leaves_them(num_tokens: int, given: bool) ->
     slots_T = torch.arange(num_tokens, device=DEVICE) - int(num_tokens > 1)  # the first is padding
     spec = RoutingSpec(num_experts=NUM_EXPERTS, top_k=TOP_K, score="sigmoid")
     runner = RoutedRunner(tiles=wide(True) if given else None)  # given tiles are used for every number of tokens
-    rows = RouterInput(x_TD, gate_ED, None, 0, slots_T, None, None, passed=runner.passed(NUM_EXPERTS, DEVICE))
+    rows = RouterInput(x_TD, gate_ED, None, 0, slots_T, None, None, counter=runner.counters(DEVICE))
     wanted = runner.wanted(num_tokens, TOP_K, weights)
     assert wanted == (Wanted(True, 0) if given else Wanted(False, num_tokens * TOP_K * WIDTH // 128))
     few = ROUTERS["triton"].run_few(rows, spec, wanted)
@@ -149,7 +149,7 @@ def test_few_tokens_as_their_router_leaves_them(num_tokens: int, given: bool) ->
     assert num_tokens == 1 or not got[0].any()
     again = summed(route_and_run(rows, spec, ROUTERS["triton"], runner, weights))
     assert torch.equal(got, again), "the same bits again, through the layer's way"
-    assert not rows.passed.counter.any()
+    assert not rows.counter.any()
 
 
 @pytest.mark.parametrize("name", RUNNERS)

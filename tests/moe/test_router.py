@@ -15,7 +15,7 @@ from pointsman.kernels.routing import counters
 from pointsman.moe import candidates
 from pointsman.moe.candidates import router_choice
 from pointsman.moe.capture import RouteStore
-from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, Passed, Router, RouterInput, Wanted
+from pointsman.moe.router import INVARIANT_ROUTERS, ROUTERS, Router, RouterInput, Wanted
 from pointsman.moe.routing import Routing, RoutingSpec
 from tests.kernels.interpreter import correct
 
@@ -33,13 +33,12 @@ def routed(
     routes = RouteStore(SLOTS, LAYERS, K, E, DEVICE)
     routes.rows_SLK.fill_(255)
     routes.alike_S.fill_(99)
-    answers, counter = [], counters(few_tokens.NUM_COUNTERS, DEVICE)
-    passed = Passed(counter, counter)
+    answers = []
     for layer in range(LAYERS):
         x_TD = torch.randn(T, D, generator=generator).bfloat16().to(DEVICE)
         gate_ED, bias_E = torch.randn(E, D, generator=generator).to(DEVICE), torch.randn(E, generator=generator).to(DEVICE) / 4
         given_TK = None if given_TLK is None else given_TLK[:, layer]
-        rows = RouterInput(x_TD, gate_ED, bias_E, layer, rows_T, routes, given_TK, passed=passed)
+        rows = RouterInput(x_TD, gate_ED, bias_E, layer, rows_T, routes, given_TK, counter=counters(few_tokens.NUM_COUNTERS, DEVICE))
         if few_rows:
             few = table.run_few(rows, SPEC, Wanted(True, 0))
             answers.append(Routing(few.ids_TK, few.weights_TK))
