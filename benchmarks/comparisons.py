@@ -236,7 +236,7 @@ def scaling(result: Result) -> str:
         table(("on H100", "measured", "simulated", "error"), compared)
         + "\nOutput tokens a second, and in brackets mean milliseconds a token of a request, by requests at once:\n\n"
         + table(("GPUs", "layout", *(f"{load:g}" for load in loads)), rows)
-        + f"\n{result['device']}. Not measured: {', '.join(result['assumed']) or 'nothing'}.\n"
+        + f"\n{result['device']}. Not measured: {'; '.join(result['assumed']) or 'nothing'}.\n"
     )
 
 

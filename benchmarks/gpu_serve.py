@@ -56,9 +56,12 @@ SMALL = {
 }
 # the parts of a step, and how the names of their kernels begin
 PARTS = {
-    "experts": ("up_kernel", "gemm_kernel", "arrange", "combine", "activate"),
-    "router": ("gate_kernel", "choose"),
-    "linear": ("multiply",),
+    "experts": (
+        *("up_kernel", "gemm_kernel", "wide_kernel", "vector_up", "vector_down", "fused_kernel"),
+        *("arrange", "count_kernel", "place_kernel", "spread_kernel", "combine", "activate", "gated"),
+    ),
+    "router": ("gate_kernel", "choose", "route_few"),
+    "linear": ("multiply", "dense_kernel", "vector_linear"),
     "attention": ("attend", "join"),
     "norm and sums": ("norm_kernel", "qkv_post", "all_reduce_kernel", "ncclDevKernel_AllReduce"),
     "head": ("nvjet", "ncclDevKernel_AllGather"),
@@ -150,12 +153,16 @@ def floors(layers: int, gpus: int, batch: int, context: int, bandwidth: float) -
     return found
 
 
+def part_of(name: str) -> str:
+    """The part of a step that a kernel of this name belongs to."""
+    return next((part for part, names in PARTS.items() if name.startswith(names)), "rest")
+
+
 def against_floors(profiled: dict[str, Any], least: dict[str, float]) -> list[dict[str, Any]]:
     """Each part of a profiled step: its kernels' time, its floor, and what it loses. Kernels that begin early count their waiting too."""
     spent = dict.fromkeys([*PARTS, "rest"], 0.0)
     for kernel in profiled["kernels"]:
-        part = next((part for part, names in PARTS.items() if kernel["name"].startswith(names)), "rest")
-        spent[part] += kernel["us"]
+        spent[part_of(kernel["name"])] += kernel["us"]
     rows: list[dict[str, Any]] = [{"part": part, "us": us, "floor_us": least.get(part, 0.0)} for part, us in spent.items()]
     print(f"{'part':<16}{'us':>10}{'floor':>10}{'over':>10}")
     for row in rows:

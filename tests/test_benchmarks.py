@@ -3,13 +3,16 @@
 import contextlib
 import itertools
 import json
+import re
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import capture, load_client, streaming, structured
+import pointsman
+from benchmarks import capture, gpu_serve, load_client, streaming, structured
 from pointsman import LLM
 
 STREAMS, STEPS = 3, 40
@@ -96,3 +99,20 @@ def test_answers_that_are_asked_for_rows_have_them():
         figures = list(itertools.islice(capture.measure(flow, kinds, lambda count: True), 2))[-1]
     assert all(figures[kind]["blocks"] == 2 for kind in kinds)
     assert figures["tokens_per_s"] > 0 and figures["reading"] > 0
+
+
+def test_every_kernel_of_a_layer_is_in_a_part_of_the_step():
+    """By what is defined: only those that draw tokens are in none. A product's time belongs to its part, not to the rest."""
+    found = {
+        name: path.stem
+        for path in (Path(pointsman.__file__).parent / "kernels").glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\b", path.read_text(), re.MULTILINE)
+    }
+    assert len(found) > 30
+    drawing = {name for name, module in found.items() if module in ("sampling_kernels", "nucleus_kernels")}
+    rows = gpu_serve.against_floors({"step_us": 0.0, "kernels": [{"name": name, "us": 1.0} for name in found]}, {})
+    counted = {row["part"]: row["us"] for row in rows}
+    assert counted["rest"] == len(drawing) and sum(counted.values()) == len(found)
+    assert [gpu_serve.part_of(name) for name in ("vector_up_kernel", "route_few_kernel", "vector_linear_kernel", "dense_kernel")] == [
+        *("experts", "router", "linear", "linear")
+    ]

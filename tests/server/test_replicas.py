@@ -13,10 +13,12 @@ import pytest
 
 from pointsman import tiny
 from tests.processes import descendants, wait_gone
-from tests.server.conftest import start_server
+from tests.server.conftest import Server, start_server
 from tests.server.test_endings import Reader
 
 RAY = importlib.util.find_spec("ray") is not None
+# as many as two replicas of two ranks need, whatever the machine has
+FOUR_CPUS = "import ray; ray.init(num_cpus=4, include_dashboard=False, logging_level='WARNING'); "
 needs_ray = pytest.mark.skipif(not RAY, reason="Ray is not installed; the extra `ray` has it")
 ENGINE: dict[str, Any] = {"model_path": str(tiny.path()), "load_format": "dummy", "dp": 2, "cpu_step": "torch"}
 
@@ -69,6 +71,41 @@ def test_one_of_two_is_killed() -> None:
         code, errors = server.end()
         assert code == 0 and f"replica {lost} (pid " in errors
         wait_gone(everybody)
+
+
+@needs_ray
+def test_replicas_of_two_ranks_each() -> None:
+    """They answer as one engine does, a prompt goes where its beginning is, and a rank that is killed takes its own replica along."""
+    body = {"prompt": "Ann has 3 apples", "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+    with start_server(ENGINE | {"dp": 1}, {}, program=None) as server:
+        server.wait_ready()
+        expected = token_ids(server, body)
+    with start_server(ENGINE | {"tp": 2, "page_size": 4}, {}, program=None, prelude=FOUR_CPUS) as server:
+        assert server.wait_ready().endswith(", 2 replicas)\n")
+        assert [token_ids(server, body) for _ in range(2)] == [expected] * 2
+        with server.client() as client:
+            usage = [client.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"] for _ in range(4)]
+            assert min(entry["cached_tokens"] for entry in usage) > 0
+            readers = [Reader(server, prompt, 1900) for prompt in ("Bob is", "Cid has")]
+            assert [entry["running"] for entry in client.get("/server_info").json()["replicas"]] == [1, 1]
+            os.kill(ranks(server.process.pid)[0], signal.SIGKILL)
+            endings = [reader.events[-1] for reader in joined(readers)]
+            assert sorted("failed" in ending for ending in endings) == [False, True]
+        everybody = descendants(server.process.pid)
+        code, errors = server.end()
+        assert code == 0 and "RankLost: rank 1 (pid " in errors
+        wait_gone(everybody)
+
+
+def token_ids(server: Server, body: dict[str, Any]) -> list[int]:
+    with server.client() as client:
+        found: list[int] = client.post("/v1/completions", json=body).json()["choices"][0]["token_ids"]
+        return found
+
+
+def ranks(pid: int) -> list[int]:
+    """Processes of second ranks."""
+    return [found for found in descendants(pid) if b"worker_process" in Path(f"/proc/{found}/cmdline").read_bytes()]
 
 
 def joined(readers: list[Reader]) -> list[Reader]:
