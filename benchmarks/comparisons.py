@@ -57,6 +57,24 @@ def cpu_plot(results: dict[str, Result]) -> str:
     return chart([Panel(title="decoding on a CPU", x="sequences at once", y="tokens/s", lines=lines, logarithmic=True)])
 
 
+def crowded(result: Result) -> str:
+    """The compiled step where threads share cores."""
+    first = result["rows"][0]["tokens_per_s"]
+    rows = [
+        (
+            f"{row['threads']}",
+            f"{row['busy']}",
+            *(f"{found:,} ({100 * found / first[size]:.0f} %)" for size, found in row["tokens_per_s"].items()),
+        )
+        for row in result["rows"]
+    ]
+    head = ("threads", "busy processes beside", *(f"tokens/s at {size}" for size in first))
+    return (
+        "### More threads than cores\n\n`python -m benchmarks.crowded`: the compiled step alone, decoding, and what is left of the first "
+        "row's speed; with a busy process for every core half of it would be fair:\n\n" + table(head, rows) + where(result)
+    )
+
+
 def bookkeeping_part(result: Result) -> str:
     """What a step costs beside the model."""
     names = ("step_ms", *bookkeeping.PARTS)
@@ -242,6 +260,7 @@ def scaling(result: Result) -> str:
 
 PARTS = {
     "cpu": cpu,
+    "crowded": crowded,
     "bookkeeping": bookkeeping_part,
     "sweep": sweep,
     "load_client": load_client,

@@ -9,6 +9,7 @@ several runs, because whatever else the machine does only ever makes one slower.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -20,6 +21,19 @@ from tests.kernels.cpu_model import Model
 
 FORMS = ("float32", "bfloat16", "e4m3")
 CONTEXT = range(100, 200)
+SHAPE = ModelShape(
+    vocab=4096,
+    hidden=256,
+    layers=6,
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
+    rotary_dim=32,
+    experts=16,
+    top_k=4,
+    width=128,
+    epsilon=1e-6,
+)
 RUNS = 15
 
 
@@ -67,21 +81,9 @@ def main() -> None:
     for name, form in (("attention", "e4m3"), ("experts", "e4m3"), ("head", "bfloat16"), ("cache", "bfloat16")):
         parser.add_argument(f"--{name}", default=form, choices=FORMS)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--vocab", type=int, default=SHAPE.vocab)
     arguments = parser.parse_args()
-    shape = ModelShape(
-        vocab=arguments.vocab,
-        hidden=256,
-        layers=6,
-        heads=8,
-        kv_heads=2,
-        head_dim=64,
-        rotary_dim=32,
-        experts=16,
-        top_k=4,
-        width=128,
-        epsilon=1e-6,
-    )
+    shape = dataclasses.replace(SHAPE, vocab=arguments.vocab)
     model = Model(shape, attention=arguments.attention, experts=arguments.experts, head=arguments.head)
     step, _ = model.step(arguments.cache, lanes=32, pages=32, max_rows=512, num_threads=arguments.threads)
     fill(step, 32, arguments.vocab)

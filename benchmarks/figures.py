@@ -39,6 +39,7 @@ COMMANDS = {
 # Each has a part of its own in docs/performance.md once it has been measured.
 COMPARISONS = {
     "cpu": "pointsman bench cpu",
+    "crowded": "python -m benchmarks.crowded",
     "bookkeeping": "python -m benchmarks.bookkeeping",
     "load_client": "python -m benchmarks.load_client",
     "sweep": "python -m benchmarks.sweep",

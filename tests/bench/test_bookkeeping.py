@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from benchmarks import bookkeeping, comparisons, figures, sweep
+from benchmarks import bookkeeping, comparisons, crowded, figures, sweep
 
 HERE = {"cpu": "a CPU", "cores": 2, "python": "3", "commit": "abc"}
 SIZE = {"decode_tokens_per_s": 10.0, "spread": 0.1, "prefill_s": 0.01, "peak_memory_mb": 5.0}
@@ -39,6 +39,14 @@ def test_other_engines_are_a_table_and_a_picture():
     assert "| pointsman | 1.00 s | 10 / 10 | 10 / 10 | 6,400 / 51,200 | 5 / 5 |" in text
     assert "pointsman 1.25x / 1.50x" in text
     ElementTree.fromstring(comparisons.PLOTS["cpu.svg"]({"cpu": result}))
+
+
+def test_threads_that_share_cores_are_a_table():
+    row = crowded.measure(2, 1, range(100, 103))
+    assert (row["threads"], row["busy"]) == (2, 1) and min(row["tokens_per_s"].values()) > 0
+    rows = [row | {"tokens_per_s": {"1": 2000, "8": 4000}}, row | {"threads": 4, "tokens_per_s": {"1": 1500, "8": 4000}}]
+    text = comparisons.PARTS["crowded"]({"rows": rows} | HERE)
+    assert "| 4 | 1 | 1,500 (75 %) | 4,000 (100 %) |" in text
 
 
 def test_a_sweep_is_a_table_and_a_picture():
