@@ -47,12 +47,12 @@ def answers(**config: object) -> tuple[list[list[int]], list[np.ndarray], int]:
 
 @pytest.fixture
 def itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "make_runner", lambda name, deterministic, share: Itself())
+    monkeypatch.setattr(backends, "make_runner", lambda name, **options: Itself())
 
 
 def test_it_records_what_a_router_would_have_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, rows, _ = answers(moe_runner_backend="cpu")
-    monkeypatch.setattr(backends, "make_runner", lambda name, deterministic, share: Itself())
+    monkeypatch.setattr(backends, "make_runner", lambda name, **options: Itself())
     # room for a sequence and a half: others lose their pages, and are computed anew
     got_tokens, got_rows, num_preemptions = answers(max_total_tokens=96)
     assert num_preemptions > 0
