@@ -1,14 +1,15 @@
 """Weights under which a layout adds nothing otherwise than one rank does: tokens and experts are then equal, and no rounding excuses them.
 
 Of what the ranks add, one rank's part alone is not zero. Each channel of the hidden state belongs to a rank: only that rank's heads write
-to it, and of the experts only those that are that rank's in both layouts, by its columns. Heads of the second rank have keys and
+to it, and of the experts only those that are that rank's in all layouts, by its columns. Heads of all but the first rank have keys and
 queries of zero, so that the sum of their squares is the first rank's. Whatever differs then is a fault. Log-probabilities are those of
-logits that are multiplied for half of the vocabulary at a time, which a library may do in another order.
+logits that are multiplied for a part of the vocabulary at a time, which a library may do in another order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,24 @@ CPU = {"device": "cpu", "dtype": "bfloat16", "moe_runner_backend": "reference", 
 # logits of size 4: their float32 sums on a CPU, and on a GPU their rounding to bfloat16
 ON_CPU, ON_GPU = 1e-6, 2**-6
 LAYOUTS = [{"tp": 2}, {"tp": 2, "ep": 2}]
+# each of four ranks has a block of heads, and one of every expert's columns
+WIDE = dataclasses.replace(SHAPE, hidden=512, heads=8, kv_heads=4, width=512)
+LAYOUTS_OF_FOUR = [{"tp": 4}, {"tp": 4, "ep": 2}, {"tp": 4, "ep": 4}]
 
 
-def separated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with a zero wherever two ranks would add to one channel."""
-    owner_D = torch.arange(SHAPE.hidden) % 2
+def separated(tensors: dict[str, Tensor], shape: Shape, ranks: int) -> dict[str, Tensor]:
+    """The same with a zero wherever two of so many ranks would add to one channel."""
+    owner_D = torch.arange(shape.hidden) % ranks
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
     for name, tensor in kept.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor[len(tensor) // 2 :] = 0
+            tensor[len(tensor) // ranks :] = 0
         elif name.endswith(("o_proj.weight", "w2.weight")):
-            half_F = torch.arange(tensor.shape[1]) * 2 // tensor.shape[1]
-            mine_DF = owner_D[:, None] == half_F
+            part_F = torch.arange(tensor.shape[1]) * ranks // tensor.shape[1]
+            mine_DF = owner_D[:, None] == part_F
             if "experts" in name:
                 expert = int(name.split(".experts.")[1].split(".")[0])
-                mine_DF &= owner_D[:, None] == expert * 2 // SHAPE.experts
+                mine_DF &= owner_D[:, None] == expert * ranks // shape.experts
             tensor.view(torch.uint8)[~mine_DF] = 0  # zero in e4m3
     return kept
 
@@ -50,7 +54,14 @@ def separated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("separated")
-    write(folder, SHAPE.config(), separated(SHAPE.tensors(0)))
+    write(folder, SHAPE.config(), separated(SHAPE.tensors(0), SHAPE, 2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("separated")
+    write(folder, WIDE.config(), separated(WIDE.tensors(0), WIDE, 4))
     return folder
 
 
@@ -67,11 +78,19 @@ def check(got: list[CompletionOutput], want: list[CompletionOutput], tolerance: 
             assert one[token].logprob == pytest.approx(other[token].logprob, abs=tolerance)
 
 
-def test_ranks_on_a_cpu(folder: Path) -> None:
+def compare(folder: Path, layouts: list[dict[str, int]]) -> None:
     want = ask(folder, **CPU)
     assert len({token for answer in want for token in answer.token_ids}) > 20  # the model is lively
-    for layout in LAYOUTS:
+    for layout in layouts:
         check(ask(folder, **CPU, **layout), want, ON_CPU)
+
+
+def test_ranks_on_a_cpu(folder: Path) -> None:
+    compare(folder, LAYOUTS)
+
+
+def test_four_ranks_on_a_cpu(folder_of_four: Path) -> None:
+    compare(folder_of_four, LAYOUTS_OF_FOUR)
 
 
 @pytest.mark.multi_gpu
