@@ -156,7 +156,7 @@ def _gather(seats: Sequence[Any], places: Sequence[tuple[str, int]], address: st
         while len(channels) < len(seats):
             for rank, actor in enumerate(actors, 1):
                 if rank not in channels and ((how := actor.ended(0)) or time.monotonic() > end):
-                    raise RankLost(f"rank {rank} ({actor.place}) {how or 'did not connect'}")
+                    raise RankLost(f"rank {rank} ({actor.place}) {how or 'did not connect'}", rank)
             with contextlib.suppress(TimeoutError):
                 connection, _ = listener.accept()
                 known = _admit(connection, token, len(seats))

@@ -34,7 +34,15 @@ T = TypeVar("T")
 
 
 class RankLost(RuntimeError):
-    """A rank has ended, failed, or stands still; the message names it and says how."""
+    """A rank has ended, failed, or stands still; the message names it and says how.
+
+    Attributes:
+        rank: which, where one is known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class RankRefused(ValueError):
@@ -230,7 +238,7 @@ class Workers:
         how = first.trouble or first.started.ended(END_SECONDS) or "closed its connection"
         for link in self._links:
             link.started.kill()
-        error = RankRefused(first.trouble) if first.refused else RankLost(f"{first.name} {how}")
+        error = RankRefused(first.trouble) if first.refused else RankLost(f"{first.name} {how}", first.rank)
         self.lost.set_exception(error)
         if self._on_lost is not None and not self._closing:
             self._on_lost(error)

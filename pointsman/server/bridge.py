@@ -288,7 +288,7 @@ class Bridge:
             case wire.Ready():
                 self._loading = asyncio.get_running_loop().create_task(self._become_ready(message.model))
             case wire.Failed():
-                self.fail(message.reason, self._failed())
+                self.fail(message.reason, self._failed(message.rank))
 
     def _controlled(self, answer: controls.Controlled) -> None:
         """The engine has done something, or not; either way it says how it is now."""
@@ -334,8 +334,9 @@ class Bridge:
         how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
         self.fail(f"the engine's process ended without saying why ({how})", self._failed())
 
-    def _failed(self) -> ApiError:
-        return ApiError(500, f"{self.name} failed", code="engine_failed")
+    def _failed(self, rank: int | None = None) -> ApiError:
+        lost = "" if rank is None else f": rank {rank} is lost"
+        return ApiError(500, f"{self.name} failed{lost}", code="engine_failed")
 
 
 def _burden(request: Request) -> int:

@@ -184,15 +184,22 @@ def _lose(end: wire.EngineSide, error: Exception) -> None:
     end.interrupt(error)
     time.sleep(GRACE_SECONDS)
     try:
-        end.last_words(f"the engine failed: {type(error).__name__}: {error}")
+        end.last_words(_failed("the engine failed", error))
     finally:
         os._exit(1)
 
 
 def _report(end: wire.EngineSide, what: str, error: Exception) -> int:
     log.error("%s", what, exc_info=error)
-    end.send(wire.Failed(f"{what}: {type(error).__name__}: {error}".splitlines()[0]))
+    end.send(_failed(what, error))
     return 1
+
+
+def _failed(what: str, error: Exception) -> wire.Failed:
+    from pointsman.engine.workers import RankLost  # noqa: PLC0415 - as the engine itself, which is loaded by then
+
+    rank = error.rank if isinstance(error, RankLost) else None
+    return wire.Failed(f"{what}: {type(error).__name__}: {error}".splitlines()[0], rank)
 
 
 def _end_with_parent(parent: int) -> None:

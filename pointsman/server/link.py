@@ -81,9 +81,9 @@ class EngineLink:
         self._fault = fault
         os.write(self._wake, b"!")
 
-    def last_words(self, reason: str) -> None:
+    def last_words(self, words: wire.Failed) -> None:
         """Say why the engine has failed, from any thread, where the one that drives it does not get to it."""
-        self.send(wire.Failed(reason))
+        self.send(words)
 
     def close(self) -> None:
         """Close it. Whoever waits in `receive` is not woken."""

@@ -84,9 +84,10 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The engine cannot start, or cannot go on; nothing follows."""
+    """The engine cannot start, or cannot go on; nothing follows. Clients are told no more of it than the `rank` that it has lost."""
 
     reason: str
+    rank: int | None = None
 
 
 class Refused(msgspec.Struct, tag=True):
@@ -169,7 +170,7 @@ class EngineSide(Protocol):
     def receive(self, *, wait: bool, most_ms: int | None = None) -> list[ToEngine]: ...
     def send(self, message: FromEngine) -> None: ...
     def interrupt(self, fault: Exception) -> None: ...
-    def last_words(self, reason: str) -> None: ...
+    def last_words(self, words: Failed) -> None: ...
 
 
 class ServerSide(Protocol):
@@ -229,11 +230,11 @@ class EngineEnd:
         self._fault = fault
         os.write(self._wake, b"!")
 
-    def last_words(self, reason: str) -> None:
+    def last_words(self, words: Failed) -> None:
         """Say why the engine has failed, from any thread, where the one that drives it does not get to it."""
         socket = self._context.socket(zmq.PUSH)
         socket.connect(self._address)
-        socket.send(encode(Failed(reason)))
+        socket.send(encode(words))
         socket.close(linger=_FAREWELL_MS)
         time.sleep(1.0)  # it is sent by another thread
 

@@ -59,7 +59,8 @@ def test_none_outlives_a_server_that_is_killed(server: Server) -> None:
 def test_a_lost_rank_ends_the_server_and_is_named(server: Server) -> None:
     rank, readers = rank_of(server), [Reader(server, "Ann has", 1900) for _ in range(3)]
     os.kill(rank, signal.SIGKILL)
-    assert [reader.last()["error"]["code"] for reader in readers] == ["engine_failed"] * 3
+    told = [reader.last()["error"] for reader in readers]
+    assert [(error["code"], error["message"]) for error in told] == [("engine_failed", "the engine failed: rank 1 is lost")] * 3
     code, errors = server.ended()
     assert code == 1
     last = errors.splitlines()[-1]
