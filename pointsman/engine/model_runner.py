@@ -235,6 +235,8 @@ class ModelRunner:
 
     def version_runs(self, pages: list[int], num_known: int) -> list[Run]:
         """Which weights fed the first positions of a sequence."""
+        if self.versions.number == 0:  # the first are the only ones that ever were
+            return [(0, num_known, 0)] if num_known else []
         return self.versions.runs(self._slots(pages, 0, num_known))
 
     def _slots(self, pages: list[int], start: int, end: int) -> npt.NDArray[np.int64]:
