@@ -17,7 +17,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 def describe(device: torch.device) -> Device:
     """What is known of a device of this machine."""
     there = device.type == "cuda" and torch.cuda.is_available()
-    cuda = None if torch.version.cuda is None else numbers(torch.version.cuda)
+    cuda = None if device.type != "cuda" or torch.version.cuda is None else numbers(torch.version.cuda)
     return Device(type=device.type, capability=capability(device) if there else None, triton=version(), cuda=cuda)
 
 

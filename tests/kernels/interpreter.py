@@ -1,7 +1,7 @@
-"""Corrections of Triton's interpreter (seen needed on 3.6.0 and 3.9.0), so that it computes what a GPU does.
+"""Corrections of Triton's interpreter (seen needed on 3.6.0, 3.7.1 and 3.9.0), so that it computes what a GPU does.
 
 Its `tl.dot` multiplies the bit patterns of bfloat16 numbers, its cast to FP8 drops the carry out of the fraction, and its cast to
-bfloat16 cuts rather than rounds. Assembly it does not run; that of our kernels runs in `ptx`.
+bfloat16 cuts rather than rounds. Before 3.9 its fma of float32 rounds twice. Assembly it does not run; that of our kernels runs in `ptx`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tests.kernels import ptx
 LARGEST = {"fp8e4nv": (torch.float8_e4m3fn, 448.0), "fp8e5": (torch.float8_e5m2, 57344.0)}
 _dot = interpreter.InterpreterBuilder.create_dot
 _convert = interpreter._convert_float
+_fma = interpreter.InterpreterBuilder.create_fma
 
 
 def _float32(handle: Any) -> Any:
@@ -45,6 +46,22 @@ def _convert_float(values: Any, source: Any, target: Any, mode: Any) -> Any:
     return torch.from_numpy(x.copy()).clamp(-kind[1], kind[1]).to(kind[0]).view(torch.uint8).numpy()
 
 
+def _create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z of float32, rounded once: the product is exact in float64, the sum is rounded to odd there, and float32 may round that."""
+    if z.dtype.scalar != tl.float32:
+        return _fma(self, x, y, z)
+    with np.errstate(invalid="ignore", over="ignore"):
+        product = x.data.astype(np.float64) * y.data.astype(np.float64)
+        term = z.data.astype(np.float64)
+        total = np.asarray(product + term)
+        part = total - product
+        rest = (product - (total - part)) + (term - part)
+        bits = total.view(np.int64)
+        even = (rest != 0) & (bits & 1 == 0) & np.isfinite(total)
+        odd = np.where(even, bits + np.where((rest > 0) == (total > 0), 1, -1), bits).view(np.float64)
+        return interpreter.TensorHandle(odd.astype(np.float32), z.dtype.scalar)
+
+
 class _Results(NamedTuple):
     """As the compiler has the results of a block of assembly."""
 
@@ -69,3 +86,4 @@ def correct() -> None:
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_inline_asm = _create_inline_asm
+    interpreter.InterpreterBuilder.create_fma = _create_fma
