@@ -24,7 +24,7 @@ from torch import Tensor
 from pointsman.distributed import Mesh
 from pointsman.engine.batch import PENDING, Batch, Lanes
 from pointsman.engine.device_sampler import DeviceSampler, Drawing
-from pointsman.engine.versions import Run, SlotVersions
+from pointsman.engine.versions import SlotVersions
 from pointsman.layers.context import Span, StepContext
 from pointsman.layers.paged_kv import PagedKV
 from pointsman.models.decoder import Decoder
@@ -226,28 +226,24 @@ class ModelRunner:
             for rows in batch.prompts
         }
 
-    def routing(self, pages: list[int], start: int, end: int) -> Fetch:
-        """The experts [end - start, layers, top_k] of a sequence's positions from start to end, out of the slots of its pages.
+    def routing(self, slots: npt.NDArray[np.int64]) -> Fetch:
+        """The experts [len(slots), layers, top_k] of a sequence's positions in these slots.
 
         They have been computed, and their rows must have come before the next plan is launched.
         """
-        return self._routes.fetch(torch.from_numpy(self._slots(pages, start, end)))
+        return self._routes.fetch(torch.from_numpy(slots))
 
-    def version_runs(self, pages: list[int], num_known: int) -> list[Run]:
-        """Which weights fed the first positions of a sequence."""
-        if self.versions.number == 0:  # the first are the only ones that ever were
-            return [(0, num_known, 0)] if num_known else []
-        return self.versions.runs(self._slots(pages, 0, num_known))
-
-    def _slots(self, pages: list[int], start: int, end: int) -> npt.NDArray[np.int64]:
+    def slots(self, pages: list[int], start: int, end: int) -> npt.NDArray[np.int64]:
         """Where the positions from start to end of a sequence are."""
-        positions, page_size = np.arange(start, max(start, end)), self._lanes.page_size
-        slots: npt.NDArray[np.int64] = np.asarray(pages, np.int64)[positions // page_size] * page_size + positions % page_size
-        return slots
+        page_size = self._lanes.page_size
+        first = start // page_size
+        pages_P = np.asarray(pages[first : -(-end // page_size)], np.int64)
+        slots: npt.NDArray[np.int64] = (pages_P[:, None] * page_size + np.arange(page_size)).ravel()
+        return slots[start - first * page_size : max(start, end) - first * page_size]
 
     def agreement(self, pages: list[int], forced: Iterable[tuple[int, int]], num_known: int) -> float | None:
         """The share of (position, layer) choices that free routing would have made alike, over the forced positions that were computed."""
-        slots = np.concatenate([np.zeros(0, np.int64), *(self._slots(pages, first, min(last, num_known)) for first, last in forced)])
+        slots = np.concatenate([np.zeros(0, np.int64), *(self.slots(pages, first, min(last, num_known)) for first, last in forced)])
         if not len(slots):
             return None
         num_alike = int(self._routes.alike(torch.from_numpy(slots)).numpy().sum(dtype=np.int64))

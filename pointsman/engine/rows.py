@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from pointsman.engine.model_runner import ModelRunner
 from pointsman.engine.versions import Run, clip
@@ -28,8 +29,9 @@ class RoutingRows:
     def keep(self, sequence: Sequence) -> None:
         """Read the rows of a sequence that was just preempted: it computes anew under the same experts."""
         if sequence.kept is None or sequence.num_computed > sequence.kept.end:
-            rows = self._runner.routing(sequence.pages, 0, sequence.num_computed).result().numpy()
-            sequence.kept, sequence.kept_versions = keep(rows), self._versions(sequence)
+            slots = self._slots(sequence)
+            rows = self._runner.routing(slots).result().numpy()
+            sequence.kept, sequence.kept_versions = keep(rows), self._versions(sequence, slots)
         sequence.tainted = any(number != self._runner.versions.number for _, _, number in sequence.kept_versions)
 
     def give(self, sequence: Sequence, delta: ChoiceDelta) -> None:
@@ -50,7 +52,8 @@ class RoutingRows:
         start, kept = sequence.request.sampling.routed_experts_start, sequence.kept
         end = max(len(sequence.tokens) - 1, start)
         first = max(start, min(end, sequence.num_computed))
-        fetch = self._runner.routing(sequence.pages, start, first)
+        slots = self._slots(sequence)
+        fetch = self._runner.routing(slots[start:first])
         last = first if kept is None else max(first, min(kept.end, end))
 
         def complete() -> None:
@@ -66,12 +69,16 @@ class RoutingRows:
             delta.routed_experts, delta.routed_experts_missing = rows, missing
 
         self._awaited.append(complete)
-        delta.weight_versions = tuple(self._runner.versions.named(clip(self._versions(sequence), start, end), start))
+        delta.weight_versions = tuple(self._runner.versions.named(clip(self._versions(sequence, slots), start, end), start))
 
-    def _versions(self, sequence: Sequence) -> list[Run]:
+    def _slots(self, sequence: Sequence) -> npt.NDArray[np.int64]:
+        """Of all positions that were computed."""
+        return self._runner.slots(sequence.pages, 0, sequence.num_computed)
+
+    def _versions(self, sequence: Sequence, slots: npt.NDArray[np.int64]) -> list[Run]:
         """Which weights chose the experts of its positions: what was computed again under rows that were kept, those of the rows."""
         num_known, kept = sequence.num_computed, sequence.kept_versions
-        runs = self._runner.version_runs(sequence.pages, num_known)
+        runs = self._runner.versions.runs(slots)
         if not kept:
             return runs
         first, last = min(sequence.num_found, num_known), kept[-1][1]

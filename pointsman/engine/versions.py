@@ -53,7 +53,7 @@ class SlotVersions:
         if not len(slots):
             return []
         numbers = self._number_S[slots]
-        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+        edges = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
         return [(first, last, int(numbers[first])) for first, last in itertools.pairwise(edges)]
 
     def named(self, runs: list[Run], start: int) -> list[Range]:
