@@ -8,7 +8,6 @@ Without `--all`, a few sizes that stand for the others, and attention that quant
 
 from __future__ import annotations
 
-import json
 import sys
 from unittest import mock
 
@@ -20,7 +19,7 @@ from pointsman.kernels.routing import Choice, choose_experts, router_logits
 from pointsman.moe.grouped import TritonRunner
 from pointsman.moe.routing import Routing
 from pointsman.moe.weights import ExpertWeights
-from tests.kernels.sm90 import Binary, Launch, caught
+from tests.kernels.sm90 import Binary, Launch, caught, report
 from tests.kernels.sm90_layer import meta, others, products, sampler
 from tests.kernels.sm90_report import HIDDEN, NUM_EXPERTS, TOP_K, WIDTH, stack
 
@@ -69,20 +68,14 @@ def launches(tp: int, num_rows: int, *, whole: bool) -> list[Launch]:
 
 
 def main() -> int:
-    seen: dict[str, list[str]] = {}
     whole = "--all" in sys.argv[1:]
     with mock.patch.object(e4m3, "has_e4m3", lambda device: False):
-        for tp, num_rows in ALL if whole else FEW:
-            for launch in launches(tp, num_rows, whole=whole):
-                if launch.key in seen:
-                    continue
-                binary = launch.compile(TARGET)
-                seen[launch.key] = faults(launch, binary)
-                numbers = f"{binary.registers:4} registers {binary.shared:7} shared {binary.stack:5} stack"
-                print(f"tp {tp} rows {num_rows:5} {launch.kernel.__name__:20} {numbers}  {'; '.join(seen[launch.key])}", flush=True)
-    wrong = {key: found for key, found in seen.items() if found}
-    print(json.dumps({"compiled": len(seen), "faults": wrong}))
-    return 1 if wrong else 0
+        found = (
+            (f"tp {tp} rows {num_rows:5}", launch)
+            for tp, num_rows in (ALL if whole else FEW)
+            for launch in launches(tp, num_rows, whole=whole)
+        )
+        return report(found, faults, TARGET)
 
 
 if __name__ == "__main__":

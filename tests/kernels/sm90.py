@@ -7,10 +7,11 @@ its very arguments. Triton must not be interpreting in this process: tests run `
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,21 @@ def caught() -> Iterator[list[Launch]]:
         yield found
     finally:
         JITFunction.run = original  # type: ignore[method-assign]
+
+
+def report(launches: Iterable[tuple[str, Launch]], faults: Callable[[Launch, Binary], list[str]], target: GPUTarget = TARGET) -> int:
+    """Compile each launch once, say in a line after its label what came out and what is wrong with it, and end with JSON; 1 for faults."""
+    seen: dict[str, list[str]] = {}
+    for label, launch in launches:
+        if launch.key in seen:
+            continue
+        binary = launch.compile(target)
+        seen[launch.key] = faults(launch, binary)
+        numbers = f"{binary.registers:4} registers {binary.shared:7} shared {binary.stack:5} stack"
+        print(f"{label} {launch.kernel.__name__:20} {numbers}  {'; '.join(seen[launch.key])}", flush=True)
+    wrong = {key: found for key, found in seen.items() if found}
+    print(json.dumps({"compiled": len(seen), "faults": wrong}))
+    return 1 if wrong else 0
 
 
 def spilled(launch: Launch, binary: Binary) -> list[str]:

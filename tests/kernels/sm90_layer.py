@@ -7,7 +7,6 @@ Without `--all`, a few sizes that stand for the others. The lines are those of `
 
 from __future__ import annotations
 
-import json
 import sys
 
 import torch
@@ -19,7 +18,7 @@ from pointsman.kernels.qkv_post import qkv_post
 from pointsman.kernels.sampling import RowSampling, draw
 from pointsman.kernels.unsummed import Unsummed
 from pointsman.kernels.weight import FP8, Quantized
-from tests.kernels.sm90 import DENSE_PRODUCT, SHARED_LIMIT, Binary, Launch, caught, spilled
+from tests.kernels.sm90 import DENSE_PRODUCT, SHARED_LIMIT, Binary, Launch, caught, report, spilled
 
 HIDDEN, HEADS, KV_HEADS, CHANNELS, HALF = 3072, 48, 8, 128, 32
 WIDTH = 1536  # of an expert that all tokens share
@@ -130,23 +129,20 @@ def faults(launch: Launch, binary: Binary) -> list[str]:
     return found
 
 
+def launches(tp: int, num_rows: int) -> list[Launch]:
+    """Those of a layer and, at two sizes, what else a step launches."""
+    more = others(tp, num_rows) + sampler(num_rows) if num_rows in (1, 128) else []
+    return products(tp, num_rows) + more
+
+
+def label(tp: int, num_rows: int, launch: Launch) -> str:
+    tile = (f"{name}={launch.arguments[name]}" for name in ("ROWS", "COLUMNS", "SPLITS", "SWAP", "M") if name in launch.arguments)
+    return f"tp {tp} rows {num_rows:5} {' '.join(tile):40}"
+
+
 def main() -> int:
-    seen: dict[str, list[str]] = {}
-    for tp, num_rows in ALL if "--all" in sys.argv[1:] else FEW:
-        more = others(tp, num_rows) + sampler(num_rows) if num_rows in (1, 128) else []
-        for launch in products(tp, num_rows) + more:
-            if launch.key in seen:
-                continue
-            binary = launch.compile()
-            seen[launch.key] = faults(launch, binary)
-            numbers = f"{binary.registers:4} registers {binary.shared:7} shared {binary.stack:5} stack"
-            tile = " ".join(
-                f"{name}={launch.arguments[name]}" for name in ("ROWS", "COLUMNS", "SPLITS", "SWAP", "M") if name in launch.arguments
-            )
-            print(f"tp {tp} rows {num_rows:5} {launch.kernel.__name__:16} {numbers} {tile} {'; '.join(seen[launch.key])}", flush=True)
-    wrong = {key: found for key, found in seen.items() if found}
-    print(json.dumps({"compiled": len(seen), "faults": wrong}))
-    return 1 if wrong else 0
+    sizes = ALL if "--all" in sys.argv[1:] else FEW
+    return report(((label(tp, rows, launch), launch) for tp, rows in sizes for launch in launches(tp, rows)), faults)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ them), tokens, registers, bytes of shared memory and of stack, and what is wrong
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 
 import torch
@@ -21,7 +20,7 @@ from pointsman.kernels.grouped_gemm import gemm, up
 from pointsman.kernels.routing import Choice, choose_experts, router_logits
 from pointsman.kernels.tiles import Shape, Tiles
 from pointsman.kernels.weight import FP8, Weight
-from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caught, spilled
+from tests.kernels.sm90 import SHARED_LIMIT, WIDE_PRODUCT, Binary, Launch, caught, report, spilled
 
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 256, 8, 3072, 1536
 PRODUCTS = ("up_kernel", "gemm_kernel", "fused_kernel")
@@ -111,19 +110,13 @@ def cuts(tp: int, num_tokens: int) -> list[tuple[Tiles, Tiles]]:
 
 
 def main() -> int:
-    seen: dict[str, list[str]] = {}
-    for tp, num_tokens in ALL if "--all" in sys.argv[1:] else FEW:
-        for cut, plain in cuts(tp, num_tokens):
-            for launch in launches(tp, num_tokens, cut, plain):
-                if launch.key in seen:
-                    continue
-                binary = launch.compile()
-                seen[launch.key] = faults(launch, binary)
-                numbers = f"{binary.registers:4} registers {binary.shared:7} shared {binary.stack:5} stack"
-                print(f"tp {tp} tokens {num_tokens:5} {launch.kernel.__name__:16} {numbers}  {'; '.join(seen[launch.key])}", flush=True)
-    wrong = {key: found for key, found in seen.items() if found}
-    print(json.dumps({"compiled": len(seen), "faults": wrong}))
-    return 1 if wrong else 0
+    found = (
+        (f"tp {tp} tokens {num_tokens:5}", launch)
+        for tp, num_tokens in (ALL if "--all" in sys.argv[1:] else FEW)
+        for cut, plain in cuts(tp, num_tokens)
+        for launch in launches(tp, num_tokens, cut, plain)
+    )
+    return report(found, faults)
 
 
 if __name__ == "__main__":
