@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
 
 from pointsman.kernels.capability import describe
 from pointsman.kernels.library import FLASHINFER, installed, numbers
@@ -20,12 +19,25 @@ from pointsman.moe.candidates import unsupported
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.flashinfer import CutlassRunner, RoutedTrtllmRunner, TrtllmRunner
 from pointsman.moe.router import ROUTERS, RouterInput
-from pointsman.moe.routing import Routing, RoutingSpec, route
+from pointsman.moe.routing import Routing
 from pointsman.moe.runner import make_runner
 from pointsman.moe.spec import Share
 from pointsman.moe.weights import ExpertWeights
 from tests.moe.libraries.flashinfer import VERSIONS, Emulation
-from tests.moe.libraries.models import FORM, NUM_EXPERTS, SPECS, TOP_K, D, distance, experts, hidden_rows, normal, oracle, routing
+from tests.moe.libraries.models import (
+    FORM,
+    NUM_EXPERTS,
+    SPECS,
+    TOP_K,
+    D,
+    chosen_by_reference,
+    distance,
+    experts,
+    hidden_rows,
+    oracle,
+    routing,
+    rows,
+)
 from tests.moe.libraries.signatures import known, signature
 
 # Without what the kernels round beyond the reference, the result's rounding to bfloat16 is left (0.0017 of a number on average), and
@@ -39,21 +51,6 @@ versions = pytest.mark.parametrize("version", VERSIONS)
 @functools.cache
 def layer() -> ExpertWeights:
     return experts()
-
-
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch, version: str) -> Emulation:
-    return Emulation(version).install(monkeypatch)
-
-
-def rows(x_TD: Tensor, spec: RoutingSpec, routes: RouteStore | None = None, *, biased: bool = True) -> RouterInput:
-    gate_ED = normal(spec.num_experts, D, seed=5) * D**-0.5
-    bias_E = normal(spec.num_experts, seed=6) / 4 if biased and spec.score == "sigmoid" else None
-    return RouterInput(x_TD, gate_ED, bias_E, 1, torch.arange(len(x_TD)).flip(0), routes, None)
-
-
-def chosen_by_reference(given: RouterInput, spec: RoutingSpec) -> Routing:
-    return route(given.x_TD.float() @ given.gate_ED.T, spec, bias_E=given.bias_E)
 
 
 @versions

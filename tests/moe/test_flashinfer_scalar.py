@@ -8,7 +8,6 @@ import inspect
 
 import pytest
 import torch
-from torch import Tensor
 
 from pointsman.kernels import flashinfer as library_door
 from pointsman.kernels import library
@@ -22,7 +21,7 @@ from pointsman.moe.candidates import unsupported
 from pointsman.moe.capture import RouteStore
 from pointsman.moe.flashinfer_scalar import ScalarTrtllmRunner, one_scale
 from pointsman.moe.router import ROUTERS, RouterInput
-from pointsman.moe.routing import Routing, RoutingSpec, route
+from pointsman.moe.routing import Routing
 from pointsman.moe.runner import make_runner, takes_up_first
 from pointsman.moe.spec import Share
 from pointsman.moe.trtllm_layout import turned
@@ -34,10 +33,11 @@ from tests.moe.libraries.models import (
     SPECS,
     TOP_K,
     D,
+    chosen_by_reference,
     distance,
     hidden_rows,
-    normal,
     oracle,
+    rows,
     scalar_experts,
     static_oracle,
 )
@@ -57,21 +57,6 @@ BLACKWELL = Device(type="cuda", capability=(10, 0), triton=(3, 6))
 @functools.cache
 def layer() -> ExpertWeights:
     return scalar_experts()
-
-
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch, version: str) -> Emulation:
-    return Emulation(version).install(monkeypatch)
-
-
-def rows(x_TD: Tensor, spec: RoutingSpec, routes: RouteStore | None = None) -> RouterInput:
-    gate_ED = normal(spec.num_experts, D, seed=5) * D**-0.5
-    bias_E = normal(spec.num_experts, seed=6) / 4 if spec.score == "sigmoid" else None
-    return RouterInput(x_TD, gate_ED, bias_E, 1, torch.arange(len(x_TD)).flip(0), routes, None)
-
-
-def chosen_by_reference(given: RouterInput, spec: RoutingSpec) -> Routing:
-    return route(given.x_TD.float() @ given.gate_ED.T, spec, bias_E=given.bias_E)
 
 
 def test_scales_are_all_unlike() -> None:

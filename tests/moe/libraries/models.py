@@ -9,8 +9,10 @@ from torch import Tensor
 
 from pointsman.kernels.reference import quantize_weight
 from pointsman.kernels.weight import FP8, Weight
+from pointsman.moe.capture import RouteStore
 from pointsman.moe.reference import ReferenceRunner
-from pointsman.moe.routing import Routing, RoutingSpec
+from pointsman.moe.router import RouterInput
+from pointsman.moe.routing import Routing, RoutingSpec, route
 from pointsman.moe.spec import ExpertForm
 from pointsman.moe.weights import ExpertWeights, stack_experts
 
@@ -99,6 +101,18 @@ def routing(kind: str, num_tokens: int, device: torch.device | str = "cpu") -> R
         ids_TK[::2] = -1
     weights_TK = torch.rand(ids_TK.shape, generator=generator) + 0.1
     return Routing(ids_TK.int().to(device), weights_TK.to(device))
+
+
+def rows(x_TD: Tensor, spec: RoutingSpec, routes: RouteStore | None = None, *, biased: bool = True) -> RouterInput:
+    """Rows of layer 1 with a gate and, where the score is a sigmoid and unless it is not `biased`, a bias; slots run backwards."""
+    gate_ED = normal(spec.num_experts, D, seed=5) * D**-0.5
+    bias_E = normal(spec.num_experts, seed=6) / 4 if biased and spec.score == "sigmoid" else None
+    return RouterInput(x_TD, gate_ED, bias_E, 1, torch.arange(len(x_TD)).flip(0), routes, None)
+
+
+def chosen_by_reference(given: RouterInput, spec: RoutingSpec) -> Routing:
+    """The experts that float32 chooses."""
+    return route(given.x_TD.float() @ given.gate_ED.T, spec, bias_E=given.bias_E)
 
 
 def oracle(x_TD: Tensor, chosen: Routing, weights: ExpertWeights) -> Tensor:
