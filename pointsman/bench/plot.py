@@ -135,7 +135,7 @@ def _bars(panel: Bars, colours: dict[str, str]) -> list[str]:
         top = TOP + room * (index + 0.5) - high / 2
         for part, length in parts.items():
             width = across(first + length) - across(first)
-            drawn.append(f'<rect x="{across(first):.1f}" y="{top:.1f}" width="{width:.2f}" height="{high:.1f}" fill="{colours[part]}"/>')
+            drawn.append(f'<rect x="{across(first):.2f}" y="{top:.1f}" width="{width:.2f}" height="{high:.1f}" fill="{colours[part]}"/>')
             first += length
         drawn.append(_text(LEFT - 6, TOP + room * (index + 0.5) + 4, name, anchor="end"))
     if panel.limit is not None:

@@ -3,7 +3,7 @@
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pointsman.bench.plot import HEIGHT, LEFT, MOST_TICKS, RIGHT, WIDTH, Bars, Line, Panel, chart, ticks
@@ -46,6 +46,7 @@ PARTS = st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 1e6), min_size=1
 
 
 @given(st.lists(PARTS, min_size=1, max_size=9), st.floats(1, 1e7))
+@example([{"a": 397924.0, "b": 1000000.0, "c": 277807.0, "d": 0.0}], 1.0)  # places rounded to tenths were a tenth apart
 def test_bars_are_as_long_as_their_parts_and_stand_in_a_row(rows, limit):
     drawn = Bars(title="t", x="x", rows=[(f"row {index}", parts) for index, parts in enumerate(rows)], limit=("all", limit))
     root = ElementTree.fromstring(chart([drawn]))
